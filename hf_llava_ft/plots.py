@@ -1,0 +1,223 @@
+"""The loss curve, as a PNG for a folder and as an inline SVG for a page.
+
+The two look alike but are drawn apart: the PNG by matplotlib, imported only when asked for; the SVG by hand, because
+in a page it has to follow the reader's theme (`currentColor`) and keep its lettering readable on a telephone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Up to this many steps the raw curve is readable by itself.
+MAX_STEPS_WITHOUT_SMOOTHING = 50
+# A page that draws a point for each of 100,000 steps would weigh megabytes and look the same.
+MAX_SVG_POINTS = 1000
+LINE_COLOR = "#2563eb"
+LEARNING_RATE_COLOR = "#b45309"
+
+
+def save_loss_plot(
+    losses: list[float],
+    path: str | Path,
+    title: str = "Training loss",
+    learning_rates: list[float] | None = None,
+) -> None:
+    """Write the loss per step as a PNG of 900 x 450 pixels.
+
+    Args:
+        losses (`list[float]`): One value per step, the first being step 1. A value that is not finite leaves a gap.
+        path (`str` or `Path`): The PNG to write.
+        title (`str`): What stands above the curve.
+        learning_rates (`list[float]`, *optional*): One value per step, drawn dashed against an axis on the right.
+    """
+    figure = loss_figure(losses, title=title, learning_rates=learning_rates)
+    # matplotlib would otherwise write its version and address into the file, which then changes with every upgrade.
+    figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def loss_figure(
+    losses: list[float],
+    *,
+    title: str = "",
+    learning_rates: list[float] | None = None,
+    width: int = 900,
+    height: int = 450,
+    font_size: float = 12,
+) -> Figure:
+    """The loss curve as a matplotlib figure of `width` x `height` pixels, outside pyplot and its global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if learning_rates is not None and len(learning_rates) != len(losses):
+        raise ValueError(f"{len(losses)} losses but {len(learning_rates)} learning rates; give one of each per step.")
+
+    figure = Figure(figsize=(width / 100, height / 100), dpi=100, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    steps = range(1, len(losses) + 1)
+    if len(losses) > MAX_STEPS_WITHOUT_SMOOTHING:
+        axes.plot(steps, losses, color=LINE_COLOR, alpha=0.3, linewidth=1.2, label="each step")
+        axes.plot(steps, smoothed(losses), color=LINE_COLOR, linewidth=2.4, label="smoothed")
+    else:
+        # A single step has no line to show, only a point.
+        marker = "o" if len(losses) == 1 else None
+        axes.plot(steps, losses, color=LINE_COLOR, linewidth=2.2, marker=marker, label="loss")
+
+    axes.set_xlabel("step", fontsize=font_size)
+    axes.set_ylabel("loss", fontsize=font_size)
+    axes.set_ylim(0, _top(losses) * 1.04)
+    axes.set_yticks(_ticks(_top(losses), 5))
+    axes.set_xlim((1, len(losses)) if len(losses) > 1 else (0, 2))
+    axes.set_xticks(_step_ticks(len(losses)))
+    axes.tick_params(labelsize=font_size, length=0, pad=8)
+    axes.grid(color="#e5e7eb", linewidth=1)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color("#9ca3af")
+    if title:
+        axes.set_title(title, fontsize=font_size + 2, loc="left", pad=12)
+
+    lines = axes.get_lines()
+    if learning_rates is not None:
+        right = axes.twinx()
+        lines += right.plot(
+            steps, learning_rates, color=LEARNING_RATE_COLOR, linestyle="--", linewidth=1.5, label="learning rate"
+        )
+        right.set_ylabel("learning rate", fontsize=font_size)
+        right.set_ylim(0, _top(learning_rates) * 1.04)
+        right.set_yticks(_ticks(_top(learning_rates), 5))
+        right.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+        right.tick_params(labelsize=font_size, length=0, pad=8)
+        right.yaxis.get_offset_text().set_fontsize(font_size)
+        right.spines[:].set_visible(False)
+    if len(lines) > 1:
+        axes.legend(handles=lines, fontsize=font_size, frameon=False, loc="upper right")
+    return figure
+
+
+def loss_plot_svg(losses: list[float]) -> str:
+    """The loss curve as an `<svg>` element to put inside an HTML page.
+
+    It fills the width it is given while its lettering stays the same size: only the inner `<svg>`, which holds the
+    curve, is stretched. Colours follow the page (`currentColor`, and `--accent` where the page sets it). There are no
+    ids, so any number of curves may share a page.
+    """
+    height = 220
+    top = _top(losses)
+    last = len(losses)
+
+    def x_percent(step: int) -> float:
+        return 50.0 if last == 1 else 100 * (step - 1) / (last - 1)
+
+    def y_pixels(loss: float) -> float:
+        return height * (1 - loss / top)
+
+    parts = []
+    for value in _ticks(top, 5):
+        y = f"{y_pixels(value):.1f}"
+        parts.append(
+            f'<line x1="0" x2="100%" y1="{y}" y2="{y}" stroke="currentColor" stroke-opacity=".15"/>'
+            f'<text x="-8" y="{y}" dy=".35em" text-anchor="end">{value:g}</text>'
+        )
+    for step in _step_ticks(last):
+        parts.append(f'<text x="{x_percent(step):.2f}%" y="{height + 20}" text-anchor="middle">{step}</text>')
+    parts.append(f'<text x="50%" y="{height + 40}" text-anchor="middle">step</text>')
+    parts.append('<text x="-8" y="-14" text-anchor="end">loss</text>')
+
+    curves = [(losses, 2.2, 1.0)]
+    if last > MAX_STEPS_WITHOUT_SMOOTHING:
+        curves = [(losses, 1.2, 0.35), (smoothed(losses), 2.4, 1.0)]
+    accent = f"var(--accent,{LINE_COLOR})"
+    # A curve of one point is a dot, and dots go outside the stretched part, where they would become ellipses.
+    dots = [step for step, loss in enumerate(losses, 1) if last == 1 and math.isfinite(loss)]
+    for step in dots:
+        y = y_pixels(losses[step - 1])
+        parts.append(f'<circle cx="{x_percent(step):.2f}%" cy="{y:.1f}" r="4" style="fill:{accent}"/>')
+    paths = "".join(
+        f'<path d="{_path(values, lambda step: 10 * x_percent(step), y_pixels)}" fill="none" stroke-width="{width}" '
+        f'stroke-opacity="{opacity}" stroke-linejoin="round" vector-effect="non-scaling-stroke" '
+        f'style="stroke:{accent}"/>'
+        for values, width, opacity in curves
+    )
+    # The labels hang over the edges of the element; its margins are the room for them.
+    style = "overflow:visible;display:block;margin:36px 12px 52px 44px;width:calc(100% - 56px)"
+    return (
+        f'<svg role="img" aria-label="{_description(losses)}" width="100%" height="{height}" font-size="13" '
+        f'fill="currentColor" style="{style}">'
+        f"{''.join(parts)}"
+        f'<svg width="100%" height="{height}" viewBox="0 0 1000 {height}" preserveAspectRatio="none" '
+        f'style="overflow:visible">{paths}</svg></svg>'
+    )
+
+
+def smoothed(losses: list[float]) -> list[float]:
+    """The mean over each step and its neighbours on both sides, a twentieth of the run in all.
+
+    A run that is over can look ahead, so the curve does not lag behind as a decaying mean does. Steps that are not
+    finite do not count.
+    """
+    sums, counts = [0.0], [0]
+    for loss in losses:
+        is_finite = math.isfinite(loss)
+        sums.append(sums[-1] + (loss if is_finite else 0.0))
+        counts.append(counts[-1] + is_finite)
+    reach = max(2, len(losses) // 40)
+    means = []
+    for i in range(len(losses)):
+        start, stop = max(0, i - reach), min(len(losses), i + reach + 1)
+        count = counts[stop] - counts[start]
+        means.append((sums[stop] - sums[start]) / count if count else math.nan)
+    return means
+
+
+def _description(losses: list[float]) -> str:
+    if not losses:
+        return "Training loss: no steps"
+    return f"Training loss: {losses[0]:.4g} at step 1, {losses[-1]:.4g} at step {len(losses)}"
+
+
+def _top(values: list[float]) -> float:
+    return max((value for value in values if math.isfinite(value)), default=0.0) or 1.0
+
+
+def _ticks(top: float, num_ticks: int) -> list[float]:
+    """Multiples of 1, 2 or 5 times a power of ten, from 0 up to `top`, about `num_ticks` of them."""
+    power = 10.0 ** math.floor(math.log10(top / num_ticks))
+    stride = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= top / num_ticks)
+    return [i * stride for i in range(int(top / stride + 1e-9) + 1)]
+
+
+def _step_ticks(num_steps: int) -> list[int]:
+    """Round step numbers, with step 1 first, since a curve that begins at step 1 should say so."""
+    if num_steps < 3:
+        return list(range(1, num_steps + 1))
+    ticks = [int(tick) for tick in _ticks(num_steps, min(6, num_steps))]
+    return [1] + [tick for tick in ticks if tick > 1 and tick - 1 >= (ticks[1] - ticks[0]) / 2]
+
+
+def _path(losses: list[float], x_of: Callable[[int], float], y_of: Callable[[float], float]) -> str:
+    """SVG path data; the pen is lifted over values that are not finite."""
+    points = list(enumerate(losses, 1))
+    if len(points) > MAX_SVG_POINTS:
+        # The lowest and the highest of each stretch, so that no spike is lost.
+        stride = math.ceil(2 * len(points) / MAX_SVG_POINTS)
+        stretches = [points[i : i + stride] for i in range(0, len(points), stride)]
+        finite = [[point for point in stretch if math.isfinite(point[1])] or stretch[:1] for stretch in stretches]
+        points = [
+            point
+            for stretch in finite
+            for point in sorted({min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])})
+        ]
+    commands, pen = [], "M"
+    for step, loss in points:
+        if math.isfinite(loss):
+            commands.append(f"{pen}{x_of(step):.1f} {y_of(loss):.1f}")
+        pen = "L" if math.isfinite(loss) else "M"
+    return "".join(commands)

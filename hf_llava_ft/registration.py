@@ -1,0 +1,23 @@
+"""Registers our classes with transformers' Auto classes. Native classes, and folders of `model_type: llava`, stay theirs."""
+
+from functools import cache
+
+
+@cache
+def register() -> None:
+    """Registers configuration, models, processor and weight names; calling it again does nothing."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+    from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+
+    from hf_llava_ft.modeling.configuration_llava import LlavaConfig
+    from hf_llava_ft.modeling.modeling_llava import LlavaBaseModel, LlavaForCausalLM
+    from hf_llava_ft.modeling.weight_names_llava import reading_conversions
+    from hf_llava_ft.processing.processing_llava import LlavaProcessor
+
+    AutoConfig.register(LlavaConfig.model_type, LlavaConfig)
+    # exist_ok: the Auto mappings also compare class names, and transformers has a `LlavaConfig` of its own.
+    AutoModel.register(LlavaConfig, LlavaBaseModel, exist_ok=True)
+    AutoModelForCausalLM.register(LlavaConfig, LlavaForCausalLM, exist_ok=True)
+    AutoModelForImageTextToText.register(LlavaConfig, LlavaForCausalLM, exist_ok=True)
+    AutoProcessor.register(LlavaConfig, LlavaProcessor, exist_ok=True)
+    register_checkpoint_conversion_mapping(LlavaConfig.model_type, reading_conversions(), overwrite=True)

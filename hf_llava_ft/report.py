@@ -1,0 +1,295 @@
+"""What a run shows when it ends: the answers before and after on the user's own pictures, the loss, what trained.
+
+`write_report` makes one HTML file that opens from disk and asks the network for nothing; `answers_picture` one PNG.
+Everything a model said is untrusted: it is escaped on its way into the page. Photographs go in as re-encoded
+thumbnails, so that neither their EXIF data (places, cameras) nor the folders they lie in travel with the page.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .plots import loss_figure, loss_plot_svg
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+THUMBNAIL_PIXELS = 320
+NO_TEXT = "(nothing)"
+
+
+@dataclass(frozen=True)
+class AnsweredPhoto:
+    """One question about one photograph: what the model said before training, what it says now, what it was taught."""
+
+    photo: Path
+    question: str
+    before: str
+    after: str
+    expected: str
+
+    def is_expected(self, answer: str) -> bool:
+        """Whether `answer` is the expected one, word for word; blanks do not count."""
+        return answer.split() == self.expected.split()
+
+
+def write_report(
+    path: Path,
+    *,
+    title: str,
+    note: str,
+    answers: list[AnsweredPhoto],
+    losses: list[float],
+    facts: list[tuple[str, str]],
+    trained: list[tuple[str, int, int, str]],
+    command: str,
+) -> None:
+    """Write the page of a finished run.
+
+    Args:
+        path (`Path`): The HTML file; its folder is made if missing, and a file already there is replaced whole.
+        title (`str`): The heading.
+        note (`str`): A paragraph that says what this run does and does not show.
+        answers (`list[AnsweredPhoto]`): One card each, in this order.
+        losses (`list[float]`): One value per step.
+        facts (`list[tuple[str, str]]`): Names and values, such as `("verified", "yes")`.
+        trained (`list[tuple[str, int, int, str]]`): Part, trainable parameters, all parameters, learning rate.
+        command (`str`): The shell command that chats with the result.
+    """
+    sections = [
+        f"<header><h1>{escape(title)}</h1>{_verdict(answers)}<p>{escape(note)}</p></header>",
+        f"<section><h2>Answers</h2>{''.join(map(_card, answers))}</section>" if answers else "",
+        f"<section><h2>Talk to it</h2><pre><code>{escape(command)}</code></pre></section>",
+        f"<section><h2>Loss</h2>{_loss_sentence(losses)}{loss_plot_svg(losses)}</section>" if losses else "",
+        f"<section><h2>What trained</h2>{_trained_table(trained)}</section>" if trained else "",
+        f"<section><h2>Facts</h2>{_facts_list(facts)}</section>" if facts else "",
+    ]
+    page = PAGE.format(title=escape(title), style=STYLE, body="\n".join(filter(None, sections)))
+    # A byte-level tokenizer can leave half of a character behind; that must not cost the user the report.
+    content = page.encode("utf-8", errors="replace")
+    _write_atomically(Path(path), lambda temporary: temporary.write_bytes(content))
+
+
+def answers_picture(answers: list[AnsweredPhoto], losses: list[float], path: Path) -> None:
+    """Write one PNG, 1400 pixels wide: per photograph a row with before, after and expected; below, the loss curve."""
+    from PIL import Image, ImageDraw
+
+    fonts = {"text": _font(21), "head": _font(21, bold=True), "title": _font(30, bold=True)}
+    width, margin, row_height, head_height, plot_height = 1400, 40, 176, 128, 340
+    photo_width, gap = 210, 30
+    column_width = (width - 2 * margin - photo_width - 3 * gap) // 3
+    columns = [margin + photo_width + gap + i * (column_width + gap) for i in range(3)]
+    height = head_height + row_height * len(answers) + (plot_height if losses else 0) + margin // 2
+
+    picture = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(picture)
+    has_one_question = len({answer.question for answer in answers}) == 1
+    heading = answers[0].question if has_one_question else "Before and after fine-tuning"
+    draw.text((margin, 28), heading, font=fonts["title"], fill=INK)
+    for x, name in zip(columns, ("Before", "After", "Expected"), strict=True):
+        draw.text((x, head_height - 40), name, font=fonts["head"], fill=MUTED)
+
+    num_right = sum(answer.is_expected(answer.after) for answer in answers)
+    verdict = f"{num_right} of {len(answers)} as expected"
+    draw.text((width - margin, 34), verdict, font=fonts["text"], fill=MUTED, anchor="ra")
+
+    for i, answer in enumerate(answers):
+        y = head_height + i * row_height
+        draw.line((margin, y, width - margin, y), fill=RULE, width=2)
+        _paste_cover(picture, answer.photo, (margin, y + 14, photo_width, row_height - 28))
+        color, mark = (GOOD, "\u2713") if answer.is_expected(answer.after) else (BAD, "\u2717")
+        before = answer.before.strip() or NO_TEXT
+        cells = [
+            (before if has_one_question else f"{answer.question}\n{before}", MUTED),
+            (f"{mark} {answer.after.strip() or NO_TEXT}", color),
+            (answer.expected, INK),
+        ]
+        for x, (text, fill) in zip(columns, cells, strict=True):
+            lines = _wrapped(text, fonts["text"], column_width, max_lines=5)
+            draw.multiline_text((x, y + 14), "\n".join(lines), font=fonts["text"], fill=fill, spacing=7)
+    if losses:
+        y = head_height + row_height * len(answers)
+        draw.line((margin, y, width - margin, y), fill=RULE, width=2)
+        plot = io.BytesIO()
+        figure = loss_figure(
+            losses, title="Training loss", width=width - 2 * margin, height=plot_height - 20, font_size=15
+        )
+        figure.savefig(plot, format="png")
+        picture.paste(Image.open(plot), (margin, y + 20))
+    _write_atomically(Path(path), lambda temporary: picture.save(temporary, format="PNG", optimize=True))
+
+
+def _verdict(answers: list[AnsweredPhoto]) -> str:
+    num_right = sum(answer.is_expected(answer.after) for answer in answers)
+    num_before = sum(answer.is_expected(answer.before) for answer in answers)
+    if not answers:
+        return '<p class="verdict bad">No answers were recorded.</p>'
+    mark, kind = ("\u2713", "good") if num_right == len(answers) else ("\u2717", "bad")
+    return (
+        f'<p class="verdict {kind}">{mark} {num_right} of {len(answers)} answers as expected after training'
+        f"<small>{num_before} of {len(answers)} before</small></p>"
+    )
+
+
+def _card(answer: AnsweredPhoto) -> str:
+    thumbnail = _thumbnail(answer.photo)
+    buffer = io.BytesIO()
+    thumbnail.save(buffer, format="JPEG", quality=85)
+    source = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    kind, mark = (
+        ("good", "\u2713 as expected") if answer.is_expected(answer.after) else ("bad", "\u2717 not as expected")
+    )
+    # dir="auto" keeps right-to-left text, and stray direction marks of an untrained model, inside their own paragraph.
+    return (
+        f'<article><img src="{source}" alt="{escape(answer.photo.name)}" width="{thumbnail.width}" '
+        f'height="{thumbnail.height}"><div><h3 dir="auto">{escape(answer.question)}</h3><div class="answers">'
+        f'<div class="before"><h4>Before</h4><p dir="auto">{_said(answer.before)}</p></div>'
+        f'<div class="after {kind}"><h4>After <span>{mark}</span></h4><p dir="auto">{_said(answer.after)}</p></div>'
+        f'</div><div class="expected"><h4>Expected</h4><p dir="auto">{_said(answer.expected)}</p></div>'
+        "</div></article>"
+    )
+
+
+def _said(text: str) -> str:
+    return escape(text.strip()) or f"<i>{NO_TEXT}</i>"
+
+
+def _loss_sentence(losses: list[float]) -> str:
+    steps = "1 step" if len(losses) == 1 else f"{len(losses)} steps"
+    return f"<p>From {losses[0]:.3g} at the first to {losses[-1]:.3g} at the last of {steps}.</p>"
+
+
+def _trained_table(trained: list[tuple[str, int, int, str]]) -> str:
+    rows = "".join(
+        f"<tr><td>{escape(part)}</td><td>{num_trainable:,}</td><td>{num_all:,}</td>"
+        f"<td>{100 * num_trainable / num_all if num_all else 0:.3g}%</td><td>{escape(learning_rate)}</td></tr>"
+        for part, num_trainable, num_all, learning_rate in trained
+    )
+    head = "<tr><th>part</th><th>trainable</th><th>all parameters</th><th>share</th><th>learning rate</th></tr>"
+    return f'<div class="wide"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
+
+
+def _facts_list(facts: list[tuple[str, str]]) -> str:
+    items = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
+    return f"<dl>{items}</dl>"
+
+
+def _thumbnail(photo: Path) -> Image.Image:
+    """The photograph upright, opaque, at most `THUMBNAIL_PIXELS` wide and high, and without its metadata."""
+    from PIL import Image, ImageOps
+
+    with Image.open(photo) as opened:
+        image = ImageOps.exif_transpose(opened).convert("RGBA")
+    image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+    # Pasting into a new image leaves the metadata behind, and shows white where the photograph is transparent.
+    clean = Image.new("RGB", image.size, "white")
+    clean.paste(image, mask=image)
+    return clean
+
+
+def _paste_cover(picture: Image.Image, photo: Path, box: tuple[int, int, int, int]) -> None:
+    from PIL import ImageOps
+
+    x, y, width, height = box
+    # Cropped from below rather than from above, where heads are.
+    picture.paste(ImageOps.fit(_thumbnail(photo), (width, height), centering=(0.5, 0.1)), (x, y))
+
+
+def _font(size: int, *, bold: bool = False):
+    """DejaVu Sans, which matplotlib brings along: the check marks are in it, and so are most alphabets."""
+    from matplotlib.font_manager import FontProperties, findfont
+    from PIL import ImageFont
+
+    return ImageFont.truetype(findfont(FontProperties("DejaVu Sans", weight="bold" if bold else "normal")), size)
+
+
+def _wrapped(text: str, font, width: int, max_lines: int) -> list[str]:
+    """`text` in lines no wider than `width`; a longer word is broken, and what does not fit ends in an ellipsis."""
+    lines = []
+    for paragraph in text.splitlines():
+        line = ""
+        for word in paragraph.split():
+            if line and font.getlength(f"{line} {word}") <= width:
+                line += f" {word}"
+                continue
+            lines.append(line)
+            line = word
+            while font.getlength(line) > width:
+                num_fitting = max(1, sum(font.getlength(line[: n + 1]) <= width for n in range(len(line))))
+                lines.append(line[:num_fitting])
+                line = line[num_fitting:]
+        lines.append(line)
+    lines = list(filter(None, lines))
+    if len(lines) <= max_lines:
+        return lines
+    last = lines[max_lines - 1]
+    while last and font.getlength(last + "\u2026") > width:
+        last = last[:-1]
+    return [*lines[: max_lines - 1], last.rstrip() + "\u2026"]
+
+
+def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Nobody ever reads half a file: it is written beside its place and moved there whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+INK, MUTED, RULE, GOOD, BAD = "#1f2328", "#6b7280", "#e5e7eb", "#15803d", "#b91c1c"
+
+# The policy forbids every request, so that even a mistake in escaping could not call out.
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{title}</title><style>{style}</style></head>
+<body><main>
+{body}
+</main></body></html>
+"""
+
+STYLE = """
+:root{color-scheme:light dark;--ink:#1f2328;--muted:#5b6470;--paper:#f6f7f9;--card:#fff;--rule:#dfe3e8;
+--good:#15803d;--good-card:#ecfdf3;--bad:#b91c1c;--bad-card:#fef2f2;--accent:#2563eb}
+@media(prefers-color-scheme:dark){:root{--ink:#e6e8eb;--muted:#9aa4b0;--paper:#111418;--card:#1a1f25;--rule:#313842;
+--good:#4ade80;--good-card:#12291b;--bad:#fca5a5;--bad-card:#331a1c;--accent:#7aa7ff}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif}
+main{max-width:1060px;margin:0 auto;padding:24px 16px 48px}section{display:flow-root}
+h1{font-size:1.75rem;line-height:1.2;margin:0 0 12px}h2{font-size:1.2rem;margin:36px 0 12px}
+h3{font-size:1.05rem;margin:0 0 12px}h4{font-size:.85rem;margin:0 0 2px;color:var(--muted);font-weight:600}
+p{margin:0}header p:last-child{max-width:46em;color:var(--muted)}
+.verdict{font-size:1.15rem;font-weight:600;margin:0 0 12px}
+.verdict small{color:var(--muted);font-weight:400;font-size:.9rem;margin-left:12px;white-space:nowrap}
+article,pre{background:var(--card);border:1px solid var(--rule);border-radius:12px;padding:16px}
+article{display:flex;gap:24px;margin:0 0 16px}
+article>img{width:240px;height:auto;align-self:flex-start;border-radius:8px;flex:none}article>div{flex:1;min-width:0}
+.answers{display:grid;grid-template-columns:1fr 1fr;gap:12px;margin:0 0 12px}
+.answers>div{border-radius:8px;padding:10px 12px;border:1px solid var(--rule);min-width:0}
+.before p{color:var(--muted)}.good{color:var(--good)}.bad{color:var(--bad)}
+.after.good{background:var(--good-card);border-color:var(--good);color:var(--ink)}
+.after.bad{background:var(--bad-card);border-color:var(--bad);color:var(--ink)}.after span{float:right}
+.after.good span{color:var(--good)}.after.bad span{color:var(--bad)}.expected{padding:0 13px}
+article p{white-space:pre-wrap;overflow-wrap:anywhere}
+pre{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;font:.9rem/1.5 ui-monospace,Menlo,Consolas,monospace}
+code{font:inherit;user-select:all}.wide{overflow-x:auto}
+table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
+th,td{padding:8px 14px 8px 0;border-bottom:1px solid var(--rule);text-align:right;white-space:nowrap}
+th{color:var(--muted);font-size:.85rem;font-weight:600}th:first-child,td:first-child{text-align:left}
+th:last-child,td:last-child{padding-right:0}
+dl{margin:0;display:grid;grid-template-columns:repeat(auto-fill,minmax(230px,1fr));gap:12px 24px}
+dt{color:var(--muted);font-size:.85rem;font-weight:600}dd{margin:0;overflow-wrap:anywhere}
+@media(max-width:720px){article{flex-direction:column;gap:12px}article>img{width:100%;max-width:320px}
+.answers{grid-template-columns:1fr}}
+"""
