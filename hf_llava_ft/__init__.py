@@ -1,6 +1,12 @@
 """Fine-tune LLaVA with transformers, PEFT, accelerate and datasets.
 
-Importing the package registers `LlavaConfig`, `LlavaForCausalLM` and the processor with transformers' Auto classes.
+Importing the package registers `LlavaConfig`, `LlavaForCausalLM` and `LlavaProcessor` with transformers' Auto classes:
+
+    import hf_llava_ft
+    from transformers import AutoModelForCausalLM, AutoProcessor
+
+    model = AutoModelForCausalLM.from_pretrained("liuhaotian/llava-v1.5-7b")
+    processor = AutoProcessor.from_pretrained("liuhaotian/llava-v1.5-7b")
 """
 
 import sys
@@ -14,3 +20,35 @@ __version__ = "0.1.0"
 _checkout = Path(__file__).resolve().parent.parent
 if (_checkout / "pyproject.toml").is_file() and (_checkout / "modeling" / "__init__.py").is_file():
     __path__.append(str(_checkout))
+
+# Public names, and the modules that are imported when one of them is first used.
+_PUBLIC = {
+    "LlavaConfig": "modeling.configuration_llava",
+    "LlavaForCausalLM": "modeling.modeling_llava",
+    "LlavaProcessor": "processing.processing_llava",
+    "LlavaTrainer": "trainer",
+    "LlavaTrainingArguments": "arguments",
+    "LlavaCollator": "data.collator",
+    "LlavaConversations": "data.builder",
+    "UserError": "errors",
+    "load_llava_json": "data.builder",
+    "load_model": "checkpoints",
+    "load_processor": "checkpoints",
+    "compose": "compose",
+    "merge_adapter": "merge",
+}
+
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+
+
+# The command line registers in the command that needs it: `llava-ft --help` must not take the seconds torch takes to import.
+if Path(sys.argv[0] if sys.argv else "").stem != "llava-ft":
+    from hf_llava_ft.registration import register
+
+    register()

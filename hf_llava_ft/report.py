@@ -167,13 +167,14 @@ def _loss_sentence(losses: list[float]) -> str:
 
 
 def _trained_table(trained: list[tuple[str, int, int, str]]) -> str:
-    rows = "".join(
-        f"<tr><td>{escape(part)}</td><td>{num_trainable:,}</td><td>{num_all:,}</td>"
-        f"<td>{100 * num_trainable / num_all if num_all else 0:.3g}%</td><td>{escape(learning_rate)}</td></tr>"
-        for part, num_trainable, num_all, learning_rate in trained
-    )
-    head = "<tr><th>part</th><th>trainable</th><th>all parameters</th><th>share</th><th>learning rate</th></tr>"
-    return f'<div class="wide"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
+    names = ("part", "trainable", "all parameters", "share", "learning rate")
+    rows = ["".join(f"<th>{name}</th>" for name in names)]
+    for part, num_trainable, num_all, learning_rate in trained:
+        share = f"{100 * num_trainable / num_all if num_all else 0:.3g}%"
+        cells = zip(names, (part, f"{num_trainable:,}", f"{num_all:,}", share, learning_rate), strict=True)
+        # On a narrow screen the columns become lines, and each line shows its own name.
+        rows.append("".join(f'<td data-name="{name}">{escape(cell)}</td>' for name, cell in cells))
+    return f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
 
 
 def _facts_list(facts: list[tuple[str, str]]) -> str:
@@ -207,26 +208,28 @@ def _font(size: int, *, bold: bool = False):
     from matplotlib.font_manager import FontProperties, findfont
     from PIL import ImageFont
 
-    return ImageFont.truetype(findfont(FontProperties("DejaVu Sans", weight="bold" if bold else "normal")), size)
+    return ImageFont.truetype(
+        findfont(FontProperties(family="DejaVu Sans", weight="bold" if bold else "normal")), size
+    )
 
 
 def _wrapped(text: str, font, width: int, max_lines: int) -> list[str]:
     """`text` in lines no wider than `width`; a longer word is broken, and what does not fit ends in an ellipsis."""
     lines = []
-    for paragraph in text.splitlines():
+    for paragraph in filter(str.strip, text.splitlines()):
         line = ""
         for word in paragraph.split():
             if line and font.getlength(f"{line} {word}") <= width:
                 line += f" {word}"
                 continue
-            lines.append(line)
+            lines += [line] if line else []
             line = word
-            while font.getlength(line) > width:
-                num_fitting = max(1, sum(font.getlength(line[: n + 1]) <= width for n in range(len(line))))
+            # Only as far as it can be seen: an untrained model may well answer with one word of 10,000 letters.
+            while len(lines) <= max_lines and font.getlength(line) > width:
+                num_fitting = next(n for n in range(1, len(line)) if font.getlength(line[: n + 1]) > width)
                 lines.append(line[:num_fitting])
                 line = line[num_fitting:]
         lines.append(line)
-    lines = list(filter(None, lines))
     if len(lines) <= max_lines:
         return lines
     last = lines[max_lines - 1]
@@ -281,15 +284,16 @@ article>img{width:240px;height:auto;align-self:flex-start;border-radius:8px;flex
 .after.good{background:var(--good-card);border-color:var(--good);color:var(--ink)}
 .after.bad{background:var(--bad-card);border-color:var(--bad);color:var(--ink)}.after span{float:right}
 .after.good span{color:var(--good)}.after.bad span{color:var(--bad)}.expected{padding:0 13px}
-article p{white-space:pre-wrap;overflow-wrap:anywhere}
 pre{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;font:.9rem/1.5 ui-monospace,Menlo,Consolas,monospace}
-code{font:inherit;user-select:all}.wide{overflow-x:auto}
+article p{white-space:pre-wrap;overflow-wrap:anywhere}code{font:inherit;user-select:all}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-th,td{padding:8px 14px 8px 0;border-bottom:1px solid var(--rule);text-align:right;white-space:nowrap}
+th,td{padding:8px 14px 8px 0;border-bottom:1px solid var(--rule);text-align:right}
 th{color:var(--muted);font-size:.85rem;font-weight:600}th:first-child,td:first-child{text-align:left}
 th:last-child,td:last-child{padding-right:0}
 dl{margin:0;display:grid;grid-template-columns:repeat(auto-fill,minmax(230px,1fr));gap:12px 24px}
 dt{color:var(--muted);font-size:.85rem;font-weight:600}dd{margin:0;overflow-wrap:anywhere}
 @media(max-width:720px){article{flex-direction:column;gap:12px}article>img{width:100%;max-width:320px}
-.answers{grid-template-columns:1fr}}
+.answers{grid-template-columns:1fr}tr:first-child{display:none}tr{display:block;padding:0 0 12px}
+td{display:flex;justify-content:space-between;padding:4px 0}td:first-child{font-weight:600}
+td:nth-child(n+2)::before{content:attr(data-name);color:var(--muted)}}
 """

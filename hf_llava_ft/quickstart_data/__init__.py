@@ -1,1 +1,1 @@
-"""Five photographs and what is asked about them: the data of `llava-ft quickstart` and of the tests (rights: README.md)."""
+"""Five photographs and three questions about each: what `llava-ft quickstart` trains on (rights: README.md)."""

@@ -170,19 +170,39 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path, answers):
     assert (tmp_path / "out" / "report.html").read_text(encoding="utf-8") == before
 
 
+def test_no_answer_is_drawn_beyond_its_column_or_row(tmp_path, answers):
+    first = answers[0]
+    long_texts = ["w" * 10_000, "i " * 10_000, "\n" * 20 + "w" * 100, "w\n" * 100, ATTACK * 20]
+    path = tmp_path / "answers.png"
+    answers_picture([AnsweredPhoto(first.photo, "?", text, text, text) for text in long_texts], [], path)
+    with Image.open(path) as picture:
+        for left, right in ((250, 279), (620, 649), (990, 1019), (1361, 1400)):  # between and beside the columns
+            for top in range(128, 128 + 5 * 176, 176):
+                assert picture.crop((left, top + 3, right, top + 173)).getextrema() == ((255, 255),) * 3
+        for top in range(128, 128 + 5 * 176, 176):  # above and below the text of each row
+            assert picture.crop((280, top + 3, 1360, top + 12)).getextrema() == ((255, 255),) * 3
+            assert picture.crop((280, top + 166, 1360, top + 175)).getextrema() == ((255, 255),) * 3
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path, answers):
+    (tmp_path / "taken").mkdir()  # a folder where the file should go
+    with pytest.raises(OSError):
+        answers_picture(answers, LOSSES, tmp_path / "taken")
+    assert sorted(os.listdir(tmp_path)) == ["secret_folder", "taken"]
+
+
 def test_the_answers_picture_opens_and_grows_with_the_answers(tmp_path, answers):
     path = tmp_path / "answers.png"
     heights = []
-    for some in (answers[:1], with_after(answers, "w" * 2000)):
+    for some in (answers[:1], with_after(answers, "w" * 10_000)):
         answers_picture(some, LOSSES, path)
         with Image.open(path) as picture:
             picture.load()
             assert picture.format == "PNG" and picture.width == 1400
             heights.append(picture.height)
+            # The first photograph is in the first row, on the left.
+            assert picture.getpixel((140, 216)) == pytest.approx(COLORS["red"], abs=6)
     assert heights[0] < heights[1]
-    # The photographs are in it: the middle of the first one has its colour.
-    with Image.open(path) as picture:
-        assert COLORS["red"] in picture.convert("RGB").crop((0, 0, 250, 400)).getdata()
 
 
 @pytest.mark.parametrize(

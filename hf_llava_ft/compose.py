@@ -1,0 +1,133 @@
+"""A new LLaVA from a vision tower and a language model: what stage 1 of LLaVA starts from (arXiv 2304.08485, section 4.2)."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel, set_seed
+
+from hf_llava_ft.artifact import staged_folder
+from hf_llava_ft.errors import UserError
+from hf_llava_ft.modeling.configuration_llava import LlavaConfig
+from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
+from hf_llava_ft.processing.processing_llava import LlavaProcessor
+from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
+
+VISION_KINDS = ("clip_vision_model", "siglip_vision_model")
+
+
+def compose(
+    vision: str,
+    language: str,
+    output_dir: str | Path,
+    *,
+    version: str | None = None,
+    projector_type: str = "mlp2x_gelu",
+    vision_feature_layer: int = -2,
+    image_aspect_ratio: str = "pad",
+    dtype: str = "auto",
+    seed: int = 42,
+) -> Path:
+    """
+    Writes a LLaVA made of the tower at `vision`, the language model at `language` and a fresh projector.
+
+    Args:
+        vision (`str`): folder or Hub id of a CLIP or SigLIP model.
+        language (`str`): folder or Hub id of a decoder language model.
+        version (`str`, *optional*): chat template; by default the tokenizer's own, or what suits it.
+        projector_type (`str`): see `LlavaConfig`.
+        vision_feature_layer (`int`): the tower's hidden state that the projector reads.
+        seed (`int`): governs the fresh projector and the new embedding rows.
+
+    Returns:
+        `output_dir`.
+    """
+    tower_config = AutoConfig.from_pretrained(vision)
+    vision_config = getattr(tower_config, "vision_config", tower_config)
+    if vision_config.model_type not in VISION_KINDS:
+        raise UserError(f"{vision} is a {vision_config.model_type}, not a vision tower of the CLIP or SigLIP kind.")
+    tower = AutoModel.from_config(vision_config).from_pretrained(vision, dtype=dtype)
+    language_model = AutoModelForCausalLM.from_pretrained(language, dtype=dtype)
+    model, processor = compose_from_parts(
+        tower,
+        language_model,
+        load_tokenizer(language),
+        version=version,
+        projector_type=projector_type,
+        vision_feature_layer=vision_feature_layer,
+        image_aspect_ratio=image_aspect_ratio,
+        tower_name=vision,
+        seed=seed,
+    )
+    return save_composed(model, processor, output_dir)
+
+
+def compose_from_parts(
+    tower: PreTrainedModel,
+    language_model: PreTrainedModel,
+    tokenizer,
+    *,
+    version: str | None = None,
+    projector_type: str = "mlp2x_gelu",
+    vision_feature_layer: int = -2,
+    image_aspect_ratio: str = "pad",
+    tower_name: str | None = None,
+    seed: int = 42,
+) -> tuple[LlavaForCausalLM, LlavaProcessor]:
+    """As [`compose`], from loaded parts, whose weights are taken over without a copy."""
+    processor = LlavaProcessor.build(
+        tokenizer,
+        tower.config,
+        version=version,
+        image_aspect_ratio=image_aspect_ratio,
+        tower_name=tower_name,
+    )
+    set_seed(seed)
+    needed = max(len(processor.tokenizer), processor.image_token_id + 1)
+    if needed > language_model.get_input_embeddings().num_embeddings:
+        language_model.resize_token_embeddings(needed, pad_to_multiple_of=64)
+    text_config, vision_config = language_model.config, tower.config
+    for part in (text_config, vision_config):
+        part._name_or_path = ""  # a local path of this machine has no place in a saved file
+    text_config.pad_token_id = processor.tokenizer.pad_token_id
+    config = LlavaConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        projector_type=projector_type,
+        vision_feature_layer=vision_feature_layer,
+        vision_feature_select_strategy=processor.vision_feature_select_strategy,
+        image_aspect_ratio=image_aspect_ratio,
+        image_token_index=processor.image_token_id,
+        image_seq_length=processor.num_image_tokens,
+        tie_word_embeddings=text_config.tie_word_embeddings,
+    )
+    with torch.device("meta"):
+        model = LlavaForCausalLM(config)
+    projector = model.model.multi_modal_projector.to_empty(device="cpu").to(language_model.dtype)
+    for module in projector.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.reset_parameters()  # PyTorch's own, as in the original's builder
+    model.model.vision_tower = tower
+    model.model.language_model = language_model.get_decoder()
+    model.lm_head = language_model.get_output_embeddings()
+    model.generation_config = language_model.generation_config
+    model.generation_config.eos_token_id = _stop_ids(model, processor)
+    model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+    return model.eval(), processor
+
+
+def save_composed(model: LlavaForCausalLM, processor: LlavaProcessor, output_dir: str | Path) -> Path:
+    """Writes model and processor; the folder appears under its name when it is complete."""
+    with staged_folder(output_dir) as staged:
+        model.save_pretrained(staged)
+        processor.save_pretrained(staged)
+    return Path(output_dir)
+
+
+def _stop_ids(model: LlavaForCausalLM, processor: LlavaProcessor) -> list[int]:
+    """What generation stops on: what it stopped on before, and what the chat template ends an answer with."""
+    before = model.generation_config.eos_token_id
+    before = before if isinstance(before, list) else [before]
+    example = [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "a"}]
+    text, spans = processor.render(example)
+    last = processor.tokenizer(text[: spans[-1][1]], add_special_tokens=False).input_ids[-1]
+    return sorted({token for token in [*before, processor.tokenizer.eos_token_id, last] if token is not None})

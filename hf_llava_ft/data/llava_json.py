@@ -1,0 +1,294 @@
+"""Reading LLaVA JSON files and the images they name.
+
+A file is a JSON list of rows or one row per line (JSONL); its content decides, not its name. A BOM and CRLF are fine.
+
+What may surprise:
+* Rows are decoded one at a time from a small buffer. The released sets are gigabytes of JSON, and `json.load` of one needs
+  several times that in memory, in every process.
+* An image must lie inside the image folder once `..` and symbolic links are followed: a data set from elsewhere could name
+  any file of this computer otherwise. Absolute paths are refused even when they point inside, since they tie the file to it.
+* Decoding every image before training costs minutes on a large set, once; a truncated picture met in hour nine costs more.
+"""
+
+import json
+import os
+import re
+import stat
+import warnings
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Optional, TextIO
+
+from PIL import Image, UnidentifiedImageError
+
+from hf_llava_ft.data.schema import Row, count_words, json_type, parse_llava_row, row_place
+from hf_llava_ft.errors import UserError
+
+
+# A row longer than this is no conversation, and would have to fit in memory as a whole.
+MAX_ROW_CHARS = 64 * 2**20
+
+_CHUNK_CHARS = 2**20
+_WHITESPACE = re.compile(r"[ \t\n\r]*")
+# The decoder stops at most this far from the end when a number, a word or an escape (\ud83d\ude00) is cut by the buffer's end.
+_LONGEST_CUT = 16
+
+
+def iter_llava_json(path: str, images: "ImageFolder") -> Iterator[Row]:
+    """
+    The rows of a LLaVA JSON or JSONL file, checked, with image paths that exist.
+
+    Args:
+        path (`str`):
+            The file.
+        images (`ImageFolder`):
+            Where its image paths lead.
+
+    Yields:
+        `Row` of [`parse_llava_row`] with absolute `images`, and `num_words` ([`count_words`]) and `num_images` besides.
+
+    Raises:
+        `UserError`: at the first row that is wrong.
+    """
+    for number, value in iter_json_rows(path):
+        row = parse_llava_row(value, path, number)
+        if row["images"]:
+            place = row_place(path, number, value.get("id"))
+            row["images"] = [images.resolve(name, place) for name in row["images"]]
+        yield {**row, "num_words": count_words(value), "num_images": len(row["images"])}
+
+
+def iter_json_rows(path: str) -> Iterator[tuple[int, Any]]:
+    """
+    The raw rows of a JSON list or of JSONL, with their numbers from 1, whatever they hold.
+
+    Args:
+        path (`str`): a UTF-8 file.
+
+    Yields:
+        `(number, value)`.
+
+    Raises:
+        `UserError`: if the file can't be read, isn't JSON (with line and column), isn't a list of rows, or has none.
+    """
+    number = 0
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would block, and rows are read twice
+            raise UserError(f"{path} is not a file; give a LLaVA JSON or JSONL file.")
+        with open(path, encoding="utf-8-sig") as file:
+            for number, value in enumerate(_json_rows(_JsonStream(file, path)), start=1):
+                yield number, value
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} after row {number}); save it as UTF-8.") from None
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error.strerror or error}); check the path and its permissions.") from None
+    if not number:
+        raise UserError(f"{path} has no rows; write at least one conversation into it, as a JSON list or one row per line.")
+
+
+def _json_rows(stream: "_JsonStream") -> Iterator[Any]:
+    start = stream.peek()
+    if start == "[":
+        stream.skip()
+        if stream.peek() == "]":
+            stream.skip()
+        else:
+            while True:
+                yield stream.value()
+                separator = stream.peek()
+                if separator not in (",", "]"):
+                    raise stream.error("expected ',' or ']' after a row")
+                stream.skip()
+                if separator == "]":
+                    break
+        if stream.peek():
+            raise stream.error("there is text after the list's closing ']'")
+    elif start:
+        value = stream.value()
+        # One object is a one-row JSONL file only if it is a row.
+        if not isinstance(value, dict) or ("conversations" not in value and not stream.peek()):
+            raise UserError(
+                f"{stream.name}: the top level is {json_type(value)}, not a list of rows; "
+                'write [{"id": ..., "conversations": [...]}, ...], or one such row per line.'
+            )
+        yield value
+        while stream.peek():
+            yield stream.value()
+
+
+class _JsonStream:
+    """JSON values read one after another from a file, through a buffer that holds little more than one of them."""
+
+    def __init__(self, file: TextIO, name: str):
+        self.name = name
+        self._file = file
+        self._decode = json.JSONDecoder().raw_decode
+        self._text, self._position, self._ended = "", 0, False
+        self._line, self._column = 1, 1  # of the first character of _text
+
+    def peek(self) -> str:
+        """The next character that is not white space, not consumed; "" at the end."""
+        while True:
+            self._position = _WHITESPACE.match(self._text, self._position).end()
+            if self._position < len(self._text):
+                return self._text[self._position]
+            if self._ended:
+                return ""
+            self._read_more()
+
+    def skip(self) -> None:
+        """Consume the character that `peek` gave."""
+        self._position += 1
+
+    def value(self) -> Any:
+        """Consume the next JSON value."""
+        self.peek()
+        while True:
+            try:
+                value, self._position = self._decode(self._text, self._position)
+                return value
+            except json.JSONDecodeError as error:
+                cut = error.msg.startswith("Unterminated string") or error.pos >= len(self._text) - _LONGEST_CUT
+                if self._ended or not cut:
+                    raise self.error(error.msg, error.pos) from None
+            except RecursionError:
+                raise self.error("brackets are nested too deeply") from None
+            except ValueError:  # int() refuses numbers of more than 4300 digits
+                raise self.error("a number in this row is too long") from None
+            if len(self._text) - self._position > MAX_ROW_CHARS:
+                raise self.error(f"a row is longer than {MAX_ROW_CHARS} characters")
+            self._read_more()
+
+    def error(self, message: str, position: Optional[int] = None) -> UserError:
+        """The error for `position` in the buffer, by default the current one."""
+        line, column = self._place(self._position if position is None else position)
+        return UserError(
+            f"{self.name}: not valid JSON at line {line}, column {column} ({message[:1].lower()}{message[1:]}); correct it there."
+        )
+
+    def _place(self, position: int) -> tuple[int, int]:
+        newlines = self._text.count("\n", 0, position)
+        if newlines:
+            return self._line + newlines, position - self._text.rfind("\n", 0, position)
+        return self._line, self._column + position
+
+    def _read_more(self) -> None:
+        self._line, self._column = self._place(self._position)
+        rest = self._text[self._position :]
+        # At least doubling keeps the work for one long row proportional to its length.
+        more = self._file.read(max(_CHUNK_CHARS, len(rest)))
+        self._text, self._position, self._ended = rest + more, 0, not more
+
+
+class ImageFolder:
+    """
+    The folder that image paths of a data file are relative to.
+
+    Args:
+        folder (`str`, *optional*): None if the data has no images.
+
+    Raises:
+        `UserError`: if it is given and is no folder.
+    """
+
+    def __init__(self, folder: Optional[str]):
+        if folder is not None and not os.path.isdir(folder):
+            raise UserError(f"{folder} is not a folder; give the image folder that the data's image paths are relative to.")
+        self.folder = folder
+        self.real_path = None if folder is None else os.path.realpath(folder)
+        # Files share few directories: resolving these once leaves one lstat per file.
+        self._real_directories: dict[str, str] = {}
+
+    def resolve(self, name: str, place: str) -> str:
+        """
+        The real path of image `name`.
+
+        Args:
+            name (`str`): as the row has it.
+            place (`str`): the row, for messages.
+
+        Returns:
+            `str`: absolute, free of links.
+
+        Raises:
+            `UserError`: if there is no such file, or it lies outside the folder.
+        """
+        image = f"{place}: image {name!r}"
+        if "://" in name or name.startswith("data:"):
+            raise UserError(f"{image} is an address; download the image into the image folder and write its path there.")
+        if self.folder is None:
+            raise UserError(f"{image} has no folder to be looked up in; give the image folder.")
+        if os.path.isabs(name):
+            raise UserError(f"{image} is an absolute path; write it relative to the image folder {self.folder}.")
+        try:
+            directory, base = os.path.split(os.path.join(self.real_path, name))
+            if directory not in self._real_directories:
+                self._real_directories[directory] = os.path.realpath(directory)
+            path = os.path.join(self._real_directories[directory], base)
+            if base == ".." or os.path.islink(path):
+                path = os.path.realpath(path)
+            # Before any look at the file itself: whether something outside exists is nobody's business.
+            if os.path.commonpath([path, self.real_path]) != self.real_path:
+                raise UserError(
+                    f"{image} leaves the image folder {self.folder} (through '..' or a link); "
+                    "copy the file into it, or give the folder that holds all images."
+                )
+            mode = os.stat(path).st_mode
+        except FileNotFoundError:
+            raise UserError(f"{image} is missing from {self.folder}; add the file or remove the row.") from None
+        except OSError as error:
+            raise UserError(f"{image} can't be opened ({error.strerror or error}); check the path in {self.folder}.") from None
+        if not stat.S_ISREG(mode):
+            raise UserError(f"{image} is not a file; give the path of a picture in {self.folder}.")
+        return path
+
+
+def unreadable_images(paths: Iterable[str]) -> dict[str, str]:
+    """
+    Decode every distinct image completely and keep those that fail, in a thread pool behind a progress bar.
+
+    A picture of more than `PIL.Image.MAX_IMAGE_PIXELS` pixels counts as unreadable: a few kilobytes can unpack to gigabytes.
+
+    Args:
+        paths (`Iterable[str]`): image files; repeated ones are decoded once.
+
+    Returns:
+        `dict[str, str]`: path -> reason, in the order given; empty when all is well.
+    """
+    from datasets.utils import tqdm  # the bar that datasets' disable_progress_bars() silences
+
+    paths = list(dict.fromkeys(paths))
+    # One future per path would hold a kilobyte for each of 340,000 images.
+    groups = [paths[start : start + 32] for start in range(0, len(paths), 32)]
+    num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    unreadable = {}
+    with (
+        warnings.catch_warnings(),
+        ThreadPoolExecutor(num_threads) as pool,
+        tqdm(total=len(paths), desc="Checking images", unit=" images") as bar,
+    ):
+        warnings.simplefilter("ignore")  # what Pillow only warns of, _decode_failure reports or the picture survives
+        for group, reasons in zip(groups, pool.map(lambda group: [_decode_failure(path) for path in group], groups)):
+            unreadable.update((path, reason) for path, reason in zip(group, reasons) if reason is not None)
+            bar.update(len(group))
+    return unreadable
+
+
+def _decode_failure(path: str) -> Optional[str]:
+    """Why Pillow can't decode the image, or None."""
+    limit = Image.MAX_IMAGE_PIXELS
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            if limit is not None and width * height > limit:
+                return f"{width} x {height} pixels are more than the {limit} that are safe to decode"
+            image.load()
+    except UnidentifiedImageError:
+        return "no image format that Pillow knows" if os.path.getsize(path) else "the file is empty"
+    except Image.DecompressionBombError:
+        return f"more than the {limit} pixels that are safe to decode"
+    # OSError and SyntaxError are usual, but a damaged header may surface as nearly anything (struct.error, ValueError,
+    # KeyError, zlib.error, MemoryError), and each means the same to the user.
+    except Exception as error:
+        return " ".join(str(error).split()) or type(error).__name__
+    return None

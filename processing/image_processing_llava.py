@@ -1,0 +1,58 @@
+"""The image processor of a LLaVA: that of its vision tower, with the original's two ways of making a picture square.
+
+Nothing is computed here: transformers' own `LlavaImageProcessor` does it, with `do_pad` for `pad`. Always its PIL backend where
+we build one: it is bit-equal to the original, while the torchvision backend differs by one level of 255 in places.
+"""
+
+from transformers import AutoImageProcessor, SiglipImageProcessorPil
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+# The resolution and colours a tower was trained with, where it comes without a preprocessor_config.json.
+_DEFAULTS = {"clip_vision_model": CLIPImageProcessorPil, "siglip_vision_model": SiglipImageProcessorPil}
+
+
+def build_image_processor(vision_config, image_aspect_ratio: str = "square", tower_name: str | None = None):
+    """
+    Args:
+        vision_config: configuration of a CLIP or SigLIP tower; gives the resolution.
+        image_aspect_ratio (`"square"` or `"pad"`): resize and centre-crop, or pad to a square with the mean colour first.
+            Source: haotian-liu/LLaVA, `process_images` and `expand2square`.
+        tower_name (`str`, *optional*): folder or Hub id whose preprocessor_config.json gives colours and resampling.
+
+    Raises:
+        ValueError: for a tower kind without known colours, or an unknown aspect ratio rule.
+    """
+    if image_aspect_ratio not in ("square", "pad"):
+        raise ValueError(f"unknown image_aspect_ratio {image_aspect_ratio!r}: use 'square' or 'pad'.")
+    tower = _tower_processor(vision_config, tower_name)
+    edge = vision_config.image_size
+    crops = bool(getattr(tower, "do_center_crop", False))
+    return LlavaImageProcessorPil(
+        do_pad=image_aspect_ratio == "pad",
+        do_resize=True,
+        size={"shortest_edge": edge} if crops else {"height": edge, "width": edge},
+        resample=tower.resample,
+        do_center_crop=crops,
+        crop_size={"height": edge, "width": edge},
+        do_rescale=True,
+        rescale_factor=tower.rescale_factor,
+        do_normalize=True,
+        image_mean=list(tower.image_mean),
+        image_std=list(tower.image_std),
+        do_convert_rgb=True,
+    )
+
+
+def _tower_processor(vision_config, tower_name):
+    if tower_name is not None:
+        try:
+            return AutoImageProcessor.from_pretrained(tower_name, backend="pil")
+        except OSError:
+            pass  # a tower folder may hold no preprocessor_config.json: its kind then tells
+    if vision_config.model_type not in _DEFAULTS:
+        raise ValueError(
+            f"a vision tower of type {vision_config.model_type!r} needs a preprocessor_config.json beside its weights; "
+            f"only {' and '.join(_DEFAULTS)} have a known default."
+        )
+    return _DEFAULTS[vision_config.model_type]()
