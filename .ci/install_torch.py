@@ -1,7 +1,7 @@
 """Installs PyTorch into the environment of the Python that runs this file; one that is there already is kept.
 
 On Linux the package index serves PyTorch with several gigabytes of CUDA libraries. They are wanted where there is an
-NVIDIA GPU; elsewhere the CPU build serves. It is looked for where pip is configured to look, then at PyTorch's own index.
+NVIDIA GPU. Elsewhere the CPU build serves: it is looked for where pip is configured to, then at PyTorch's own index.
 """
 
 import importlib.metadata

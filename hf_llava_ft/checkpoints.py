@@ -10,6 +10,7 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoConfig
 from transformers.utils import cached_file
 
+from hf_llava_ft.embeddings import grow_embeddings
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.modeling.configuration_llava import LlavaConfig
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
@@ -140,13 +141,9 @@ def load_model(
 
 def fit_to_processor(model: LlavaForCausalLM, processor: LlavaProcessor) -> None:
     """Gives the model the processor's image token, with an embedding row, so that a native export can embed it."""
-    config = model.config
-    config.image_token_id = processor.image_token_id
+    model.config.image_token_id = processor.image_token_id
     # All tokens that were added, not only the image: a padding token may come after it.
-    needed = max(len(processor.tokenizer), processor.image_token_id + 1)
-    if needed > config.text_config.vocab_size:
-        # A multiple of 64 as llava-hf has it, which suits tensor cores. The rows are never supervised: no need for means.
-        model.resize_token_embeddings(needed, pad_to_multiple_of=64, mean_resizing=False)
+    grow_embeddings(model, max(len(processor.tokenizer), processor.image_token_id + 1))
 
 
 def check_attention(attn_implementation: str) -> None:

@@ -6,6 +6,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel, set_seed
 
 from hf_llava_ft.artifact import staged_folder
+from hf_llava_ft.embeddings import grow_embeddings
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.modeling.configuration_llava import LlavaConfig
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
@@ -82,9 +83,7 @@ def compose_from_parts(
         tower_name=tower_name,
     )
     set_seed(seed)
-    needed = max(len(processor.tokenizer), processor.image_token_id + 1)
-    if needed > language_model.get_input_embeddings().num_embeddings:
-        language_model.resize_token_embeddings(needed, pad_to_multiple_of=64)
+    grow_embeddings(language_model, max(len(processor.tokenizer), processor.image_token_id + 1))
     text_config, vision_config = language_model.config, tower.config
     for part in (text_config, vision_config):
         part._name_or_path = ""  # a local path of this machine has no place in a saved file

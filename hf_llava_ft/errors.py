@@ -1,4 +1,10 @@
-"""The one exception that means "the input is wrong", as opposed to "the program is"."""
+"""The one exception that means "the input is wrong", as opposed to "the program is", and how it is told."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+EXIT_CODE_BAD_INPUT = 2
 
 
 class UserError(ValueError):
@@ -6,3 +12,18 @@ class UserError(ValueError):
 
     The command line prints the sentence and exits with code 2; from Python it is an ordinary `ValueError`.
     """
+
+    @property
+    def sentence(self) -> str:
+        """The message; without the traceback that a DataLoader worker puts around it."""
+        return str(self).rsplit(f"{type(self).__name__}: ", 1)[-1].strip()
+
+
+@contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Turns a `UserError` inside the block into its sentence on stderr and exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error.sentence}", file=sys.stderr)
+        sys.exit(EXIT_CODE_BAD_INPUT)

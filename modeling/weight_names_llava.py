@@ -5,6 +5,8 @@ The patterns are regular expressions on the name in the file; transformers appli
 writing. Names are translated here and nowhere else.
 """
 
+import re
+
 from transformers.core_model_loading import WeightRenaming
 
 # haotian-liu/LLaVA: one flat language model with the tower and the projector hung into it.
@@ -39,3 +41,12 @@ def reading_conversions() -> list[WeightRenaming]:
 def native_conversions() -> list[WeightRenaming]:
     """Renamings whose reversal writes the layout of llava-hf."""
     return [WeightRenaming(source, target) for source, target in NATIVE_NAMES]
+
+
+def name_in_memory(name: str) -> str:
+    """The name in memory of a weight of the native layout; other names come back unchanged."""
+    for source, target in NATIVE_NAMES:
+        renamed, count = re.subn(source, target, name)
+        if count:
+            return renamed
+    return name

@@ -3,11 +3,13 @@
 A file is a JSON list of rows or one row per line (JSONL); its content decides, not its name. A BOM and CRLF are fine.
 
 What may surprise:
-* Rows are decoded one at a time from a small buffer. The released sets are gigabytes of JSON, and `json.load` of one needs
-  several times that in memory, in every process.
-* An image must lie inside the image folder once `..` and symbolic links are followed: a data set from elsewhere could name
-  any file of this computer otherwise. Absolute paths are refused even when they point inside, since they tie the file to it.
-* Decoding every image before training costs minutes on a large set, once; a truncated picture met in hour nine costs more.
+* Rows are decoded one at a time from a small buffer. The released sets are up to gigabytes of JSON, and `json.load`
+  needs several times that in memory, in every process.
+* An image must lie inside the image folder once `..` and symbolic links are followed: a data set from elsewhere could
+  name any file of this computer otherwise. Absolute paths are refused even when they point inside, since they tie the
+  data to one computer.
+* Decoding every image before training costs minutes on a large set, once. Meeting a truncated one in hour nine costs
+  more.
 """
 
 import json
@@ -17,20 +19,19 @@ import stat
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Optional, TextIO
+from typing import Any, TextIO
 
 from PIL import Image, UnidentifiedImageError
 
 from hf_llava_ft.data.schema import Row, count_words, json_type, parse_llava_row, row_place
 from hf_llava_ft.errors import UserError
 
-
 # A row longer than this is no conversation, and would have to fit in memory as a whole.
 MAX_ROW_CHARS = 64 * 2**20
 
 _CHUNK_CHARS = 2**20
 _WHITESPACE = re.compile(r"[ \t\n\r]*")
-# The decoder stops at most this far from the end when a number, a word or an escape (\ud83d\ude00) is cut by the buffer's end.
+# Where a number, a word or an escape (\ud83d\ude00) is cut by the buffer's end, the decoder stops this near to it.
 _LONGEST_CUT = 16
 
 
@@ -45,7 +46,7 @@ def iter_llava_json(path: str, images: "ImageFolder") -> Iterator[Row]:
             Where its image paths lead.
 
     Yields:
-        `Row` of [`parse_llava_row`] with absolute `images`, and `num_words` ([`count_words`]) and `num_images` besides.
+        [`parse_llava_row`]'s `Row` with absolute `images`; besides, `num_words` ([`count_words`]) and `num_images`.
 
     Raises:
         `UserError`: at the first row that is wrong.
@@ -81,9 +82,9 @@ def iter_json_rows(path: str) -> Iterator[tuple[int, Any]]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason} after row {number}); save it as UTF-8.") from None
     except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror or error}); check the path and its permissions.") from None
+        raise UserError(f"{path} can't be read ({error.strerror or error}); check the path.") from None
     if not number:
-        raise UserError(f"{path} has no rows; write at least one conversation into it, as a JSON list or one row per line.")
+        raise UserError(f"{path} has no rows; write at least one conversation into it, [{{...}}] or one per line.")
 
 
 def _json_rows(stream: "_JsonStream") -> Iterator[Any]:
@@ -159,12 +160,11 @@ class _JsonStream:
                 raise self.error(f"a row is longer than {MAX_ROW_CHARS} characters")
             self._read_more()
 
-    def error(self, message: str, position: Optional[int] = None) -> UserError:
+    def error(self, message: str, position: int | None = None) -> UserError:
         """The error for `position` in the buffer, by default the current one."""
         line, column = self._place(self._position if position is None else position)
-        return UserError(
-            f"{self.name}: not valid JSON at line {line}, column {column} ({message[:1].lower()}{message[1:]}); correct it there."
-        )
+        reason = message[:1].lower() + message[1:]
+        return UserError(f"{self.name}: not valid JSON at line {line}, column {column} ({reason}); correct it there.")
 
     def _place(self, position: int) -> tuple[int, int]:
         newlines = self._text.count("\n", 0, position)
@@ -191,9 +191,9 @@ class ImageFolder:
         `UserError`: if it is given and is no folder.
     """
 
-    def __init__(self, folder: Optional[str]):
+    def __init__(self, folder: str | None):
         if folder is not None and not os.path.isdir(folder):
-            raise UserError(f"{folder} is not a folder; give the image folder that the data's image paths are relative to.")
+            raise UserError(f"{folder} is not a folder; give the one that the data's image paths are relative to.")
         self.folder = folder
         self.real_path = None if folder is None else os.path.realpath(folder)
         # Files share few directories: resolving these once leaves one lstat per file.
@@ -215,7 +215,7 @@ class ImageFolder:
         """
         image = f"{place}: image {name!r}"
         if "://" in name or name.startswith("data:"):
-            raise UserError(f"{image} is an address; download the image into the image folder and write its path there.")
+            raise UserError(f"{image} is an address; download the file into the image folder and write its path.")
         if self.folder is None:
             raise UserError(f"{image} has no folder to be looked up in; give the image folder.")
         if os.path.isabs(name):
@@ -237,7 +237,7 @@ class ImageFolder:
         except FileNotFoundError:
             raise UserError(f"{image} is missing from {self.folder}; add the file or remove the row.") from None
         except OSError as error:
-            raise UserError(f"{image} can't be opened ({error.strerror or error}); check the path in {self.folder}.") from None
+            raise UserError(f"{image} can't be opened in {self.folder} ({error.strerror}); check it.") from None
         if not stat.S_ISREG(mode):
             raise UserError(f"{image} is not a file; give the path of a picture in {self.folder}.")
         return path
@@ -247,7 +247,7 @@ def unreadable_images(paths: Iterable[str]) -> dict[str, str]:
     """
     Decode every distinct image completely and keep those that fail, in a thread pool behind a progress bar.
 
-    A picture of more than `PIL.Image.MAX_IMAGE_PIXELS` pixels counts as unreadable: a few kilobytes can unpack to gigabytes.
+    A picture of more than `PIL.Image.MAX_IMAGE_PIXELS` pixels counts as unreadable: kilobytes can unpack to gigabytes.
 
     Args:
         paths (`Iterable[str]`): image files; repeated ones are decoded once.
@@ -268,13 +268,13 @@ def unreadable_images(paths: Iterable[str]) -> dict[str, str]:
         tqdm(total=len(paths), desc="Checking images", unit=" images") as bar,
     ):
         warnings.simplefilter("ignore")  # what Pillow only warns of, _decode_failure reports or the picture survives
-        for group, reasons in zip(groups, pool.map(lambda group: [_decode_failure(path) for path in group], groups)):
-            unreadable.update((path, reason) for path, reason in zip(group, reasons) if reason is not None)
-            bar.update(len(group))
+        for failures in pool.map(lambda group: [(path, _decode_failure(path)) for path in group], groups):
+            unreadable.update((path, reason) for path, reason in failures if reason is not None)
+            bar.update(len(failures))
     return unreadable
 
 
-def _decode_failure(path: str) -> Optional[str]:
+def _decode_failure(path: str) -> str | None:
     """Why Pillow can't decode the image, or None."""
     limit = Image.MAX_IMAGE_PIXELS
     try:

@@ -1,35 +1,33 @@
 """The order in which rows are trained: rows of one kind (with image, text only) and of like length together.
 
-A step of W processes x B rows takes W*B rows of one kind, sorted by length and dealt so that the processes have about equally
-much to do. Two orders are here:
+A step of W processes x B rows takes W*B rows of one kind, sorted by length and dealt so that the processes have about
+equally much to do. Two orders are here:
 
-* ours, for training: a function of the lengths, the seed and the epoch and of nothing else, so that a resumed run continues the
-  same order and every process computes the same one;
-* the original LLaVA's, for comparison, to the last index (`original_rng=True`). Its inner shuffles draw from torch's global
-  generator, so its order depends on whatever used that before; and it puts one step of each kind, mixed, at the end of every
-  epoch, even when nothing was left over.
+* ours, for training: a function of the lengths, the seed and the epoch and of nothing else, so that a resumed run
+  continues the same order and every process computes the same one;
+* the original LLaVA's, for comparison, to the last index (`original_rng=True`). Its inner shuffles draw from torch's
+  global generator, so its order depends on whatever used that before; and it puts one step of each kind, mixed, at the
+  end of every epoch, even when nothing was left over.
 
 The original's convention for lengths holds throughout: positive for a row with images, negative for a text-only row.
 Legend: `M` steps, `S` rows per step = world_size * batch_size.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Optional, Union
 
 import numpy as np
 import torch
 
 from hf_llava_ft.errors import UserError
 
-
-Lengths = Union[Sequence[int], np.ndarray, torch.Tensor]
+Lengths = Sequence[int] | np.ndarray | torch.Tensor
 
 
 def modality_length_grouped_indices(
     lengths: Lengths,
     batch_size: int,
     world_size: int,
-    generator: Optional[torch.Generator] = None,
+    generator: torch.Generator | None = None,
     *,
     original_rng: bool = False,
     longest_first: bool = False,
@@ -37,9 +35,10 @@ def modality_length_grouped_indices(
     """
     One epoch's order of rows, each exactly once.
 
-    Every `world_size * batch_size` consecutive rows (a step) are of one kind, and the steps come in random order. What is left
-    of each kind, less than a step, goes to the end: whole batches of images, whole batches of text, then the remainder.
-    So at most one batch of an epoch, the last or the one before it, holds both kinds; only the last one can be short.
+    Every `world_size * batch_size` consecutive rows (a step) are of one kind, and the steps come in random order. What
+    is left of each kind, less than a step, goes to the end: whole batches of image rows, whole batches of text rows,
+    then the rest. So at most one batch of an epoch holds both kinds, the last or the one before it, and only the last
+    one can be short.
 
     Args:
         lengths (`int[N]`):
@@ -47,14 +46,14 @@ def modality_length_grouped_indices(
         batch_size (`int`):
             Rows per process and forward pass.
         world_size (`int`):
-            Number of processes times gradient accumulation steps, as the original counts it, so that a whole optimizer step is
-            of one kind.
+            Number of processes times gradient accumulation steps, as the original counts it, so that a whole optimizer
+            step is of one kind.
         generator (`torch.Generator`, *optional*):
             Source of all shuffles. None is torch's global generator.
         original_rng (`bool`, defaults to `False`):
             Return the original LLaVA's order instead (`get_modality_length_grouped_indices` in its llava_trainer.py).
         longest_first (`bool`, defaults to `False`):
-            Swap the step that holds the longest row to the front, so that a run that will not fit in memory fails at once.
+            Swap the step that holds the longest row to the front, so that a run too big for its memory fails at once.
 
     Returns:
         `list[int]` of N indices.
@@ -88,7 +87,7 @@ def modality_length_grouped_indices(
 
 
 def length_grouped_indices(
-    lengths: Lengths, batch_size: int, world_size: int, generator: Optional[torch.Generator] = None
+    lengths: Lengths, batch_size: int, world_size: int, generator: torch.Generator | None = None
 ) -> list[int]:
     """
     The original LLaVA's order by length alone (its `get_length_grouped_indices`), for rows of one kind.
@@ -108,21 +107,23 @@ def split_to_even_chunks(indices: Sequence[int], lengths: Lengths, num_chunks: i
     """
     Deal `indices` to `num_chunks` chunks of about equal total length (the original's function of the same name).
 
-    Each index goes to the lightest chunk that is not full yet, the first of equals. If `num_chunks` does not divide their
-    number, they are dealt in turn, lengths unseen.
+    Each index goes to the lightest chunk that is not full yet, the first of equals. If `num_chunks` does not divide
+    their number, they are dealt in turn, lengths unseen.
     """
     indices = np.asarray(indices, dtype=np.int64)
     if len(indices) % num_chunks:
         return [indices[chunk::num_chunks].tolist() for chunk in range(num_chunks)]
-    return _dealt_rows(indices[None], np.asarray(lengths, dtype=np.int64), num_chunks)[0].reshape(num_chunks, -1).tolist()
+    return (
+        _dealt_rows(indices[None], np.asarray(lengths, dtype=np.int64), num_chunks)[0].reshape(num_chunks, -1).tolist()
+    )
 
 
 class ModalityLengthSampler(torch.utils.data.Sampler[int]):
     """
     [`modality_length_grouped_indices`] as a sampler whose order depends on `seed + epoch` only.
 
-    No generator's state has to be saved or restored: to resume, set the epoch and skip the batches already seen. All processes
-    use the same sampler; accelerate deals its batches to them in turn.
+    No generator's state has to be saved or restored: to resume, set the epoch and skip the batches already seen. All
+    processes use the same sampler; accelerate deals its batches to them in turn.
 
     Args:
         lengths (`int[N]`): positive with images, negative for text only.
@@ -167,11 +168,13 @@ def _checked(lengths: Lengths, batch_size: int, world_size: int) -> np.ndarray:
     lengths = np.asarray(lengths, dtype=np.int64)
     zeros = np.flatnonzero(lengths == 0)
     if len(zeros):
-        raise UserError(f"row {zeros[0] + 1} has length 0; give it text or remove it, since its sign tells image rows from text.")
+        raise UserError(
+            f"row {zeros[0] + 1} has length 0; give it text or remove it, since its sign tells image rows from text."
+        )
     return lengths
 
 
-def _randperm(n: int, generator: Optional[torch.Generator]) -> np.ndarray:
+def _randperm(n: int, generator: torch.Generator | None) -> np.ndarray:
     return torch.randperm(n, generator=generator).numpy()
 
 
@@ -182,7 +185,7 @@ def _dealt(steps: np.ndarray, sizes: np.ndarray, world_size: int) -> np.ndarray:
 
 
 def _dealt_rows(steps: np.ndarray, sizes: np.ndarray, num_chunks: int) -> np.ndarray:
-    """`steps` (M, S) -> (M, S) whose S are `num_chunks` equal runs; all M steps advance together, one row at a time."""
+    """`steps` (M, S) -> (M, S) of `num_chunks` equal runs each; all M steps advance together, one row at a time."""
     num_steps, step_size = steps.shape
     chunk_size = step_size // num_chunks
     if num_chunks == 1 or chunk_size <= 1:  # nothing to choose: with one row each, chunks fill from first to last
@@ -201,7 +204,7 @@ def _dealt_rows(steps: np.ndarray, sizes: np.ndarray, num_chunks: int) -> np.nda
 
 
 def _original_length_order(
-    lengths: np.ndarray, batch_size: int, world_size: int, generator: Optional[torch.Generator]
+    lengths: np.ndarray, batch_size: int, world_size: int, generator: torch.Generator | None
 ) -> np.ndarray:
     step_size = batch_size * world_size
     order = _randperm(len(lengths), generator)
@@ -218,7 +221,7 @@ def _original_order(
     kinds: list[np.ndarray],
     batch_size: int,
     world_size: int,
-    generator: Optional[torch.Generator],
+    generator: torch.Generator | None,
 ) -> np.ndarray:
     if not all(len(kind) for kind in kinds):
         return _original_length_order(lengths, batch_size, world_size, generator)
@@ -227,7 +230,9 @@ def _original_order(
     for kind in kinds:
         # The global generator, and not the caller's: a slip of the original that its order depends on.
         order = kind[_original_length_order(np.abs(lengths[kind]), batch_size, world_size, None)]
-        num_in_steps = (len(order) - 1) // step_size * step_size  # its last step leaves the shuffle even when it is whole
+        num_in_steps = (
+            (len(order) - 1) // step_size * step_size
+        )  # its last step leaves the shuffle even when it is whole
         steps.append(order[:num_in_steps].reshape(-1, step_size))
         last.append(order[num_in_steps:])
     steps = np.concatenate(steps)

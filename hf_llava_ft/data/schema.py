@@ -3,27 +3,27 @@
 A row in memory is plain data, whatever file it came from:
 
     {"id": "cat-1",
-     "messages": [{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "\\nWhat is it?"}]},
-                  {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]}],
+     "messages": [
+         {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "\\nWhat is it?"}]},
+         {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]}],
      "images": ["cats/1.jpg"]}
 
-An image is a place in the content, the n-th place belongs to the n-th path. No torch, no transformers and no datasets here:
-this module only knows what a conversation is.
+An image is a place in the content; the n-th place belongs to the n-th path. No torch, no transformers and no datasets
+here: this module only knows what a conversation is.
 
 What may surprise:
-* A turn's only `<image>`, standing at its start or end, goes to the front as `<image>` + newline + the stripped text. That is
-  how the original LLaVA trains (`preprocess_multimodal`), so its checkpoints expect it. In every other place, and with several
-  images in a turn, the original collapses them to one at the front; here they stay where the user wrote them.
-* A row that could only train wrongly (an `<image>` in an answer, an empty answer, a question nobody answers) is refused. The
-  original masks such a row, or moves the placeholder, without a word that reaches the user.
+* A turn's only `<image>`, standing at its start or end, goes to the front as `<image>` + newline + the stripped text.
+  That is how the original LLaVA trains (`preprocess_multimodal`), so its checkpoints expect it. It moves one from the
+  middle there too, and collapses several to one; here those stay where the user wrote them.
+* A row that could only train wrongly (an `<image>` in an answer, an empty answer, a question nobody answers) is
+  refused. The original masks such a row, or moves the placeholder, and trains on.
 * Of two equal keys in one JSON object the last wins, as in Python's json and so in the original.
 """
 
 import re
-from typing import Any, Optional, TypedDict
+from typing import Any, TypedDict
 
 from hf_llava_ft.errors import UserError
-
 
 IMAGE_PLACEHOLDER = "<image>"
 
@@ -38,7 +38,7 @@ class Part(TypedDict):
     """One piece of a message: `{"type": "text", "text": str}` (never empty) or `{"type": "image", "text": None}`."""
 
     type: str
-    text: Optional[str]
+    text: str | None
 
 
 class Message(TypedDict):
@@ -70,8 +70,9 @@ def parse_llava_row(row: dict[str, Any], where: str, number: int = 1) -> Row:
 
     Args:
         row (`dict`):
-            `{"id"?: str | int, "image" | "images"?: str | list[str], "conversations": [{"from": ..., "value": ...}, ...]}`.
-            Roles are human or user, gpt or assistant, and system; other keys (mix665k's `model`) are ignored.
+            `{"id": str | int, "image" or "images": str | list[str], "conversations": [{"from": str, "value": str}]}`,
+            of which only `conversations` is required. Roles are human or user, gpt or assistant, and system. Other
+            keys (mix665k's `model`) are ignored.
         where (`str`):
             The file's name, for messages.
         number (`int`, defaults to 1):
@@ -84,11 +85,12 @@ def parse_llava_row(row: dict[str, Any], where: str, number: int = 1) -> Row:
         `UserError`: if the row can't be trained on as it stands; the sentence names row and turn.
     """
     if not isinstance(row, dict):
+        place = row_place(where, number)
         raise UserError(
-            f'{row_place(where, number)} is {json_type(row)}, not an object; write it as {{"id": ..., "conversations": [...]}}.'
+            f'{place} is {json_type(row)}, not an object; write it as {{"id": ..., "conversations": [...]}}.'
         )
     row_id = _row_id(row.get("id"), number, row_place(where, number))
-    place = row_place(where, number, None if row.get("id") is None else row_id)
+    place = row_place(where, number, row.get("id"))
 
     images = _image_paths(row, place)
     messages = []
@@ -97,9 +99,9 @@ def parse_llava_row(row: dict[str, Any], where: str, number: int = 1) -> Row:
             content = _user_content(value)
         else:
             if IMAGE_PLACEHOLDER in value:
-                kind = "answer" if role == "assistant" else "system turn"
+                kind = "an answer" if role == "assistant" else "the system turn"
                 raise UserError(
-                    f"{place}: turn {turn_number}, {_article(kind)}, holds {IMAGE_PLACEHOLDER}; "
+                    f"{place}: turn {turn_number}, {kind}, holds {IMAGE_PLACEHOLDER}; "
                     "remove it, since images belong to human turns."
                 )
             content = [_text(value)] if value else []
@@ -107,9 +109,9 @@ def parse_llava_row(row: dict[str, Any], where: str, number: int = 1) -> Row:
 
     num_placeholders = sum(part["type"] == "image" for message in messages for part in message["content"])
     if num_placeholders != len(images):
+        numbers = f"{_count(num_placeholders, f'{IMAGE_PLACEHOLDER} placeholder')} and {_count(len(images), 'image')}"
         raise UserError(
-            f"{place}: {_count(num_placeholders, IMAGE_PLACEHOLDER + ' placeholder')} and {_count(len(images), 'image')}; "
-            f"make the numbers equal, with one {IMAGE_PLACEHOLDER} in a human turn for each image."
+            f"{place}: {numbers}; make the numbers equal, with one {IMAGE_PLACEHOLDER} in a human turn for each image."
         )
     return Row(id=row_id, messages=messages, images=images)
 
@@ -166,7 +168,9 @@ def _turns(row: dict[str, Any], place: str) -> list[tuple[str, str]]:
     """(role, value) of each turn, in an order that can be trained on: system?, then user and assistant by turns."""
     conversations = row.get("conversations")
     if conversations is None:
-        raise UserError(f'{place} has no "conversations"; add the list of its turns, {{"from": "human", "value": "..."}}.')
+        raise UserError(
+            f'{place} has no "conversations"; add the list of its turns, {{"from": "human", "value": "..."}}.'
+        )
     if not isinstance(conversations, list):
         raise UserError(f'{place}: "conversations" is {json_type(conversations)}; make it a list of turns.')
 
@@ -176,7 +180,9 @@ def _turns(row: dict[str, Any], place: str) -> list[tuple[str, str]]:
     previous = None
     for number, (role, value) in enumerate(turns, start=1):
         if role == "system" and number > 1:
-            raise UserError(f"{place}: turn {number} is a system turn; only the first turn may be one, so move or remove it.")
+            raise UserError(
+                f"{place}: turn {number} is a system turn; only the first turn may be one, so move or remove it."
+            )
         if role == "assistant" and previous in (None, "system"):
             raise UserError(f"{place} begins with an assistant turn; put a human turn before it or remove it.")
         if role == previous:
@@ -185,7 +191,9 @@ def _turns(row: dict[str, Any], place: str) -> list[tuple[str, str]]:
                 "join them, or add the turn that is missing between them."
             )
         if role == "assistant" and not value.strip():
-            raise UserError(f"{place}: turn {number} is an empty answer; write the answer, or remove it with its question.")
+            raise UserError(
+                f"{place}: turn {number} is an empty answer; write the answer, or remove it with its question."
+            )
         previous = role
     if previous != "assistant":
         raise UserError(f"{place} ends with a human turn that has no answer; add the answer or remove the turn.")
@@ -203,7 +211,9 @@ def _turn(turn: Any, number: int, place: str) -> tuple[str, str]:
             raise UserError(f'{place}: "{key}" is {json_type(turn[key])}; make it text.')
     role = ROLES.get(turn["from"])
     if role is None:
-        raise UserError(f"{place} has the unknown role {turn['from'][:40]!r}; use human, gpt or (first only) system, in lower case.")
+        raise UserError(
+            f"{place} has the unknown role {turn['from'][:40]!r}; use human, gpt or, for the first turn, system."
+        )
     return role, _clean(turn["value"], place)
 
 
@@ -212,7 +222,9 @@ def _clean(text: str, place: str) -> str:
     if "\x00" in text:
         raise UserError(f"{place} holds a NUL character (\\u0000); remove it.")
     if not text.isascii() and _SURROGATE.search(text):
-        raise UserError(f"{place} holds half of a surrogate pair (\\ud800 to \\udfff), which is no character; remove it.")
+        raise UserError(
+            f"{place} holds half of a surrogate pair (\\ud800 to \\udfff), which is no character; remove it."
+        )
     return text
 
 
@@ -236,7 +248,3 @@ def _text(text: str) -> Part:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _article(noun: str) -> str:
-    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"

@@ -229,6 +229,11 @@ def test_the_curve_starts_at_step_one_on_the_left_and_ends_on_the_right():
     assert [y for _, y in points] == pytest.approx([0, 110, 165, 192.5], abs=0.1)
 
 
+def test_a_loss_that_is_not_finite_leaves_a_gap_in_the_curve():
+    (path,) = re.findall(r'<path d="([^"]+)"', loss_plot_svg([2.0, 1.0, float("nan"), 1.0, 2.0]))
+    assert re.sub(r"[\d. ]+", "", path) == "MLML"
+
+
 def test_long_runs_get_a_smoothed_line_and_keep_their_spikes_without_growing():
     assert loss_plot_svg([1.0] * 50).count("<path") == 1
     assert loss_plot_svg([1.0] * 51).count("<path") == 2

@@ -1,0 +1,119 @@
+"""Asking a model: one question after another about pictures, with the answer streamed word by word."""
+
+import io
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from transformers import TextIteratorStreamer
+
+from hf_llava_ft.checkpoints import load_model, load_processor
+from hf_llava_ft.errors import UserError
+
+URL_TIMEOUT_SECONDS = 30
+MAX_URL_BYTES = 64 * 2**20
+
+
+def open_image(source: str | Path) -> Image.Image:
+    """
+    The picture at a path or an http(s) URL, decoded, in RGB.
+
+    Raises:
+        UserError: if it is not there or no picture.
+    """
+    try:
+        if str(source).startswith(("http://", "https://")):
+            with urllib.request.urlopen(str(source), timeout=URL_TIMEOUT_SECONDS) as response:
+                content = response.read(MAX_URL_BYTES + 1)
+            if len(content) > MAX_URL_BYTES:
+                raise UserError(f"the image at {source} is larger than {MAX_URL_BYTES >> 20} MiB.")
+            return Image.open(io.BytesIO(content)).convert("RGB")
+        with Image.open(source) as image:
+            return image.convert("RGB")
+    except FileNotFoundError as error:
+        raise UserError(f"the image {source} does not exist.") from error
+    except urllib.error.URLError as error:
+        raise UserError(f"the image {source} cannot be fetched: {error.reason}.") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"the image {source} cannot be read: {error}.") from error
+
+
+@dataclass
+class Conversation:
+    """
+    A chat with one model. Questions and answers accumulate in `messages`, pictures in `images`.
+
+    Args:
+        model, processor: as [`load_for_answering`] gives them.
+        system (`str`, *optional*): replaces the chat template's own.
+    """
+
+    model: torch.nn.Module
+    processor: object
+    system: str | None = None
+    messages: list[dict] = field(default_factory=list)
+    images: list[Image.Image] = field(default_factory=list)
+
+    def ask(self, question: str, images: list[Image.Image] | None = None, **generation) -> str:
+        """The whole answer; see [`stream`]."""
+        return "".join(self.stream(question, images, **generation)).strip()
+
+    def stream(
+        self,
+        question: str,
+        images: list[Image.Image] | None = None,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+    ) -> Iterator[str]:
+        """
+        Asks `question` about `images`, which are put in front of it as in training, and yields the answer piece by piece.
+
+        Args:
+            max_new_tokens (`int`): longest answer.
+            temperature (`float`): 0 is greedy.
+        """
+        if not self.messages and self.system:
+            self.messages.append({"role": "system", "content": [{"type": "text", "text": self.system}]})
+        content = [{"type": "image"} for _ in images or []] + [{"type": "text", "text": question}]
+        self.messages.append({"role": "user", "content": content})
+        self.images.extend(images or [])
+        text = self.processor.apply_chat_template(self.messages, add_generation_prompt=True)
+        inputs = self.processor(text=[text], images=self.images or None, return_tensors="pt").to(self.model.device)
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        pieces = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        failure: list[BaseException] = []
+
+        def generate() -> None:
+            try:
+                with torch.inference_mode():
+                    self.model.generate(**inputs, **sampling, max_new_tokens=max_new_tokens, streamer=pieces)
+            except BaseException as error:  # noqa: BLE001  (raised again in the thread that reads)
+                failure.append(error)
+                pieces.end()
+
+        worker = threading.Thread(target=generate, daemon=True)
+        worker.start()
+        answer = []
+        for piece in pieces:
+            answer.append(piece)
+            yield piece
+        worker.join()
+        if failure:
+            raise failure[0]
+        self.messages.append({"role": "assistant", "content": [{"type": "text", "text": "".join(answer).strip()}]})
+
+
+def load_for_answering(path: str, *, base: str | None = None, attn_implementation: str = "sdpa", dtype: str = "auto"):
+    """Model, on the best device there is, and processor of `path`: an adapter, a merged, native or original checkpoint."""
+    processor = load_processor(path)
+    model = load_model(path, processor, base=base, attn_implementation=attn_implementation, dtype=dtype)
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return model.to(device).eval(), processor

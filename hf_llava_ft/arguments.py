@@ -1,0 +1,80 @@
+"""What a run is told: model, data, tuning, and the Trainer's own arguments with LLaVA's additions.
+
+Each setting lives in one class. Defaults are those of LLaVA-1.5's LoRA recipe (haotian-liu/LLaVA,
+`scripts/v1_5/finetune_lora.sh`), so that a run with nothing set is the paper's.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class ModelArguments:
+    """Which model is trained, and how it reads."""
+
+    model_name_or_path: str = field(metadata={"help": "LLaVA folder or Hub id, original or llava-hf."})
+    revision: str | None = field(default=None, metadata={"help": "Revision of the model on the Hub."})
+    version: str | None = field(
+        default=None, metadata={"help": "Chat template: v1, plain, llava_llama_2, chatml, mistral; default: the model's."}
+    )
+    image_aspect_ratio: Literal["square", "pad"] | None = field(
+        default=None, metadata={"help": "How a picture is made square; default: as the model has it."}
+    )
+    attn_implementation: str = field(default="sdpa", metadata={"help": "sdpa, eager, flash_attention_2, ..."})
+    dtype: str = field(default="auto", metadata={"help": "dtype of the weights: auto (as saved), float32, bfloat16."})
+
+
+@dataclass
+class DataArguments:
+    """What it is trained on."""
+
+    data_path: str = field(metadata={"help": "LLaVA JSON or JSONL file."})
+    image_folder: str = field(default=".", metadata={"help": "Folder the image paths in the data are relative to."})
+    model_max_length: int | None = field(
+        default=None, metadata={"help": "Longest row in tokens, image included; default: what the language model takes."}
+    )
+
+
+@dataclass
+class TuningArguments:
+    """Which weights are trained."""
+
+    train_type: Literal["lora"] = field(default="lora", metadata={"help": "LoRA on the language model + whole projector."})
+    lora_r: int = field(default=128, metadata={"help": "LoRA rank."})
+    lora_alpha: int = field(default=256, metadata={"help": "LoRA scaling numerator."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the LoRA layers."})
+
+
+@dataclass
+class LlavaTrainingArguments(TrainingArguments):
+    """
+    transformers' `TrainingArguments`, and:
+
+    Args:
+        mm_projector_lr (`float`, *optional*):
+            Learning rate of the projector; by default `learning_rate`.
+        group_by_modality_length (`bool`):
+            Batches of rows with images or without, each of similar length (LLaVA-1.5).
+        learning_rate, lr_scheduler_type, warmup_steps, logging_steps, per_device_train_batch_size:
+            the same arguments with LLaVA's defaults.
+    """
+
+    # transformers parses strings of these fields as JSON or numbers; a subclass has to repeat the list.
+    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
+    warmup_steps: float = field(default=0.03, metadata={"help": "Steps of warmup, or below 1 the share of all steps."})
+    logging_steps: float = field(default=1, metadata={"help": "Steps between two logs."})
+    mm_projector_lr: float | None = field(default=None, metadata={"help": "Learning rate of the projector."})
+    group_by_modality_length: bool = field(
+        default=False, metadata={"help": "Batches of one modality and similar length."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay False: the collator reads all columns."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must stay False: the collator needs the messages and the images.")

@@ -1,0 +1,181 @@
+"""`llava-ft`: the commands. Each imports what it needs when it runs, so that `--help` answers at once."""
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from hf_llava_ft.errors import UserError, exit_on_user_error
+
+app = typer.Typer(
+    name="llava-ft",
+    help="Fine-tune LLaVA on your images and conversations, and know that it worked.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+ModelOption = Annotated[str, typer.Option("--model", help="Folder or Hub id: an adapter, a merged or an original model.")]
+BaseOption = Annotated[Optional[str], typer.Option("--base", help="Base of an adapter, instead of the one it names.")]
+AttentionOption = Annotated[str, typer.Option("--attn_implementation", help="sdpa, eager, flash_attention_2, ...")]
+MaxNewTokensOption = Annotated[int, typer.Option("--max_new_tokens", min=1, help="Longest answer in tokens.")]
+TemperatureOption = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]
+JsonOption = Annotated[Optional[Path], typer.Option("--json", help="Also write the result to this file.")]
+
+
+@app.command()
+def quickstart(
+    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where everything is written.")] = Path("runs/quickstart"),
+    seed: Annotated[int, typer.Option("--seed", help="Governs every initialisation and the order of the data.")] = 42,
+) -> None:
+    """Compose a small LLaVA, ask it, fine-tune it on real photographs, merge, verify, ask again."""
+    with exit_on_user_error():
+        from hf_llava_ft.quickstart import run_quickstart
+
+        if not run_quickstart(output_dir, seed=seed).passed:
+            raise typer.Exit(1)
+
+
+@app.command()
+def compose(
+    vision: Annotated[str, typer.Option("--vision", help="CLIP or SigLIP model: folder or Hub id.")],
+    language: Annotated[str, typer.Option("--language", help="Decoder language model: folder or Hub id.")],
+    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where the new LLaVA is written.")],
+    version: Annotated[Optional[str], typer.Option("--version", help="Chat template; default: the tokenizer's.")] = None,
+    projector_type: Annotated[str, typer.Option("--mm_projector_type", help="linear, mlp{N}x_gelu, identity.")] = "mlp2x_gelu",
+    vision_feature_layer: Annotated[int, typer.Option("--mm_vision_select_layer", help="Hidden state that is read.")] = -2,
+    image_aspect_ratio: Annotated[str, typer.Option("--image_aspect_ratio", help="square or pad.")] = "pad",
+    seed: Annotated[int, typer.Option("--seed", help="Governs the fresh projector.")] = 42,
+) -> None:
+    """Make a new LLaVA from a vision tower and a language model."""
+    with exit_on_user_error():
+        from hf_llava_ft.compose import compose as compose_llava
+
+        folder = compose_llava(
+            vision,
+            language,
+            output_dir,
+            version=version,
+            projector_type=projector_type,
+            vision_feature_layer=vision_feature_layer,
+            image_aspect_ratio=image_aspect_ratio,
+            seed=seed,
+        )
+        typer.echo(f"The new LLaVA is at {folder}.", err=True)
+
+
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def train(context: typer.Context) -> None:
+    """Fine-tune a LLaVA; takes the flags of the original's train.py and of transformers' Trainer."""
+    from hf_llava_ft.train import main as train_main
+
+    train_main(context.args)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Option("--adapter", help="Adapter folder or Hub id.")],
+    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where the merged model is written.")],
+    base: BaseOption = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="dtype of the merged weights: auto (the base's), float32, ...")] = "auto",
+    json_file: JsonOption = None,
+) -> None:
+    """Merge an adapter into its base, and check the result in a fresh process."""
+    with exit_on_user_error():
+        from hf_llava_ft.merge import merge_adapter
+
+        merged = merge_adapter(adapter, output_dir, base=base, dtype=dtype)
+        difference = merged.verification.logit_difference
+        typer.echo(f"Merged and verified: {merged.output_dir} (largest logit difference {difference:.1e}).", err=True)
+        if json_file is not None:
+            _write_json(json_file, {"output_dir": str(output_dir), "verified": True, "logit_difference": difference})
+
+
+@app.command()
+def generate(
+    model: ModelOption,
+    prompt: Annotated[str, typer.Option("--prompt", help="The question.")],
+    image: Annotated[Optional[list[str]], typer.Option("--image", help="Path or URL; may be repeated.")] = None,
+    base: BaseOption = None,
+    max_new_tokens: MaxNewTokensOption = 256,
+    temperature: TemperatureOption = 0.0,
+    attn_implementation: AttentionOption = "sdpa",
+    json_file: JsonOption = None,
+) -> None:
+    """Answer one question about one or more pictures, streamed."""
+    with exit_on_user_error():
+        from hf_llava_ft.answering import Conversation, load_for_answering, open_image
+
+        images = [open_image(source) for source in image or []]
+        conversation = Conversation(*load_for_answering(model, base=base, attn_implementation=attn_implementation))
+        answer = _print_stream(conversation, prompt, images, max_new_tokens=max_new_tokens, temperature=temperature)
+        if json_file is not None:
+            _write_json(json_file, {"prompt": prompt, "images": image or [], "answer": answer})
+
+
+@app.command()
+def chat(
+    model: ModelOption,
+    image: Annotated[Optional[list[str]], typer.Option("--image", help="Path or URL to begin with.")] = None,
+    base: BaseOption = None,
+    max_new_tokens: MaxNewTokensOption = 256,
+    temperature: TemperatureOption = 0.0,
+    attn_implementation: AttentionOption = "sdpa",
+) -> None:
+    """Talk with a model about pictures. In the chat: /image PATH_OR_URL, /new, /quit."""
+    with exit_on_user_error():
+        from hf_llava_ft.answering import Conversation, load_for_answering, open_image
+
+        pending = [open_image(source) for source in image or []]
+        parts = load_for_answering(model, base=base, attn_implementation=attn_implementation)
+        conversation = Conversation(*parts)
+        typer.echo("/image PATH_OR_URL adds a picture, /new begins anew, /quit ends.", err=True)
+        while True:
+            try:
+                line = input("you: ").strip()
+            except (EOFError, KeyboardInterrupt):
+                typer.echo("")
+                return
+            if line == "/quit":
+                return
+            if line == "/new":
+                conversation, pending = Conversation(*parts), []
+            elif line.startswith("/image"):
+                try:
+                    pending.append(open_image(line.removeprefix("/image").strip()))
+                except UserError as error:
+                    typer.echo(f"error: {error.sentence}", err=True)
+            elif line:
+                typer.echo("model: ", nl=False)
+                _print_stream(conversation, line, pending, max_new_tokens=max_new_tokens, temperature=temperature)
+                pending = []
+
+
+def _print_stream(conversation, question: str, images: list, **generation) -> str:
+    answer = ""
+    for piece in conversation.stream(question, images, **generation):
+        answer += piece
+        typer.echo(piece, nl=False)
+    typer.echo("")
+    return answer.strip()
+
+
+def _write_json(path: Path, content: dict) -> None:
+    import json
+
+    try:
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}.") from error
+
+
+def main() -> None:
+    """Entry point of the console script. Click's own usage errors exit with code 2 too."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""An adapter merged into its base: one folder that plain transformers loads, checked before it gets its name."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hf_llava_ft.artifact import staged_folder
+from hf_llava_ft.checkpoints import inspect_checkpoint, load_model, load_processor
+from hf_llava_ft.errors import UserError
+from hf_llava_ft.verify import Probe, Verification, reference_outputs, verify
+
+
+@dataclass(frozen=True)
+class Merged:
+    output_dir: Path
+    verification: Verification
+
+
+def merge_adapter(
+    adapter: str | Path,
+    output_dir: str | Path,
+    *,
+    base: str | None = None,
+    dtype: str = "auto",
+    probe: Probe | None = None,
+) -> Merged:
+    """
+    Merges the adapter at `adapter` into its base and writes the whole model, with processor, to `output_dir`.
+
+    The base is loaded anew, because merging into weights that were used or quantised would merge their rounding. What the base
+    with the adapter answers is the reference; the merged folder is loaded in a fresh process and has to answer the same.
+
+    Args:
+        base (`str`, *optional*): instead of the base that the adapter names.
+        dtype (`str`): dtype of the merged weights; `auto` is that of the base.
+        probe (`Probe`, *optional*): what is asked.
+
+    Raises:
+        UserError: if there is no adapter, `output_dir` is not empty or not writable, or the merged folder answers otherwise; then
+            nothing stays at `output_dir`.
+    """
+    adapter = str(adapter)
+    if not inspect_checkpoint(adapter).is_adapter:
+        raise UserError(f"{adapter} is a whole model, not an adapter: there is nothing to merge.")
+    probe = probe or Probe()
+    with staged_folder(output_dir) as staged:
+        processor = load_processor(adapter)
+        model = load_model(adapter, processor, base=base, dtype=dtype)
+        reference = reference_outputs(model, processor, probe)
+        merged = model.merge_and_unload()
+        merged.config.use_cache = merged.config.text_config.use_cache = True
+        merged.save_pretrained(staged)
+        processor.save_pretrained(staged)
+        verification = verify(staged, reference, processor, probe, dtype=merged.dtype)
+        if not verification.ok:
+            raise UserError(f"the merged model is not the same as base and adapter: {'; '.join(verification.differences)}.")
+    return Merged(Path(output_dir), verification)
+

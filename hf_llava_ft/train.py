@@ -1,0 +1,181 @@
+"""The entry point of training: `llava-ft train`, `python -m hf_llava_ft.train`, `accelerate launch -m hf_llava_ft.train`."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+from transformers import HfArgumentParser, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_llava_ft.arguments import DataArguments, LlavaTrainingArguments, ModelArguments, TuningArguments
+from hf_llava_ft.artifact import check_writable
+from hf_llava_ft.checkpoints import check_attention, load_model, load_processor
+from hf_llava_ft.data.builder import load_llava_json
+from hf_llava_ft.errors import UserError, exit_on_user_error
+from hf_llava_ft.processing.processing_llava import LlavaProcessor
+from hf_llava_ft.progress import LiveProgress
+from hf_llava_ft.trainer import LlavaTrainer
+from hf_llava_ft.tuning import PROJECTOR, TrainedPart, trained_parts, with_lora
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """
+    Args:
+        adapter_dir (`Path`): the finished adapter, with processor.
+        losses (`list[float]`): one per logged step.
+        trained (`list[TrainedPart]`): what trained.
+        seconds (`float`): of the training loop alone.
+    """
+
+    adapter_dir: Path
+    losses: list[float]
+    trained: list[TrainedPart]
+    seconds: float
+
+
+def parse_arguments(argv: Sequence[str]):
+    """
+    Raises:
+        UserError: for an unknown flag.
+    """
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, TuningArguments, LlavaTrainingArguments),
+        prog="llava-ft train",
+        description="Fine-tune a LLaVA on images with conversations.",
+        allow_abbrev=False,
+    )
+    try:
+        *parsed, unknown = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True)
+    except ValueError as error:
+        raise UserError(str(error).splitlines()[0]) from error
+    if unknown:
+        raise UserError(f"unknown argument {unknown[0]}; llava-ft train --help lists them all.")
+    return parsed
+
+
+def train(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    tuning_args: TuningArguments,
+    training_args: LlavaTrainingArguments,
+    console: Console | None = None,
+) -> TrainingResult:
+    """Trains as told and leaves the adapter at `training_args.output_dir`, checkpoints below it."""
+    console = console or Console(stderr=True)
+    check_writable(training_args.output_dir)
+    check_attention(model_args.attn_implementation)
+    checkpoint = _checkpoint_to_resume(training_args)
+    # Before anything is initialised: LoRA's matrices and the order of the data follow from --seed alone.
+    set_seed(training_args.seed)
+
+    processor = load_processor(model_args.model_name_or_path, model_args.revision)
+    if model_args.version is not None:
+        processor.use_chat_template(model_args.version)
+    if model_args.image_aspect_ratio is not None:
+        processor.image_processor.do_pad = model_args.image_aspect_ratio == "pad"
+    dataset = load_llava_json(data_args.data_path, data_args.image_folder)
+    model = load_model(
+        model_args.model_name_or_path,
+        processor,
+        revision=model_args.revision,
+        dtype=model_args.dtype,
+        attn_implementation=model_args.attn_implementation,
+    )
+    longest = data_args.model_max_length or model.config.text_config.max_position_embeddings
+    check_lengths(dataset, processor, longest, data_args.data_path)
+
+    set_seed(training_args.seed)
+    model = with_lora(model, tuning_args, model_args.model_name_or_path, model_args.revision)
+    trained = trained_parts(model)
+    progress = LiveProgress(console)
+    training_args.disable_tqdm = True  # one bar, ours
+    trainer = LlavaTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=dataset,
+        processing_class=processor,
+        callbacks=[progress],
+    )
+    _without_printed_logs(trainer)
+    if trainer.is_world_process_zero():
+        console.print(_table(trained, training_args))
+    output = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(training_args.output_dir)
+    trainer.save_state()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return TrainingResult(
+        Path(training_args.output_dir), losses, trained, seconds=float(output.metrics["train_runtime"])
+    )
+
+
+def check_lengths(dataset: Dataset, processor: LlavaProcessor, longest: int, data_path: str) -> None:
+    """
+    Raises:
+        UserError: naming the first row that is longer than `longest` tokens: nothing is cut in silence.
+    """
+    for number, (row_id, messages) in enumerate(zip(dataset["id"], dataset["messages"]), start=1):
+        try:
+            length = processor.num_tokens(messages)
+        except ValueError as error:
+            raise UserError(f"{data_path}: row {number} (id {row_id!r}): {error}") from error
+        if length > longest:
+            raise UserError(
+                f"{data_path}: row {number} (id {row_id!r}) has {length} tokens and the limit is {longest}: shorten it, "
+                f"or raise --model_max_length up to what the language model takes."
+            )
+
+
+def _checkpoint_to_resume(args: LlavaTrainingArguments) -> str | None:
+    wanted = args.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() == "false":
+        return None
+    if str(wanted).lower() != "true":
+        if not Path(wanted, "trainer_state.json").is_file():
+            raise UserError(f"{wanted} is not a checkpoint to resume from: it has no trainer_state.json.")
+        return str(wanted)
+    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    if last is None:
+        raise UserError(f"--resume_from_checkpoint: {args.output_dir} holds no checkpoint.")
+    return last
+
+
+def _without_printed_logs(trainer: LlavaTrainer) -> None:
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)  # the bar shows the loss
+
+
+def _table(trained: list[TrainedPart], args: LlavaTrainingArguments) -> Table:
+    table = Table(title="What trains")
+    for heading, justify in (("part", "left"), ("trainable", "right"), ("of", "right"), ("dtype", "left")):
+        table.add_column(heading, justify=justify)
+    table.add_column("learning rate", justify="right")
+    for part in trained:
+        rate = learning_rate_of(part, args)
+        table.add_row(part.part, f"{part.num_trainable:,}", f"{part.num_total:,}", part.dtype, rate)
+    return table
+
+
+def learning_rate_of(part: TrainedPart, args: LlavaTrainingArguments) -> str:
+    """Peak learning rate of a part as text; a dash for a frozen one."""
+    if not part.num_trainable:
+        return "-"
+    return f"{args.mm_projector_lr if part.part == PROJECTOR and args.mm_projector_lr else args.learning_rate:g}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses `argv`, trains, and prints where the adapter is; exits with 2 on bad input."""
+    with exit_on_user_error():
+        result = train(*parse_arguments(sys.argv[1:] if argv is None else argv))
+        Console(stderr=True).print(
+            f"The adapter is at {result.adapter_dir}. Ask it: llava-ft chat --model {result.adapter_dir}", highlight=False
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""`LlavaTrainer`: transformers' Trainer with what LLaVA needs and it lacks.
+
+A learning rate of its own for the projector; batches by modality and length; head and loss at the supervised positions only;
+checkpoints in the layout that the model is read from. The loss is the mean over the supervised tokens of the whole optimiser
+step, over accumulation and ranks, where the original takes the mean of the means of the micro-batches.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from hf_llava_ft.arguments import LlavaTrainingArguments
+from hf_llava_ft.data.collator import LlavaCollator
+from hf_llava_ft.data.sampler import ModalityLengthSampler
+from hf_llava_ft.modeling.weight_names_llava import name_in_memory
+from hf_llava_ft.processing.processing_llava import LlavaProcessor
+from hf_llava_ft.tuning import PROJECTOR, part_of
+
+
+class LlavaTrainer(Trainer):
+    """
+    As `transformers.Trainer`; `processing_class` is the [`LlavaProcessor`], from which the collator is made when none is given.
+
+        trainer = LlavaTrainer(model, args, train_dataset=load_llava_json("data.json", "images"), processing_class=processor)
+        trainer.train()
+    """
+
+    def __init__(self, model=None, args: LlavaTrainingArguments | None = None, data_collator=None, **kwargs):
+        processor = kwargs.get("processing_class")
+        if data_collator is None and isinstance(processor, LlavaProcessor):
+            data_collator = LlavaCollator(processor)
+        super().__init__(model=model, args=args or LlavaTrainingArguments(), data_collator=data_collator, **kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if model.training and not return_outputs and self.label_smoother is None and self.compute_loss_func is None:
+            inputs = {**inputs, "supervised_logits_only": True}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
+        if is_new and self.args.mm_projector_lr is not None:
+            named = (self.model if model is None else model).named_parameters()
+            projector = {parameter for name, parameter in named if part_of(name) == PROJECTOR}
+            _split_off(optimizer, projector, self.args.mm_projector_lr)
+        return optimizer
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not self.args.group_by_modality_length or dataset is None or not hasattr(dataset, "__len__"):
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        return ModalityLengthSampler(
+            dataset["modality_length"],
+            batch_size=self.args.train_batch_size,
+            world_size=self.args.world_size * self.args.gradient_accumulation_steps,
+            seed=seed,
+        )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        # A pickle of this run's paths, which nothing needs for resuming and nobody should have to load.
+        if self.args.should_save:
+            Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """A checkpoint of the whole model has the names of the native layout: translated here, and loaded strictly."""
+        model = self.model if model is None else model
+        shards = sorted(Path(resume_from_checkpoint).glob(f"{Path(SAFE_WEIGHTS_NAME).stem}*.safetensors"))
+        if not shards or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        missing = set(model.state_dict())
+        for shard in shards:
+            state_dict = {name_in_memory(name): tensor for name, tensor in load_file(os.fspath(shard)).items()}
+            result = model.load_state_dict(state_dict, strict=False)
+            if result.unexpected_keys:
+                raise ValueError(f"{shard} holds weights this model does not have, {result.unexpected_keys[0]} among them.")
+            missing -= set(state_dict)
+        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+        if missing - tied:
+            raise ValueError(f"{resume_from_checkpoint} lacks weights of this model, {min(missing - tied)} among them.")
+
+
+def _split_off(optimizer: torch.optim.Optimizer, parameters: set[nn.Parameter], learning_rate: float) -> None:
+    """Moves `parameters` out of the groups of `optimizer` into groups of the same settings and another learning rate."""
+    for group in list(optimizer.param_groups):
+        moved = [parameter for parameter in group["params"] if parameter in parameters]
+        if moved:
+            group["params"] = [parameter for parameter in group["params"] if parameter not in parameters]
+            settings = {name: value for name, value in group.items() if name != "params"}
+            optimizer.add_param_group({**settings, "params": moved, "lr": learning_rate})
+    optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]

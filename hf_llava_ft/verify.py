@@ -1,0 +1,141 @@
+"""Nothing leaves unverified: a written model is loaded again in a fresh process and must answer as the one in memory did.
+
+Every peer's broken upload loaded without an error and spoke nonsense. So the check is on what comes out: the ids and pixels
+that the saved processor makes, the logits, and a greedy answer.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from hf_llava_ft import reload
+from hf_llava_ft.errors import UserError
+
+# Largest difference of two logits, relative to the largest logit: rounding of merged weights in that dtype.
+LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# One level of 255, divided by the smallest standard deviation of CLIP and SigLIP: the torchvision backend rounds so.
+PIXEL_TOLERANCE = 1 / 255 / 0.26 + 1e-6
+
+
+def default_image() -> Image.Image:
+    """A picture of colour ramps: the same on every machine, and different in every patch."""
+    ramp = Image.linear_gradient("L").resize((320, 240))
+    return Image.merge("RGB", (ramp, ramp.transpose(Image.Transpose.ROTATE_180), Image.radial_gradient("L").resize((320, 240))))
+
+
+def default_messages() -> list[dict]:
+    question = {"type": "text", "text": "What is in the picture?"}
+    return [{"role": "user", "content": [{"type": "image"}, question]}]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A question with its pictures."""
+
+    messages: list[dict] = field(default_factory=default_messages)
+    images: list[Image.Image] = field(default_factory=lambda: [default_image()])
+
+
+@dataclass(frozen=True)
+class Verification:
+    """
+    Args:
+        differences (`list[str]`): what was not the same, in words; empty when all was.
+        logit_difference (`float`): largest difference of two logits, relative to the largest logit.
+        answer (`str`): what the reloaded model answered.
+    """
+
+    differences: list[str]
+    logit_difference: float
+    answer: str
+
+    @property
+    def ok(self) -> bool:
+        return not self.differences
+
+
+def reference_outputs(model, processor, probe: Probe) -> dict[str, torch.Tensor]:
+    """What the model in memory makes of `probe`; see `reload.probe_outputs`."""
+    return reload.probe_outputs(model, processor, probe.messages, probe.images)
+
+
+def reloaded_outputs(model_dir: str | Path, probes: list[Probe]) -> list[dict[str, torch.Tensor]]:
+    """
+    What the model in `model_dir`, loaded in a fresh process, makes of each probe; see `reload.probe_outputs`.
+
+    Raises:
+        UserError: if the folder does not load.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        described = []
+        for probe_index, probe in enumerate(probes):
+            names = [f"{probe_index}-{index}.png" for index in range(len(probe.images))]
+            for name, image in zip(names, probe.images):
+                image.save(Path(scratch, name))
+            described.append({"messages": probe.messages, "images": names})
+        Path(scratch, "probes.json").write_text(json.dumps(described), encoding="utf-8")
+        output = Path(scratch, "outputs.safetensors")
+        # The source as a string, in an empty folder: nothing of this package or of the current folder is importable by
+        # accident of the path.
+        program = Path(reload.__file__).read_text(encoding="utf-8")
+        arguments = [os.fspath(Path(model_dir).resolve()), scratch, os.fspath(output)]
+        done = subprocess.run(
+            [sys.executable, "-c", program, *arguments], cwd=scratch, capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise UserError(f"{model_dir} does not load in a fresh process: {last}")
+        tensors = load_file(output)
+    results: list[dict[str, torch.Tensor]] = [{} for _ in probes]
+    for name, tensor in tensors.items():
+        index, _, field_name = name.partition(".")
+        results[int(index)][field_name] = tensor
+    return results
+
+
+def verify(
+    model_dir: str | Path,
+    reference: dict[str, torch.Tensor],
+    processor,
+    probe: Probe,
+    dtype: torch.dtype = torch.float32,
+) -> Verification:
+    """
+    Loads `model_dir` in a fresh process and compares what it makes of `probe` with `reference`.
+
+    Args:
+        reference: of [`reference_outputs`].
+        dtype (`torch.dtype`): what the weights are kept in; it decides how much of a difference is rounding.
+
+    Raises:
+        UserError: if the folder does not load.
+    """
+    [reloaded] = reloaded_outputs(model_dir, [probe])
+    return _compare(reference, reloaded, processor, LOGIT_TOLERANCE[dtype])
+
+
+def _compare(reference: dict[str, torch.Tensor], reloaded: dict[str, torch.Tensor], processor, tolerance) -> Verification:
+    answer = processor.tokenizer.decode(reloaded["answer_ids"][0], skip_special_tokens=True).strip()
+    if not torch.equal(reference["input_ids"], reloaded["input_ids"]):
+        return Verification(["the saved processor turns the same question into other tokens"], float("inf"), answer)
+    differences = []
+    if "pixel_values" in reference:
+        off = (reference["pixel_values"] - reloaded["pixel_values"]).abs().max().item()
+        if off > PIXEL_TOLERANCE:
+            differences.append(f"the saved processor turns the same picture into other pixels (by up to {off:.3g})")
+    scale = reference["logits"].abs().max()
+    logit_difference = ((reference["logits"] - reloaded["logits"]).abs().max() / scale).item()
+    if not logit_difference <= tolerance:  # also true for NaN
+        differences.append(f"the logits differ by {logit_difference:.3g} of the largest (allowed {tolerance:g})")
+    if not torch.equal(reference["answer_ids"], reloaded["answer_ids"]):
+        before = processor.tokenizer.decode(reference["answer_ids"][0], skip_special_tokens=True).strip()
+        differences.append(f"the answer is {answer!r} instead of {before!r}")
+    return Verification(differences, logit_difference, answer)
