@@ -226,12 +226,14 @@ def _content_fingerprint(paths: list[str], image_folder: str | None, cache_root:
         contents, named = _contents(path, cache_root)
         digest.update(contents.encode())
         names.update(dict.fromkeys(named))
+    states = []
     for name in names:
         try:
-            status = os.stat(os.path.join(folder, name))
-            digest.update(f"\n{name}\t{status.st_size}\t{status.st_mtime_ns}".encode("utf-8", "surrogatepass"))
+            status = os.stat(f"{folder}/{name}")
+            states.append(f"{name}\t{status.st_size}\t{status.st_mtime_ns}")
         except (OSError, ValueError):  # what is wrong with it is said with its row, when rows are read
-            digest.update(f"\n{name}\tmissing".encode("utf-8", "surrogatepass"))
+            states.append(f"{name}\tmissing")
+    digest.update("\n".join(states).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 

@@ -23,7 +23,7 @@ from typing import Any, TextIO
 
 from PIL import Image, UnidentifiedImageError
 
-from hf_llava_ft.data.schema import Row, count_words, json_type, parse_llava_row, row_place
+from hf_llava_ft.data.schema import count_words, json_type, parse_llava_row, row_place
 from hf_llava_ft.errors import UserError
 
 # A row longer than this is no conversation, and would have to fit in memory as a whole.
@@ -35,7 +35,7 @@ _WHITESPACE = re.compile(r"[ \t\n\r]*")
 _LONGEST_CUT = 16
 
 
-def iter_llava_json(path: str, images: "ImageFolder") -> Iterator[Row]:
+def iter_llava_json(path: str, images: "ImageFolder") -> Iterator[dict[str, Any]]:
     """
     The rows of a LLaVA JSON or JSONL file, checked, with image paths that exist.
 
@@ -146,8 +146,12 @@ class _JsonStream:
         self.peek()
         while True:
             try:
-                value, self._position = self._decode(self._text, self._position)
-                return value
+                value, end = self._decode(self._text, self._position)
+                # Only a number still has a value when its end is cut off.
+                whole = self._ended or not isinstance(value, (int, float)) or end < len(self._text) - _LONGEST_CUT
+                if whole:
+                    self._position = end
+                    return value
             except json.JSONDecodeError as error:
                 cut = error.msg.startswith("Unterminated string") or error.pos >= len(self._text) - _LONGEST_CUT
                 if self._ended or not cut:
@@ -161,7 +165,6 @@ class _JsonStream:
             self._read_more()
 
     def error(self, message: str, position: int | None = None) -> UserError:
-        """The error for `position` in the buffer, by default the current one."""
         line, column = self._place(self._position if position is None else position)
         reason = message[:1].lower() + message[1:]
         return UserError(f"{self.name}: not valid JSON at line {line}, column {column} ({reason}); correct it there.")
@@ -216,7 +219,7 @@ class ImageFolder:
         image = f"{place}: image {name!r}"
         if "://" in name or name.startswith("data:"):
             raise UserError(f"{image} is an address; download the file into the image folder and write its path.")
-        if self.folder is None:
+        if self.real_path is None:
             raise UserError(f"{image} has no folder to be looked up in; give the image folder.")
         if os.path.isabs(name):
             raise UserError(f"{image} is an absolute path; write it relative to the image folder {self.folder}.")
@@ -228,7 +231,7 @@ class ImageFolder:
             if base == ".." or os.path.islink(path):
                 path = os.path.realpath(path)
             # Before any look at the file itself: whether something outside exists is nobody's business.
-            if os.path.commonpath([path, self.real_path]) != self.real_path:
+            if not path.startswith(os.path.join(self.real_path, "")):
                 raise UserError(
                     f"{image} leaves the image folder {self.folder} (through '..' or a link); "
                     "copy the file into it, or give the folder that holds all images."
@@ -261,7 +264,7 @@ def unreadable_images(paths: Iterable[str]) -> dict[str, str]:
     # One future per path would hold a kilobyte for each of 340,000 images.
     groups = [paths[start : start + 32] for start in range(0, len(paths), 32)]
     num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    unreadable = {}
+    unreadable: dict[str, str] = {}
     with (
         warnings.catch_warnings(),
         ThreadPoolExecutor(num_threads) as pool,

@@ -1,7 +1,8 @@
-"""The order in which rows are trained: rows of one kind (with image, text only) and of like length together.
+"""The order in which rows are trained: rows of one kind (with image, text only) together, and like lengths if asked.
 
 A step of W processes x B rows takes W*B rows of one kind, sorted by length and dealt so that the processes have about
-equally much to do. Two orders are here:
+equally many words. That evens out the work but saves no padding: each process gets long rows and short ones. Steps of
+rows of like length, which do save it, are what `pool_steps` is for. Two orders are here:
 
 * ours, for training: a function of the lengths, the seed and the epoch and of nothing else, so that a resumed run
   continues the same order and every process computes the same one;
@@ -30,6 +31,7 @@ def modality_length_grouped_indices(
     generator: torch.Generator | None = None,
     *,
     original_rng: bool = False,
+    pool_steps: int = 1,
     longest_first: bool = False,
 ) -> list[int]:
     """
@@ -52,6 +54,10 @@ def modality_length_grouped_indices(
             Source of all shuffles. None is torch's global generator.
         original_rng (`bool`, defaults to `False`):
             Return the original LLaVA's order instead (`get_modality_length_grouped_indices` in its llava_trainer.py).
+        pool_steps (`int`, defaults to 1):
+            Sort this many steps' worth of shuffled rows by length before cutting them into steps. 1 composes steps at
+            random, like the original; 50 (what transformers' grouping by length uses) removes most of the padding, at
+            the price of steps that hold one length each.
         longest_first (`bool`, defaults to `False`):
             Swap the step that holds the longest row to the front, so that a run too big for its memory fails at once.
 
@@ -64,21 +70,28 @@ def modality_length_grouped_indices(
     lengths = _checked(lengths, batch_size, world_size)
     kinds = [np.flatnonzero(lengths > 0), np.flatnonzero(lengths < 0)]
     if original_rng:
-        if longest_first:
-            raise ValueError("longest_first is not part of the original's order; leave out one of the two.")
+        if longest_first or pool_steps != 1:
+            raise ValueError(
+                "the original's order has no longest_first and no pool_steps; leave out one or the other."
+            )
         return _original_order(lengths, kinds, batch_size, world_size, generator).tolist()
 
+    if pool_steps < 1:
+        raise ValueError(f"pool_steps must be at least 1, not {pool_steps}.")
     sizes = np.abs(lengths)
     step_size = batch_size * world_size
-    steps, batches, rest = [], [], []
+    steps_by_kind, batches, rest = [], [], []
     for kind in kinds:
         shuffled = kind[_randperm(len(kind), generator)]
         num_in_steps = len(kind) // step_size * step_size
         num_in_batches = len(kind) // batch_size * batch_size
-        steps.append(_dealt(shuffled[:num_in_steps].reshape(-1, step_size), sizes, world_size))  # (M of this kind, S)
+        in_steps = shuffled[:num_in_steps]
+        pool = np.arange(num_in_steps) // (step_size * pool_steps)
+        in_steps = in_steps[np.lexsort((-sizes[in_steps], pool))]  # pools in turn, each from long to short
+        steps_by_kind.append(_dealt_rows(in_steps.reshape(-1, step_size), sizes, world_size))  # (M of this kind, S)
         batches.append(shuffled[num_in_steps:num_in_batches])
         rest.append(shuffled[num_in_batches:])
-    steps = np.concatenate(steps)  # (M, S)
+    steps = np.concatenate(steps_by_kind)  # (M, S)
     steps = steps[_randperm(len(steps), generator)]
     if longest_first and len(steps):
         longest = sizes[steps].max(axis=1).argmax()
@@ -103,19 +116,17 @@ def length_grouped_indices(
     return _original_length_order(lengths, batch_size, world_size, generator).tolist()
 
 
-def split_to_even_chunks(indices: Sequence[int], lengths: Lengths, num_chunks: int) -> list[list[int]]:
+def split_to_even_chunks(indices: Sequence[int] | np.ndarray, lengths: Lengths, num_chunks: int) -> list[list[int]]:
     """
     Deal `indices` to `num_chunks` chunks of about equal total length (the original's function of the same name).
 
     Each index goes to the lightest chunk that is not full yet, the first of equals. If `num_chunks` does not divide
     their number, they are dealt in turn, lengths unseen.
     """
-    indices = np.asarray(indices, dtype=np.int64)
-    if len(indices) % num_chunks:
-        return [indices[chunk::num_chunks].tolist() for chunk in range(num_chunks)]
-    return (
-        _dealt_rows(indices[None], np.asarray(lengths, dtype=np.int64), num_chunks)[0].reshape(num_chunks, -1).tolist()
-    )
+    rows = np.asarray(indices, dtype=np.int64)
+    if len(rows) % num_chunks:
+        return [rows[chunk::num_chunks].tolist() for chunk in range(num_chunks)]
+    return _dealt_rows(rows[None], np.asarray(lengths, dtype=np.int64), num_chunks)[0].reshape(num_chunks, -1).tolist()
 
 
 class ModalityLengthSampler(torch.utils.data.Sampler[int]):
@@ -130,6 +141,7 @@ class ModalityLengthSampler(torch.utils.data.Sampler[int]):
         batch_size (`int`): per process and forward pass.
         world_size (`int`, defaults to 1): number of processes times gradient accumulation steps.
         seed (`int`, defaults to 0): the same on all processes.
+        pool_steps (`int`, defaults to 1): above 1, steps hold rows of like length, which saves padding.
         longest_first (`bool`, defaults to `False`): put the step with the longest row first.
 
     Raises:
@@ -137,12 +149,20 @@ class ModalityLengthSampler(torch.utils.data.Sampler[int]):
     """
 
     def __init__(
-        self, lengths: Lengths, batch_size: int, world_size: int = 1, seed: int = 0, *, longest_first: bool = False
+        self,
+        lengths: Lengths,
+        batch_size: int,
+        world_size: int = 1,
+        seed: int = 0,
+        *,
+        pool_steps: int = 1,
+        longest_first: bool = False,
     ):
         self.lengths = _checked(lengths, batch_size, world_size)
         self.batch_size = batch_size
         self.world_size = world_size
         self.seed = seed
+        self.pool_steps = pool_steps
         self.longest_first = longest_first
         self.epoch = 0
 
@@ -157,7 +177,12 @@ class ModalityLengthSampler(torch.utils.data.Sampler[int]):
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         return iter(
             modality_length_grouped_indices(
-                self.lengths, self.batch_size, self.world_size, generator, longest_first=self.longest_first
+                self.lengths,
+                self.batch_size,
+                self.world_size,
+                generator,
+                pool_steps=self.pool_steps,
+                longest_first=self.longest_first,
             )
         )
 
@@ -226,15 +251,15 @@ def _original_order(
     if not all(len(kind) for kind in kinds):
         return _original_length_order(lengths, batch_size, world_size, generator)
     step_size = batch_size * world_size
-    steps, last = [], []
+    steps_by_kind, last = [], []
     for kind in kinds:
         # The global generator, and not the caller's: a slip of the original that its order depends on.
         order = kind[_original_length_order(np.abs(lengths[kind]), batch_size, world_size, None)]
         num_in_steps = (
             (len(order) - 1) // step_size * step_size
         )  # its last step leaves the shuffle even when it is whole
-        steps.append(order[:num_in_steps].reshape(-1, step_size))
+        steps_by_kind.append(order[:num_in_steps].reshape(-1, step_size))
         last.append(order[num_in_steps:])
-    steps = np.concatenate(steps)
+    steps = np.concatenate(steps_by_kind)
     steps = steps[_randperm(len(steps), generator)]
     return np.concatenate([steps.reshape(-1), np.sort(np.concatenate(last))])
