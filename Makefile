@@ -14,8 +14,9 @@ PIP_INSTALL := -m pip install --quiet --no-input --disable-pip-version-check
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 WORKERS := $(shell echo $$(( $(CORES) < 4 ? $(CORES) : 4 )))
 THREADS := $(shell echo $$(( $(CORES) / $(WORKERS) )))
-# loadfile: a model that a file's tests share is made once. No CUDA: the suite says what holds on every machine.
-PYTEST_ENV := env HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false
+# loadfile: a model that a file's tests share is made once. No GPU, unless named: the suite says what holds everywhere.
+GPU :=
+PYTEST_ENV := env HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES=$(GPU) OMP_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 
 .DELETE_ON_ERROR:

@@ -16,11 +16,16 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from hf_llava_ft.arguments import LlavaTrainingArguments
+from hf_llava_ft.data.builder import modality_lengths
 from hf_llava_ft.data.collator import LlavaCollator
 from hf_llava_ft.data.sampler import ModalityLengthSampler
 from hf_llava_ft.modeling.weight_names_llava import name_in_memory
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.tuning import PROJECTOR, part_of
+
+# Steps whose rows are sorted by length together, as transformers' own LengthGroupedSampler has it. The original sorts within
+# one step, which balances the ranks but saves no padding.
+LENGTH_POOL_STEPS = 50
 
 
 class LlavaTrainer(Trainer):
@@ -57,10 +62,11 @@ class LlavaTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         return ModalityLengthSampler(
-            dataset["modality_length"],
+            modality_lengths(dataset),
             batch_size=self.args.train_batch_size,
             world_size=self.args.world_size * self.args.gradient_accumulation_steps,
             seed=seed,
+            pool_steps=LENGTH_POOL_STEPS,
         )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

@@ -77,6 +77,8 @@ def trained_parts(model: nn.Module) -> list[TrainedPart]:
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     dtypes: dict[str, set[torch.dtype]] = defaultdict(set)
     for name, parameter in model.named_parameters():
+        if ".original_module." in name:
+            continue  # PEFT's untouched copy of what is in modules_to_save
         part = part_of(name)
         counts[part][0] += parameter.numel() * parameter.requires_grad
         counts[part][1] += parameter.numel()

@@ -6,8 +6,8 @@ What may surprise:
 * So making the builder already reads the data files, unless this very version of them was seen before: a small list of
   the images they name is kept beside the cache, and opening a known set costs one `stat` per image.
 * A set with a wrong row or an unreadable image has no cache at all, half or whole.
-* Reading `row["images"]` decodes with `datasets.Image`, which turns a picture the way its EXIF orientation says. The
-  original LLaVA does not. Cast the column to `List(Image(decode=False))` to get at the paths.
+* `datasets.Image` turns a picture the way its EXIF orientation says, which the original LLaVA does not. So `load_llava_json`
+  leaves the images undecoded, and the collator opens them.
 """
 
 import json
@@ -183,7 +183,8 @@ def load_llava_json(
         cache_dir=None if cache_dir is None else os.fspath(cache_dir), data_files=data_path, image_folder=image_folder
     )
     builder.download_and_prepare()
-    return builder.as_dataset(split="train")
+    # Undecoded: the collator opens a picture as the original does, without its EXIF orientation.
+    return builder.as_dataset(split="train").cast_column("images", List(Image(decode=False)))
 
 
 def modality_lengths(dataset: datasets.Dataset) -> np.ndarray:
