@@ -47,7 +47,8 @@ def __getattr__(name: str):
     return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
 
 
-# The command line registers in the command that needs it: `llava-ft --help` must not take the seconds torch takes to import.
+# The command line registers in the command that needs it: `llava-ft --help` must not take the seconds torch takes to
+# import.
 if Path(sys.argv[0] if sys.argv else "").stem != "llava-ft":
     from hf_llava_ft.registration import register
 

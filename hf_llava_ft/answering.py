@@ -7,6 +7,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -53,8 +54,8 @@ class Conversation:
         system (`str`, *optional*): replaces the chat template's own.
     """
 
-    model: torch.nn.Module
-    processor: object
+    model: Any
+    processor: Any
     system: str | None = None
     messages: list[dict] = field(default_factory=list)
     images: list[Image.Image] = field(default_factory=list)
@@ -72,7 +73,8 @@ class Conversation:
         temperature: float = 0.0,
     ) -> Iterator[str]:
         """
-        Asks `question` about `images`, which are put in front of it as in training, and yields the answer piece by piece.
+        Asks `question` about `images`, which are put in front of it as in training, and yields the answer piece by
+        piece.
 
         Args:
             max_new_tokens (`int`): longest answer.
@@ -95,7 +97,7 @@ class Conversation:
             try:
                 with torch.inference_mode():
                     self.model.generate(**inputs, **sampling, max_new_tokens=max_new_tokens, streamer=pieces)
-            except BaseException as error:  # noqa: BLE001  (raised again in the thread that reads)
+            except BaseException as error:
                 failure.append(error)
                 pieces.end()
 
@@ -112,8 +114,9 @@ class Conversation:
 
 
 def load_for_answering(path: str, *, base: str | None = None, attn_implementation: str = "sdpa", dtype: str = "auto"):
-    """Model, on the best device there is, and processor of `path`: an adapter, a merged, native or original checkpoint."""
+    """Model, on the best device there is, and processor of `path`: an adapter, a merged, native or original
+    checkpoint."""
     processor = load_processor(path)
-    model = load_model(path, processor, base=base, attn_implementation=attn_implementation, dtype=dtype)
+    model: Any = load_model(path, processor, base=base, attn_implementation=attn_implementation, dtype=dtype)
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     return model.to(device).eval(), processor

@@ -17,7 +17,8 @@ class ModelArguments:
     model_name_or_path: str = field(metadata={"help": "LLaVA folder or Hub id, original or llava-hf."})
     revision: str | None = field(default=None, metadata={"help": "Revision of the model on the Hub."})
     version: str | None = field(
-        default=None, metadata={"help": "Chat template: v1, plain, llava_llama_2, chatml, mistral; default: the model's."}
+        default=None,
+        metadata={"help": "Chat template: v1, plain, llava_llama_2, chatml, mistral; default: the model's."},
     )
     image_aspect_ratio: Literal["square", "pad"] | None = field(
         default=None, metadata={"help": "How a picture is made square; default: as the model has it."}
@@ -33,7 +34,8 @@ class DataArguments:
     data_path: str = field(metadata={"help": "LLaVA JSON or JSONL file."})
     image_folder: str = field(default=".", metadata={"help": "Folder the image paths in the data are relative to."})
     model_max_length: int | None = field(
-        default=None, metadata={"help": "Longest row in tokens, image included; default: what the language model takes."}
+        default=None,
+        metadata={"help": "Longest row in tokens, image included; default: what the language model takes."},
     )
 
 
@@ -41,7 +43,9 @@ class DataArguments:
 class TuningArguments:
     """Which weights are trained."""
 
-    train_type: Literal["lora"] = field(default="lora", metadata={"help": "LoRA on the language model + whole projector."})
+    train_type: Literal["lora"] = field(
+        default="lora", metadata={"help": "LoRA on the language model + whole projector."}
+    )
     lora_r: int = field(default=128, metadata={"help": "LoRA rank."})
     lora_alpha: int = field(default=256, metadata={"help": "LoRA scaling numerator."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the LoRA layers."})

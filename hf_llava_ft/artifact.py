@@ -12,8 +12,8 @@ from hf_llava_ft.errors import UserError
 @contextmanager
 def staged_folder(output_dir: str | Path) -> Iterator[Path]:
     """
-    Gives a folder beside `output_dir` to write into, and renames it to `output_dir` when the block ends well. When it does not,
-    nothing is left behind.
+    Gives a folder beside `output_dir` to write into, and renames it to `output_dir` when the block ends well. When it
+    does not, nothing is left behind.
 
     Raises:
         UserError: if `output_dir` already holds something, or cannot be written.
@@ -29,6 +29,25 @@ def staged_folder(output_dir: str | Path) -> Iterator[Path]:
         if final.is_dir():
             final.rmdir()
         staged.rename(final)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+@contextmanager
+def staged_files(output_dir: str | Path, last: str) -> Iterator[Path]:
+    """
+    Gives a folder inside `output_dir` to write into, and moves its files up when the block ends well, the one called
+    `last` at the end: where it stands, the others are whole. For a folder that also holds other things, such as
+    checkpoints.
+    """
+    final = Path(output_dir)
+    final.mkdir(parents=True, exist_ok=True)
+    staged = final / f".partial-{os.getpid()}"
+    staged.mkdir()
+    try:
+        yield staged
+        for path in sorted(staged.iterdir(), key=lambda path: path.name == last):
+            path.replace(final / path.name)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 

@@ -1,4 +1,5 @@
-"""Opening a LLaVA, whatever kind of folder it is in. What a folder holds is decided by its files, never by its name."""
+"""Opening a LLaVA, whatever kind of folder it is in. What a folder holds is decided by its files, never by its
+name."""
 
 import json
 from dataclasses import dataclass
@@ -6,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from transformers import AutoConfig
 from transformers.utils import cached_file
 
@@ -75,7 +76,7 @@ def load_config(path: str, revision: str | None = None) -> LlavaConfig:
     try:
         config = AutoConfig.from_pretrained(path, revision=revision)
         if not isinstance(config, LlavaConfig):
-            config = LlavaConfig.from_pretrained(path, revision=revision)
+            config = LlavaConfig.from_pretrained(path, revision=revision or "main")
     except (ValueError, OSError, KeyError) as error:
         raise UserError(f"{path} is not a LLaVA this package can read: {_first_line(error)}") from error
     return config
@@ -140,10 +141,18 @@ def load_model(
 
 
 def fit_to_processor(model: LlavaForCausalLM, processor: LlavaProcessor) -> None:
-    """Gives the model the processor's image token, with an embedding row, so that a native export can embed it."""
+    """
+    Gives the model the processor's image token, with an embedding row, so that a native export can embed it, and makes
+    generation stop on the token that ends an answer under the chat template.
+    """
     model.config.image_token_id = processor.image_token_id
     # All tokens that were added, not only the image: a padding token may come after it.
     grow_embeddings(model, max(len(processor.tokenizer), processor.image_token_id + 1))
+    generation = model.generation_config
+    before = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+    stops = {*before, processor.tokenizer.eos_token_id, processor.stop_token_id} - {None}
+    generation.eos_token_id = sorted(stops)
+    generation.pad_token_id = processor.tokenizer.pad_token_id
 
 
 def check_attention(attn_implementation: str) -> None:
@@ -159,11 +168,6 @@ def check_attention(attn_implementation: str) -> None:
             f"--attn_implementation {attn_implementation} needs the flash-attn package and an NVIDIA GPU: "
             f"pip install 'hf-llava-ft[flash-attn]' --no-build-isolation, or use --attn_implementation sdpa."
         )
-
-
-def peft_base_name(path: str) -> str | None:
-    """The base model an adapter folder names; `None` if `path` is no adapter."""
-    return PeftConfig.from_pretrained(path).base_model_name_or_path if _file(path, ADAPTER_CONFIG, None) else None
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,7 +1,7 @@
 """`llava-ft`: the commands. Each imports what it needs when it runs, so that `--help` answers at once."""
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -15,17 +15,21 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 
-ModelOption = Annotated[str, typer.Option("--model", help="Folder or Hub id: an adapter, a merged or an original model.")]
-BaseOption = Annotated[Optional[str], typer.Option("--base", help="Base of an adapter, instead of the one it names.")]
+ModelOption = Annotated[
+    str, typer.Option("--model", help="Folder or Hub id: an adapter, a merged or an original model.")
+]
+BaseOption = Annotated[str | None, typer.Option("--base", help="Base of an adapter, instead of the one it names.")]
 AttentionOption = Annotated[str, typer.Option("--attn_implementation", help="sdpa, eager, flash_attention_2, ...")]
 MaxNewTokensOption = Annotated[int, typer.Option("--max_new_tokens", min=1, help="Longest answer in tokens.")]
 TemperatureOption = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]
-JsonOption = Annotated[Optional[Path], typer.Option("--json", help="Also write the result to this file.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
 
 
 @app.command()
 def quickstart(
-    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where everything is written.")] = Path("runs/quickstart"),
+    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where everything is written.")] = Path(
+        "runs/quickstart"
+    ),
     seed: Annotated[int, typer.Option("--seed", help="Governs every initialisation and the order of the data.")] = 42,
 ) -> None:
     """Compose a small LLaVA, ask it, fine-tune it on real photographs, merge, verify, ask again."""
@@ -41,9 +45,13 @@ def compose(
     vision: Annotated[str, typer.Option("--vision", help="CLIP or SigLIP model: folder or Hub id.")],
     language: Annotated[str, typer.Option("--language", help="Decoder language model: folder or Hub id.")],
     output_dir: Annotated[Path, typer.Option("--output_dir", help="Where the new LLaVA is written.")],
-    version: Annotated[Optional[str], typer.Option("--version", help="Chat template; default: the tokenizer's.")] = None,
-    projector_type: Annotated[str, typer.Option("--mm_projector_type", help="linear, mlp{N}x_gelu, identity.")] = "mlp2x_gelu",
-    vision_feature_layer: Annotated[int, typer.Option("--mm_vision_select_layer", help="Hidden state that is read.")] = -2,
+    version: Annotated[str | None, typer.Option("--version", help="Chat template; default: the tokenizer's.")] = None,
+    projector_type: Annotated[
+        str, typer.Option("--mm_projector_type", help="linear, mlp{N}x_gelu, identity.")
+    ] = "mlp2x_gelu",
+    vision_feature_layer: Annotated[
+        int, typer.Option("--mm_vision_select_layer", help="Hidden state that is read.")
+    ] = -2,
     image_aspect_ratio: Annotated[str, typer.Option("--image_aspect_ratio", help="square or pad.")] = "pad",
     seed: Annotated[int, typer.Option("--seed", help="Governs the fresh projector.")] = 42,
 ) -> None:
@@ -80,7 +88,9 @@ def merge(
     adapter: Annotated[str, typer.Option("--adapter", help="Adapter folder or Hub id.")],
     output_dir: Annotated[Path, typer.Option("--output_dir", help="Where the merged model is written.")],
     base: BaseOption = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="dtype of the merged weights: auto (the base's), float32, ...")] = "auto",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="dtype of the merged weights: auto (the base's), float32, ...")
+    ] = "auto",
     json_file: JsonOption = None,
 ) -> None:
     """Merge an adapter into its base, and check the result in a fresh process."""
@@ -98,7 +108,7 @@ def merge(
 def generate(
     model: ModelOption,
     prompt: Annotated[str, typer.Option("--prompt", help="The question.")],
-    image: Annotated[Optional[list[str]], typer.Option("--image", help="Path or URL; may be repeated.")] = None,
+    image: Annotated[list[str] | None, typer.Option("--image", help="Path or URL; may be repeated.")] = None,
     base: BaseOption = None,
     max_new_tokens: MaxNewTokensOption = 256,
     temperature: TemperatureOption = 0.0,
@@ -119,7 +129,7 @@ def generate(
 @app.command()
 def chat(
     model: ModelOption,
-    image: Annotated[Optional[list[str]], typer.Option("--image", help="Path or URL to begin with.")] = None,
+    image: Annotated[list[str] | None, typer.Option("--image", help="Path or URL to begin with.")] = None,
     base: BaseOption = None,
     max_new_tokens: MaxNewTokensOption = 256,
     temperature: TemperatureOption = 0.0,

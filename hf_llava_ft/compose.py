@@ -1,11 +1,14 @@
-"""A new LLaVA from a vision tower and a language model: what stage 1 of LLaVA starts from (arXiv 2304.08485, section 4.2)."""
+"""A new LLaVA from a vision tower and a language model: what stage 1 of LLaVA starts from (arXiv 2304.08485, section
+4.2)."""
 
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel, set_seed
 
 from hf_llava_ft.artifact import staged_folder
+from hf_llava_ft.checkpoints import fit_to_processor
 from hf_llava_ft.embeddings import grow_embeddings
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.modeling.configuration_llava import LlavaConfig
@@ -94,7 +97,7 @@ def compose_from_parts(
         projector_type=projector_type,
         vision_feature_layer=vision_feature_layer,
         vision_feature_select_strategy=processor.vision_feature_select_strategy,
-        image_aspect_ratio=image_aspect_ratio,
+        image_aspect_ratio=cast(Any, image_aspect_ratio),  # checked by the configuration itself
         image_token_index=processor.image_token_id,
         image_seq_length=processor.num_image_tokens,
         tie_word_embeddings=text_config.tie_word_embeddings,
@@ -109,8 +112,7 @@ def compose_from_parts(
     model.model.language_model = language_model.get_decoder()
     model.lm_head = language_model.get_output_embeddings()
     model.generation_config = language_model.generation_config
-    model.generation_config.eos_token_id = _stop_ids(model, processor)
-    model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+    fit_to_processor(model, processor)
     return model.eval(), processor
 
 
@@ -120,13 +122,3 @@ def save_composed(model: LlavaForCausalLM, processor: LlavaProcessor, output_dir
         model.save_pretrained(staged)
         processor.save_pretrained(staged)
     return Path(output_dir)
-
-
-def _stop_ids(model: LlavaForCausalLM, processor: LlavaProcessor) -> list[int]:
-    """What generation stops on: what it stopped on before, and what the chat template ends an answer with."""
-    before = model.generation_config.eos_token_id
-    before = before if isinstance(before, list) else [before]
-    example = [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "a"}]
-    text, spans = processor.render(example)
-    last = processor.tokenizer(text[: spans[-1][1]], add_special_tokens=False).input_ids[-1]
-    return sorted({token for token in [*before, processor.tokenizer.eos_token_id, last] if token is not None})

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hf_llava_ft.artifact import staged_folder
 from hf_llava_ft.checkpoints import inspect_checkpoint, load_model, load_processor
@@ -26,8 +27,9 @@ def merge_adapter(
     """
     Merges the adapter at `adapter` into its base and writes the whole model, with processor, to `output_dir`.
 
-    The base is loaded anew, because merging into weights that were used or quantised would merge their rounding. What the base
-    with the adapter answers is the reference; the merged folder is loaded in a fresh process and has to answer the same.
+    The base is loaded anew, because merging into weights that were used or quantised would merge their rounding. What
+    the base with the adapter answers is the reference; the merged folder is loaded in a fresh process and has to
+    answer the same.
 
     Args:
         base (`str`, *optional*): instead of the base that the adapter names.
@@ -35,7 +37,8 @@ def merge_adapter(
         probe (`Probe`, *optional*): what is asked.
 
     Raises:
-        UserError: if there is no adapter, `output_dir` is not empty or not writable, or the merged folder answers otherwise; then
+        UserError: if there is no adapter, `output_dir` is not empty or not writable, or the merged folder answers
+        otherwise; then
             nothing stays at `output_dir`.
     """
     adapter = str(adapter)
@@ -44,7 +47,7 @@ def merge_adapter(
     probe = probe or Probe()
     with staged_folder(output_dir) as staged:
         processor = load_processor(adapter)
-        model = load_model(adapter, processor, base=base, dtype=dtype)
+        model: Any = load_model(adapter, processor, base=base, dtype=dtype)
         reference = reference_outputs(model, processor, probe)
         merged = model.merge_and_unload()
         merged.config.use_cache = merged.config.text_config.use_cache = True
@@ -52,6 +55,7 @@ def merge_adapter(
         processor.save_pretrained(staged)
         verification = verify(staged, reference, processor, probe, dtype=merged.dtype)
         if not verification.ok:
-            raise UserError(f"the merged model is not the same as base and adapter: {'; '.join(verification.differences)}.")
+            raise UserError(
+                f"the merged model is not the same as base and adapter: {'; '.join(verification.differences)}."
+            )
     return Merged(Path(output_dir), verification)
-

@@ -138,8 +138,8 @@ def loss_plot_svg(losses: list[float]) -> str:
     # A curve of one point is a dot, and dots go outside the stretched part, where they would become ellipses.
     dots = [step for step, loss in enumerate(losses, 1) if last == 1 and math.isfinite(loss)]
     for step in dots:
-        y = y_pixels(losses[step - 1])
-        parts.append(f'<circle cx="{x_percent(step):.2f}%" cy="{y:.1f}" r="4" style="fill:{accent}"/>')
+        height_of_dot = y_pixels(losses[step - 1])
+        parts.append(f'<circle cx="{x_percent(step):.2f}%" cy="{height_of_dot:.1f}" r="4" style="fill:{accent}"/>')
     paths = "".join(
         f'<path d="{_path(values, lambda step: 10 * x_percent(step), y_pixels)}" fill="none" stroke-width="{width}" '
         f'stroke-opacity="{opacity}" stroke-linejoin="round" vector-effect="non-scaling-stroke" '

@@ -10,7 +10,8 @@ class LiveProgress(TrainerCallback):
     A rich progress bar for the Trainer, and the list of logged losses.
 
     Args:
-        console (`rich.console.Console`, *optional*): where to draw; without a terminal, one line a log is printed instead.
+        console (`rich.console.Console`, *optional*): where to draw; without a terminal, one
+            line a log is printed instead.
     """
 
     def __init__(self, console: Console | None = None):
@@ -34,7 +35,9 @@ class LiveProgress(TrainerCallback):
             disable=not self.console.is_terminal,
         )
         self._samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        self._task = self._progress.add_task("", total=state.max_steps, completed=state.global_step, loss="-", speed="")
+        self._task = self._progress.add_task(
+            "", total=state.max_steps, completed=state.global_step, loss="-", speed=""
+        )
         self._progress.start()
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -51,7 +54,9 @@ class LiveProgress(TrainerCallback):
             return
         self._progress.update(self._task, loss=f"{self.losses[-1]:.4f}")
         if not self.console.is_terminal:
-            self.console.print(f"step {state.global_step}/{state.max_steps}  loss {self.losses[-1]:.4f}", highlight=False)
+            self.console.print(
+                f"step {state.global_step}/{state.max_steps}  loss {self.losses[-1]:.4f}", highlight=False
+            )
 
     def on_train_end(self, args, state, control, **kwargs):
         if self._progress is not None:

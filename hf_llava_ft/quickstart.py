@@ -1,7 +1,8 @@
 """The whole job once, on real photographs: compose, ask, fine-tune, merge, verify, ask again, show.
 
-It shows the machinery, not a good model: 137 million parameters, and a vision tower with random weights that is frozen. That it can
-still learn five photographs by heart, and answer from the pixels, is what one wants to see work before bringing a real model.
+It shows the machinery, not a good model: 137 million parameters, and a vision tower with random weights that is
+frozen. That it can still learn five photographs by heart, and answer from the pixels, is what one wants to see work
+before bringing a real model.
 """
 
 import json
@@ -29,8 +30,8 @@ from hf_llava_ft.verify import Probe, reloaded_outputs
 DATA = Path(quickstart_data.__file__).parent
 QUESTION = "What is in the picture?"
 NOTE = (
-    "This shows that the machinery works, not a good model: a language model of 135 million parameters, a small vision tower "
-    "with random, untrained weights, and five photographs learned by heart."
+    "This shows that the machinery works, not a good model: a language model of 135 million parameters, a small "
+    "vision tower with random, untrained weights, and five photographs learned by heart."
 )
 # Everything a run writes; what an earlier run left under these names is replaced, other files are not touched.
 WRITTEN = ("base", "adapter", "merged", "result.json", "report.html", "loss.png", "answers.png")
@@ -59,7 +60,8 @@ class QuickstartResult:
 
 def run_quickstart(output_dir: Path, seed: int = 42, console: Console | None = None) -> QuickstartResult:
     """
-    Runs all steps and writes `result.json`, `report.html`, `loss.png`, `answers.png` and the models under `output_dir`.
+    Runs all steps and writes `result.json`, `report.html`, `loss.png`, `answers.png` and the models under
+    `output_dir`.
 
     Raises:
         UserError: if `output_dir` cannot be written, or a step fails.
@@ -73,7 +75,9 @@ def run_quickstart(output_dir: Path, seed: int = 42, console: Console | None = N
 
     console.rule("1. Compose: SmolLM2-135M-Instruct + a small CLIP-type tower + a new projector")
     console.print(NOTE, highlight=False)
-    save_composed(*compose_small_llava(seed), output_dir / "base")
+    base, base_processor = compose_small_llava(seed)
+    save_composed(base, base_processor, output_dir / "base")
+    del base
 
     console.rule(f"2. Ask the new model: {QUESTION}")
     model, processor = load_for_answering(str(output_dir / "base"))
@@ -83,13 +87,14 @@ def run_quickstart(output_dir: Path, seed: int = 42, console: Console | None = N
     del model
 
     console.rule("3. Fine-tune: LoRA on the language model, and the projector")
-    training_args = _training_flags(output_dir, seed)
-    parsed = parse_arguments(training_args)
-    trained = train(*parsed, console=console)
+    model_args, data_args, tuning_args, training_args = parse_arguments(_training_flags(output_dir, seed))
+    trained = train(model_args, data_args, tuning_args, training_args, console=console)
 
     console.rule("4. Merge, and verify in a fresh process")
     merged = merge_adapter(output_dir / "adapter", output_dir / "merged", probe=_probe(pictures[0]))
-    console.print(f"largest logit difference: {merged.verification.logit_difference:.1e} of the largest", highlight=False)
+    console.print(
+        f"largest logit difference: {merged.verification.logit_difference:.1e} of the largest", highlight=False
+    )
 
     console.rule("5. Ask the merged model in a fresh process, with plain transformers")
     # A second time with the pictures passed on by one: the answers have to move along.
@@ -110,7 +115,7 @@ def run_quickstart(output_dir: Path, seed: int = 42, console: Console | None = N
         merged_dir=str(merged.output_dir),
         seconds=round(trained.seconds, 1),
     )
-    _write(output_dir, result, photos, trained, parsed[-1], console)
+    _write(output_dir, result, photos, trained, training_args, console)
     return result
 
 
@@ -153,10 +158,12 @@ def _probe(picture: Image.Image) -> Probe:
     return Probe(messages=[{"role": "user", "content": content}], images=[picture])
 
 
-def _write(output_dir: Path, result: QuickstartResult, photos, trained: TrainingResult, training_args, console: Console) -> None:
+def _write(
+    output_dir: Path, result: QuickstartResult, photos, trained: TrainingResult, training_args, console: Console
+) -> None:
     answers = [
         AnsweredPhoto(photo, QUESTION, before, after, expected)
-        for photo, before, after, expected in zip(photos, result.before, result.after, result.expected)
+        for photo, before, after, expected in zip(photos, result.before, result.after, result.expected, strict=True)
     ]
     command = f"llava-ft chat --model {result.merged_dir} --image {photos[0].name}"
     (output_dir / "result.json").write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
@@ -197,5 +204,3 @@ def _write(output_dir: Path, result: QuickstartResult, photos, trained: Training
         highlight=False,
         soft_wrap=True,
     )
-
-

@@ -1,4 +1,5 @@
-"""Registers our classes with transformers' Auto classes. Native classes, and folders of `model_type: llava`, stay theirs."""
+"""Registers our classes with transformers' Auto classes. Native classes, and folders of `model_type: llava`, stay
+theirs."""
 
 from functools import cache
 
@@ -20,4 +21,4 @@ def register() -> None:
     AutoModelForCausalLM.register(LlavaConfig, LlavaForCausalLM, exist_ok=True)
     AutoModelForImageTextToText.register(LlavaConfig, LlavaForCausalLM, exist_ok=True)
     AutoProcessor.register(LlavaConfig, LlavaProcessor, exist_ok=True)
-    register_checkpoint_conversion_mapping(LlavaConfig.model_type, reading_conversions(), overwrite=True)
+    register_checkpoint_conversion_mapping(LlavaConfig.model_type, [*reading_conversions()], overwrite=True)

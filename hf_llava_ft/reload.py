@@ -1,7 +1,8 @@
 """What a stranger does with a folder: loads it, asks it, and writes down what came out.
 
-Run as a program in a fresh process, it uses plain transformers alone when the folder is a native `llava`, so that what it
-reports holds for people who do not have this package. `verify.py` starts it, and calls `probe_outputs` for the reference.
+Run as a program in a fresh process, it uses plain transformers alone when the folder is a native `llava`, so that what
+it reports holds for people who do not have this package. `verify.py` starts it, and calls `probe_outputs` for the
+reference.
 
     python reload.py MODEL_DIR PROBE_DIR OUTPUT.safetensors
 """
@@ -9,6 +10,7 @@ reports holds for people who do not have this package. `verify.py` starts it, an
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -21,8 +23,8 @@ def probe_outputs(model, processor, messages: list[dict], images: list) -> dict[
     The answer of `model` to `messages`, as tensors.
 
     Returns:
-        `input_ids` `int64[1, T]`, `pixel_values` `float32[N, 3, H, W]` if there are images, `logits` `float32[1, T, V]` and
-        `answer_ids` `int64[1, K]`, decoded greedily.
+        `input_ids` `int64[1, T]`, `pixel_values` `float32[N, 3, H, W]` if there are images, `logits` `float32[1, T,
+        V]` and `answer_ids` `int64[1, K]`, decoded greedily.
     """
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
     inputs = processor(text=[text], images=images or None, return_tensors="pt").to(model.device)
@@ -47,7 +49,7 @@ def main(model_dir: str, probe_dir: str, output: str) -> None:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
     config = json.loads(Path(model_dir, "config.json").read_text(encoding="utf-8"))
-    auto_model = AutoModelForImageTextToText
+    auto_model: Any = AutoModelForImageTextToText
     if config["model_type"] != "llava":
         import hf_llava_ft  # noqa: F401  (registers the architectures that transformers cannot express)
 

@@ -1,4 +1,5 @@
-"""The small real LLaVA of the quickstart: SmolLM2-135M-Instruct, a small CLIP-type tower that nobody trained, a new projector."""
+"""The small real LLaVA of the quickstart: SmolLM2-135M-Instruct, a small CLIP-type tower that nobody trained, a new
+projector."""
 
 import importlib.util
 from pathlib import Path

@@ -1,19 +1,22 @@
-"""The entry point of training: `llava-ft train`, `python -m hf_llava_ft.train`, `accelerate launch -m hf_llava_ft.train`."""
+"""The entry point of training: `llava-ft train`, `python -m hf_llava_ft.train`, `accelerate launch -m
+hf_llava_ft.train`."""
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from transformers import HfArgumentParser, set_seed
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_llava_ft.arguments import DataArguments, LlavaTrainingArguments, ModelArguments, TuningArguments
-from hf_llava_ft.artifact import check_writable
-from hf_llava_ft.checkpoints import check_attention, load_model, load_processor
+from hf_llava_ft.artifact import check_writable, staged_files
+from hf_llava_ft.checkpoints import ADAPTER_CONFIG, check_attention, load_model, load_processor
 from hf_llava_ft.data.builder import load_llava_json
 from hf_llava_ft.errors import UserError, exit_on_user_error
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
@@ -43,8 +46,9 @@ def parse_arguments(argv: Sequence[str]):
     Raises:
         UserError: for an unknown flag.
     """
+    classes: Any = (ModelArguments, DataArguments, TuningArguments, LlavaTrainingArguments)
     parser = HfArgumentParser(
-        (ModelArguments, DataArguments, TuningArguments, LlavaTrainingArguments),
+        classes,
         prog="llava-ft train",
         description="Fine-tune a LLaVA on images with conversations.",
         allow_abbrev=False,
@@ -67,7 +71,8 @@ def train(
 ) -> TrainingResult:
     """Trains as told and leaves the adapter at `training_args.output_dir`, checkpoints below it."""
     console = console or Console(stderr=True)
-    check_writable(training_args.output_dir)
+    output_dir = Path(str(training_args.output_dir))
+    check_writable(output_dir)
     check_attention(model_args.attn_implementation)
     checkpoint = _checkpoint_to_resume(training_args)
     # Before anything is initialised: LoRA's matrices and the order of the data follow from --seed alone.
@@ -75,11 +80,14 @@ def train(
 
     processor = load_processor(model_args.model_name_or_path, model_args.revision)
     if model_args.version is not None:
-        processor.use_chat_template(model_args.version)
+        try:
+            processor.use_chat_template(model_args.version)
+        except ValueError as error:
+            raise UserError(f"--version: {error}") from error
     if model_args.image_aspect_ratio is not None:
         processor.image_processor.do_pad = model_args.image_aspect_ratio == "pad"
     dataset = load_llava_json(data_args.data_path, data_args.image_folder)
-    model = load_model(
+    model: Any = load_model(
         model_args.model_name_or_path,
         processor,
         revision=model_args.revision,
@@ -105,12 +113,11 @@ def train(
     if trainer.is_world_process_zero():
         console.print(_table(trained, training_args))
     output = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(training_args.output_dir)
+    with staged_files(output_dir, last=ADAPTER_CONFIG) as staged:
+        trainer.save_model(str(staged))
     trainer.save_state()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return TrainingResult(
-        Path(training_args.output_dir), losses, trained, seconds=float(output.metrics["train_runtime"])
-    )
+    return TrainingResult(output_dir, losses, trained, seconds=float(output.metrics["train_runtime"]))
 
 
 def check_lengths(dataset: Dataset, processor: LlavaProcessor, longest: int, data_path: str) -> None:
@@ -118,15 +125,15 @@ def check_lengths(dataset: Dataset, processor: LlavaProcessor, longest: int, dat
     Raises:
         UserError: naming the first row that is longer than `longest` tokens: nothing is cut in silence.
     """
-    for number, (row_id, messages) in enumerate(zip(dataset["id"], dataset["messages"]), start=1):
+    for number, (row_id, messages) in enumerate(zip(dataset["id"], dataset["messages"], strict=True), start=1):
         try:
             length = processor.num_tokens(messages)
         except ValueError as error:
             raise UserError(f"{data_path}: row {number} (id {row_id!r}): {error}") from error
         if length > longest:
             raise UserError(
-                f"{data_path}: row {number} (id {row_id!r}) has {length} tokens and the limit is {longest}: shorten it, "
-                f"or raise --model_max_length up to what the language model takes."
+                f"{data_path}: row {number} (id {row_id!r}) has {length} tokens and the limit is {longest}: "
+                f"shorten it, or raise --model_max_length up to what the language model takes."
             )
 
 
@@ -138,22 +145,23 @@ def _checkpoint_to_resume(args: LlavaTrainingArguments) -> str | None:
         if not Path(wanted, "trainer_state.json").is_file():
             raise UserError(f"{wanted} is not a checkpoint to resume from: it has no trainer_state.json.")
         return str(wanted)
-    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    output_dir = str(args.output_dir)
+    last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
     if last is None:
         raise UserError(f"--resume_from_checkpoint: {args.output_dir} holds no checkpoint.")
     return last
 
 
 def _without_printed_logs(trainer: LlavaTrainer) -> None:
-    from transformers.trainer_callback import PrinterCallback
-
     trainer.remove_callback(PrinterCallback)  # the bar shows the loss
 
 
 def _table(trained: list[TrainedPart], args: LlavaTrainingArguments) -> Table:
     table = Table(title="What trains")
-    for heading, justify in (("part", "left"), ("trainable", "right"), ("of", "right"), ("dtype", "left")):
-        table.add_column(heading, justify=justify)
+    table.add_column("part")
+    for number in ("trainable", "of"):
+        table.add_column(number, justify="right")
+    table.add_column("dtype")
     table.add_column("learning rate", justify="right")
     for part in trained:
         rate = learning_rate_of(part, args)
@@ -173,7 +181,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
         result = train(*parse_arguments(sys.argv[1:] if argv is None else argv))
         Console(stderr=True).print(
-            f"The adapter is at {result.adapter_dir}. Ask it: llava-ft chat --model {result.adapter_dir}", highlight=False
+            f"The adapter is at {result.adapter_dir}. Ask it: llava-ft chat --model {result.adapter_dir}",
+            highlight=False,
         )
 
 

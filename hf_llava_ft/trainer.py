@@ -1,8 +1,8 @@
 """`LlavaTrainer`: transformers' Trainer with what LLaVA needs and it lacks.
 
-A learning rate of its own for the projector; batches by modality and length; head and loss at the supervised positions only;
-checkpoints in the layout that the model is read from. The loss is the mean over the supervised tokens of the whole optimiser
-step, over accumulation and ranks, where the original takes the mean of the means of the micro-batches.
+A learning rate of its own for the projector; batches by modality and length; head and loss at the supervised positions
+only; checkpoints in the layout that the model is read from. The loss is the mean over the supervised tokens of the
+whole optimiser step, over accumulation and ranks, where the original takes the mean of the means of the micro-batches.
 """
 
 import os
@@ -23,18 +23,22 @@ from hf_llava_ft.modeling.weight_names_llava import name_in_memory
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.tuning import PROJECTOR, part_of
 
-# Steps whose rows are sorted by length together, as transformers' own LengthGroupedSampler has it. The original sorts within
-# one step, which balances the ranks but saves no padding.
+# Steps whose rows are sorted by length together, as transformers' own LengthGroupedSampler has it. The original sorts
+# within one step, which balances the ranks but saves no padding.
 LENGTH_POOL_STEPS = 50
 
 
 class LlavaTrainer(Trainer):
     """
-    As `transformers.Trainer`; `processing_class` is the [`LlavaProcessor`], from which the collator is made when none is given.
+    As `transformers.Trainer`; `processing_class` is the [`LlavaProcessor`], from which the collator is made when none
+    is given.
 
-        trainer = LlavaTrainer(model, args, train_dataset=load_llava_json("data.json", "images"), processing_class=processor)
+        data = load_llava_json("data.json", "images")
+        trainer = LlavaTrainer(model, args, train_dataset=data, processing_class=processor)
         trainer.train()
     """
+
+    args: LlavaTrainingArguments
 
     def __init__(self, model=None, args: LlavaTrainingArguments | None = None, data_collator=None, **kwargs):
         processor = kwargs.get("processing_class")
@@ -73,7 +77,7 @@ class LlavaTrainer(Trainer):
         super()._save(output_dir, state_dict)
         # A pickle of this run's paths, which nothing needs for resuming and nobody should have to load.
         if self.args.should_save:
-            Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            Path(output_dir or str(self.args.output_dir), TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """A checkpoint of the whole model has the names of the native layout: translated here, and loaded strictly."""
@@ -86,15 +90,20 @@ class LlavaTrainer(Trainer):
             state_dict = {name_in_memory(name): tensor for name, tensor in load_file(os.fspath(shard)).items()}
             result = model.load_state_dict(state_dict, strict=False)
             if result.unexpected_keys:
-                raise ValueError(f"{shard} holds weights this model does not have, {result.unexpected_keys[0]} among them.")
+                raise ValueError(
+                    f"{shard} holds weights this model does not have, {result.unexpected_keys[0]} among them."
+                )
             missing -= set(state_dict)
         tied = set(getattr(model, "all_tied_weights_keys", None) or ())
         if missing - tied:
-            raise ValueError(f"{resume_from_checkpoint} lacks weights of this model, {min(missing - tied)} among them.")
+            raise ValueError(
+                f"{resume_from_checkpoint} lacks weights of this model, {min(missing - tied)} among them."
+            )
 
 
 def _split_off(optimizer: torch.optim.Optimizer, parameters: set[nn.Parameter], learning_rate: float) -> None:
-    """Moves `parameters` out of the groups of `optimizer` into groups of the same settings and another learning rate."""
+    """Moves `parameters` out of the groups of `optimizer` into groups of the same settings and another learning
+    rate."""
     for group in list(optimizer.param_groups):
         moved = [parameter for parameter in group["params"] if parameter in parameters]
         if moved:

@@ -1,7 +1,7 @@
 """What trains: LoRA on the language model and the whole projector, in one PEFT adapter.
 
-The adapter is self-contained (the projector is in `modules_to_save`), and its names are those of the native module tree, so
-that PEFT alone loads it, onto our model or onto transformers' own.
+The adapter is self-contained (the projector is in `modules_to_save`), and its names are those of the native module
+tree, so that PEFT alone loads it, onto our model or onto transformers' own.
 """
 
 import re
@@ -26,7 +26,8 @@ def part_of(parameter_name: str) -> str:
 
 def lora_target_pattern(model: LlavaForCausalLM) -> str:
     """
-    A regular expression that matches every linear layer of the language model and nothing of tower, projector and head.
+    A regular expression that matches every linear layer of the language model and nothing of tower, projector and
+    head.
 
     Bare names such as `q_proj` would also match CLIP. Source of the set: haotian-liu/LLaVA, `find_all_linear_names`.
     """
@@ -38,7 +39,9 @@ def lora_target_pattern(model: LlavaForCausalLM) -> str:
     return rf"model\.{LANGUAGE_MODEL}\..*\.({'|'.join(sorted(map(re.escape, names)))})"
 
 
-def with_lora(model: LlavaForCausalLM, arguments: TuningArguments, base: str, revision: str | None = None) -> PeftModel:
+def with_lora(
+    model: LlavaForCausalLM, arguments: TuningArguments, base: str, revision: str | None = None
+) -> PeftModel:
     """
     Wraps `model` for LoRA training.
 
@@ -84,7 +87,12 @@ def trained_parts(model: nn.Module) -> list[TrainedPart]:
         counts[part][1] += parameter.numel()
         dtypes[part].add(parameter.dtype)
     return [
-        TrainedPart(part, *counts[part], dtype=", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes[part])))
+        TrainedPart(
+            part,
+            counts[part][0],
+            counts[part][1],
+            dtype=", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes[part])),
+        )
         for part in (*PARTS, "other")
         if part in counts
     ]

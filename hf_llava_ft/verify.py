@@ -1,7 +1,8 @@
-"""Nothing leaves unverified: a written model is loaded again in a fresh process and must answer as the one in memory did.
+"""Nothing leaves unverified: a written model is loaded again in a fresh process and must answer as the one in memory
+did.
 
-Every peer's broken upload loaded without an error and spoke nonsense. So the check is on what comes out: the ids and pixels
-that the saved processor makes, the logits, and a greedy answer.
+Every peer's broken upload loaded without an error and spoke nonsense. So the check is on what comes out: the ids and
+pixels that the saved processor makes, the logits, and a greedy answer.
 """
 
 import json
@@ -28,7 +29,9 @@ PIXEL_TOLERANCE = 1 / 255 / 0.26 + 1e-6
 def default_image() -> Image.Image:
     """A picture of colour ramps: the same on every machine, and different in every patch."""
     ramp = Image.linear_gradient("L").resize((320, 240))
-    return Image.merge("RGB", (ramp, ramp.transpose(Image.Transpose.ROTATE_180), Image.radial_gradient("L").resize((320, 240))))
+    return Image.merge(
+        "RGB", (ramp, ramp.transpose(Image.Transpose.ROTATE_180), Image.radial_gradient("L").resize((320, 240)))
+    )
 
 
 def default_messages() -> list[dict]:
@@ -78,7 +81,7 @@ def reloaded_outputs(model_dir: str | Path, probes: list[Probe]) -> list[dict[st
         described = []
         for probe_index, probe in enumerate(probes):
             names = [f"{probe_index}-{index}.png" for index in range(len(probe.images))]
-            for name, image in zip(names, probe.images):
+            for name, image in zip(names, probe.images, strict=True):
                 image.save(Path(scratch, name))
             described.append({"messages": probe.messages, "images": names})
         Path(scratch, "probes.json").write_text(json.dumps(described), encoding="utf-8")
@@ -122,7 +125,9 @@ def verify(
     return _compare(reference, reloaded, processor, LOGIT_TOLERANCE[dtype])
 
 
-def _compare(reference: dict[str, torch.Tensor], reloaded: dict[str, torch.Tensor], processor, tolerance) -> Verification:
+def _compare(
+    reference: dict[str, torch.Tensor], reloaded: dict[str, torch.Tensor], processor, tolerance
+) -> Verification:
     answer = processor.tokenizer.decode(reloaded["answer_ids"][0], skip_special_tokens=True).strip()
     if not torch.equal(reference["input_ids"], reloaded["input_ids"]):
         return Verification(["the saved processor turns the same question into other tokens"], float("inf"), answer)

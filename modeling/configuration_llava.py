@@ -1,8 +1,9 @@
 """`LlavaConfig`: transformers' native LLaVA configuration plus what the original LLaVA can express and it cannot.
 
-Two surprises. A flat configuration as haotian-liu/LLaVA writes it (`model_type: llava_llama`, language model fields at the
-top level, the tower named by `mm_vision_tower`) is translated to the nested form when it is read, so the rest of the code
-knows one form only. And the nested form is what is saved: as native `llava` whenever `is_native` says that nothing is lost.
+Two surprises. A flat configuration as haotian-liu/LLaVA writes it (`model_type: llava_llama`, language model fields at
+the top level, the tower named by `mm_vision_tower`) is translated to the nested form when it is read, so the rest of
+the code knows one form only. And the nested form is what is saved: as native `llava` whenever `is_native` says that
+nothing is lost.
 """
 
 import re
@@ -21,7 +22,12 @@ _ORIGINAL_LLAVA_FIELDS = re.compile(
     r"^(mm_|tune_mm_|freeze_mm_|use_mm_|image_|tokenizer_|unfreeze_mm_|s2|model_type$|architectures$|auto_map$|_name_or_path$)"
 )
 # The original's model types, and the language model each of them holds.
-ORIGINAL_TEXT_MODEL_TYPES = {"llava_llama": "llama", "llava": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
+ORIGINAL_TEXT_MODEL_TYPES = {
+    "llava_llama": "llama",
+    "llava": "llama",
+    "llava_mistral": "mistral",
+    "llava_qwen": "qwen2",
+}
 
 
 @strict
@@ -35,11 +41,12 @@ class LlavaConfig(NativeLlavaConfig):
             `"identity"` (vision and text width must be equal). Source: haotian-liu/LLaVA,
             `multimodal_projector/builder.py`.
         image_aspect_ratio (`"square"` or `"pad"`, *optional*):
-            How the image processor makes a picture square: by resizing and centre-cropping, or by padding with the mean
-            colour first. The processor applies it (`do_pad`); it is kept here so that the original format can be written.
+            How the image processor makes a picture square: by resizing and centre-cropping, or by padding with the
+            mean colour first. The processor applies it (`do_pad`); it is kept here so that the original format can be
+            written.
         vision_tower_name (`str`, *optional*):
-            The original's `mm_vision_tower`: a folder or Hub id the tower's weights come from when the checkpoint does not
-            hold them, as the released LLaVA-1.5 checkpoints do not.
+            The original's `mm_vision_tower`: a folder or Hub id the tower's weights come from when the checkpoint does
+            not hold them, as the released LLaVA-1.5 checkpoints do not.
 
     Raises:
         ValueError: for an unknown projector type, an identity projector between different widths, or a flat
@@ -71,7 +78,7 @@ class LlavaConfig(NativeLlavaConfig):
         if match := re.fullmatch(r"mlp([1-9]\d*)x_gelu", self.projector_type):
             return int(match.group(1))
         raise ValueError(
-            f"unknown projector_type {self.projector_type!r}: use 'linear', 'identity' or 'mlp{{N}}x_gelu' (e.g. 'mlp2x_gelu')."
+            f"unknown projector_type {self.projector_type!r}: use 'linear', 'identity' or e.g. 'mlp2x_gelu'."
         )
 
     @property
@@ -102,7 +109,10 @@ def _as_nested(config_dict: dict[str, Any]) -> dict[str, Any]:
     """`config_dict` in our nested form, whichever dialect it comes in; an already nested one comes back unchanged."""
     if "mm_vision_tower" in config_dict and "text_config" not in config_dict:
         return nested_from_original(config_dict)
-    if config_dict.get("model_type", LlavaConfig.model_type) not in (LlavaConfig.model_type, NativeLlavaConfig.model_type):
+    if config_dict.get("model_type", LlavaConfig.model_type) not in (
+        LlavaConfig.model_type,
+        NativeLlavaConfig.model_type,
+    ):
         raise ValueError(f"a model of type {config_dict['model_type']!r} is not a LLaVA.")
     return {**config_dict, "model_type": LlavaConfig.model_type}
 
@@ -119,15 +129,16 @@ def nested_from_original(flat: dict[str, Any]) -> dict[str, Any]:
     model_type = flat.get("model_type")
     if model_type not in ORIGINAL_TEXT_MODEL_TYPES:
         raise ValueError(
-            f"model_type {model_type!r} is not a LLaVA this package reads; supported: {', '.join(ORIGINAL_TEXT_MODEL_TYPES)}."
+            f"model_type {model_type!r} is not a LLaVA this package reads; it reads "
+            f"{', '.join(ORIGINAL_TEXT_MODEL_TYPES)}."
         )
-    tower_name = flat.get("mm_vision_tower")
+    tower_name = str(flat["mm_vision_tower"])
     try:
         tower_config = AutoConfig.from_pretrained(tower_name)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"the vision tower {tower_name!r} that config.json names in mm_vision_tower was not found; make it reachable "
-            f"from the current folder or set mm_vision_tower to its folder or Hub id."
+            f"the vision tower {tower_name!r} that config.json names in mm_vision_tower was not found; make it "
+            f"reachable from the current folder or set mm_vision_tower to its folder or Hub id."
         ) from error
     vision_config = getattr(tower_config, "vision_config", tower_config)
     vision_config._name_or_path = ""  # a local path of this machine has no place in a saved file
@@ -147,8 +158,8 @@ def nested_from_original(flat: dict[str, Any]) -> dict[str, Any]:
         "image_aspect_ratio": "pad" if flat.get("image_aspect_ratio") == "pad" else "square",
         "vision_tower_name": tower_name,
         "image_seq_length": num_patches + (1 if has_class_token and select_feature == "cls_patch" else 0),
-        # The original marks an image by -200, an id no tokenizer has. Here it is the first id after the embedding, which
-        # is also the one a tokenizer without spare tokens gives `<image>`; the model never looks it up.
+        # The original marks an image by -200, an id no tokenizer has. Here it is the first id after the embedding,
+        # which is also the one a tokenizer without spare tokens gives `<image>`; the model never looks it up.
         "image_token_index": flat["vocab_size"],
         "tie_word_embeddings": flat.get("tie_word_embeddings", False),
     }

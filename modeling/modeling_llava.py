@@ -1,17 +1,19 @@
 """`LlavaForCausalLM`: transformers' native LLaVA, made right and fast for training.
 
-It inherits generation, attention dispatch, checkpointing and parallel plans, and with `mlp2x_gelu` it has the native module
-tree and the native logits. What differs:
+It inherits generation, attention dispatch, checkpointing and parallel plans, and with `mlp2x_gelu` it has the native
+module tree and the native logits. What differs:
 
 * any projector of the family in `projector_llava.py`, and any checkpoint dialect of `weight_names_llava.py`;
 * the loss never counts an image placeholder or a padding position, whatever the labels say;
 * `supervised_logits_only=True` computes head and loss at the supervised positions alone;
-* a batch without images still puts tower and projector into the graph when they train, so that no rank of a distributed
-  run waits for another, and their gradient is zero instead of `None`;
+* a batch without images still puts tower and projector into the graph when they train, so that no rank of a
+  distributed run waits for another, and their gradient is zero instead of `None`;
 * an image token id outside the embedding is allowed, as original checkpoints have it.
 
 Legend of the shapes: B rows, T positions (text and image), N images of the batch, P features per image, D text width.
 """
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,7 +44,7 @@ class LlavaBaseModel(NativeLlavaModel):
     def __init__(self, config: LlavaConfig):
         LlavaPreTrainedModel.__init__(self, config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.multi_modal_projector = LlavaMultiModalProjector(config)
+        self.multi_modal_projector = LlavaMultiModalProjector(config)  # type: ignore[assignment]
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
@@ -61,8 +63,8 @@ class LlavaBaseModel(NativeLlavaModel):
     ) -> LlavaModelOutputWithPast:
         """
         Args:
-            input_ids (`int64[B, T]`): with `config.image_token_id` once per image feature, as the processor expands it.
-            pixel_values (`float[N, 3, H, W]`, *optional*): all images of the batch, in the order of their placeholders.
+            input_ids (`int64[B, T]`): with `config.image_token_id` once per image feature, as the processor has it.
+            pixel_values (`float[N, 3, H, W]`, *optional*): all images of the batch, in the order of the placeholders.
             attention_mask (`int64[B, T]`, *optional*): 1 where there is a token; padding may be left or right.
             inputs_embeds (`float[B, T, D]`, *optional*): instead of `input_ids`.
 
@@ -72,9 +74,9 @@ class LlavaBaseModel(NativeLlavaModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
 
-        image_mask = self._image_mask(input_ids, inputs_embeds, pixel_values)
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(self._embeddable_ids(input_ids, image_mask))
+        if input_ids is not None:
+            inputs_embeds = self.get_input_embeddings()(self._embeddable_ids(input_ids))
+        assert inputs_embeds is not None
 
         image_features = None
         if pixel_values is not None:
@@ -86,11 +88,13 @@ class LlavaBaseModel(NativeLlavaModel):
                 return_dict=True,
             )
             image_features = torch.cat(tuple(outputs.pooler_output), dim=0)  # (N * P, D)
+            image_mask = self._image_mask(input_ids, inputs_embeds)
             inputs_embeds = self._merge(inputs_embeds, image_mask, image_features, num_images=len(pixel_values))
         elif past_key_values is None or past_key_values.get_seq_length() == 0:
-            if image_mask is not None and bool(image_mask.any()):
+            num_placeholders = 0 if input_ids is None else int((input_ids == self.config.image_token_id).sum())
+            if num_placeholders:
                 raise ValueError(
-                    f"the text holds {int(image_mask.sum())} image placeholders, but there are no pixel_values: "
+                    f"the text holds {num_placeholders} image placeholders, but there are no pixel_values: "
                     f"pass the images to the processor together with the text."
                 )
             inputs_embeds = self._with_idle_vision(inputs_embeds)
@@ -110,29 +114,29 @@ class LlavaBaseModel(NativeLlavaModel):
             image_hidden_states=image_features,
         )
 
-    def _image_mask(self, input_ids, inputs_embeds, pixel_values) -> torch.Tensor | None:
-        """`bool[B, T]`, true at the image placeholders; `None` where embeddings without images were passed."""
+    def _image_mask(self, input_ids, inputs_embeds) -> torch.Tensor:
+        """`bool[B, T]`, true at the image placeholders."""
         if input_ids is not None:
             return input_ids == self.config.image_token_id
-        if pixel_values is None:
-            return None
         token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+        return (inputs_embeds == self.get_input_embeddings()(self._embeddable_ids(token))).all(-1)
 
-    def _embeddable_ids(self, input_ids: torch.LongTensor, image_mask: torch.Tensor) -> torch.LongTensor:
+    def _embeddable_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         # An original checkpoint has no embedding row for the image token. The row looked up instead is overwritten.
         if self.config.image_token_id < self.config.text_config.vocab_size:
             return input_ids
-        return input_ids.masked_fill(image_mask, 0)
+        return input_ids.masked_fill(input_ids == self.config.image_token_id, 0)
 
     @staticmethod
     def _merge(inputs_embeds, image_mask, image_features, num_images: int) -> torch.Tensor:
-        """Puts `image_features` `float[N * P, D]` at the placeholders of `inputs_embeds` `float[B, T, D]`, in order."""
+        """Puts `image_features` `float[N * P, D]` at the placeholders of `inputs_embeds` `float[B, T, D]`, in
+        order."""
         positions = image_mask.flatten().nonzero().squeeze(-1)  # (N * P,)
         if len(positions) != len(image_features):
             raise ValueError(
-                f"the text holds {len(positions)} image placeholders, but {num_images} images give {len(image_features)} "
-                f"features ({len(image_features) // max(num_images, 1)} each): the numbers must be equal."
+                f"the text holds {len(positions)} image placeholders, but {num_images} images give "
+                f"{len(image_features)} features "
+                f"({len(image_features) // max(num_images, 1)} each): the numbers must be equal."
             )
         flat = inputs_embeds.reshape(-1, inputs_embeds.shape[-1])
         # The same result as `masked_scatter`, in a seventh of its time on CPU.
@@ -142,7 +146,9 @@ class LlavaBaseModel(NativeLlavaModel):
     def _with_idle_vision(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """Ties tower and projector into the graph of a batch without images where they train or are sharded."""
         parts = (self.vision_tower, self.multi_modal_projector)
-        trains = torch.is_grad_enabled() and self.training and any(p.requires_grad for m in parts for p in m.parameters())
+        trains = (
+            torch.is_grad_enabled() and self.training and any(p.requires_grad for m in parts for p in m.parameters())
+        )
         if not trains and not is_deepspeed_zero3_enabled():
             return inputs_embeds
         vision = self.config.vision_config
@@ -175,7 +181,7 @@ class LlavaForCausalLM(LlavaForConditionalGeneration):
         inputs_embeds: torch.Tensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         image_sizes: torch.Tensor | None = None,
         supervised_logits_only: bool = False,
@@ -211,7 +217,8 @@ class LlavaForCausalLM(LlavaForConditionalGeneration):
             targets = self._next_token_targets(labels, input_ids, attention_mask)
             if supervised_logits_only:
                 supervised = targets != IGNORE_INDEX
-                hidden_states, targets = hidden_states[supervised.to(hidden_states.device)], targets[supervised]  # (S, D)
+                hidden_states = hidden_states[supervised.to(hidden_states.device)]  # (S, D)
+                targets = targets[supervised]
             logits = self.lm_head(hidden_states)
             loss = self.loss_function(
                 logits=logits,
@@ -229,7 +236,7 @@ class LlavaForCausalLM(LlavaForConditionalGeneration):
             image_hidden_states=outputs.image_hidden_states,
         )
 
-    def _next_token_targets(self, labels, input_ids, attention_mask) -> torch.LongTensor:
+    def _next_token_targets(self, labels: torch.Tensor, input_ids, attention_mask) -> torch.Tensor:
         """`int64[B, T]`: at each position the label of the next one, or -100."""
         if input_ids is not None:
             labels = labels.masked_fill(input_ids.to(labels.device) == self.config.image_token_id, IGNORE_INDEX)
@@ -238,16 +245,15 @@ class LlavaForCausalLM(LlavaForConditionalGeneration):
         return nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:].contiguous()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs) -> Any:
         """
         As in transformers, but nothing is left at random: a tower that the checkpoint only names is loaded from there.
 
         Raises:
             ValueError: if weights are missing that no named tower provides.
         """
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        model, info = loaded
         missing = set(info["missing_keys"])
         tower = {name for name in missing if name.startswith("model.vision_tower.")}
         if tower and model.config.vision_tower_name:
@@ -263,15 +269,17 @@ class LlavaForCausalLM(LlavaForConditionalGeneration):
             )
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:  # type: ignore[override]
         """
         Writes a native `llava` folder, which transformers and servers read without this package, whenever the
         architecture allows it; otherwise a nested `llava_llama` one.
         """
         if not self.config.is_native:
-            return super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+            super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+            return
         own_config, own_conversions = self.config, getattr(self, "_weight_conversions", None)
-        self.config, self._weight_conversions = own_config.to_native(), native_conversions()
+        self.config = own_config.to_native()  # type: ignore[assignment]
+        self._weight_conversions: Any = native_conversions()
         try:
             super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
             if is_main_process:

@@ -1,8 +1,8 @@
 """The names that each checkpoint dialect gives to the weights of the one module tree we hold in memory.
 
 In memory: `model.vision_tower.*`, `model.multi_modal_projector.linear_{i}.*`, `model.language_model.*`, `lm_head.*`.
-The patterns are regular expressions on the name in the file; transformers applies them when reading and reverses them when
-writing. Names are translated here and nowhere else.
+The patterns are regular expressions on the name in the file; transformers applies them when reading and reverses them
+when writing. Names are translated here and nowhere else.
 """
 
 import re

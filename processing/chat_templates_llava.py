@@ -1,12 +1,13 @@
 r"""Chat templates with `{% generation %}` marks, and how to use a tokenizer's own.
 
-What is supervised is exactly what a template renders inside `{% generation %}`: the answer and the token that ends it, which
-generation also stops on. A template decides where an image stands in the text, so a chat at inference reads like a row in
-training.
+What is supervised is exactly what a template renders inside `{% generation %}`: the answer and the token that ends it,
+which generation also stops on. A template decides where an image stands in the text, so a chat at inference reads like
+a row in training.
 
-Two rules hold for all of them. A leading image is followed by a newline, as every LLaVA was trained. And the space in front
-of an answer belongs to the answer, because that is where a SentencePiece token begins; templates whose assistant turn begins
-after a newline trim the answer, because byte-level tokenizers would fuse that newline with the answer's own.
+Two rules hold for all of them. A leading image is followed by a newline, as every LLaVA was trained. And the space in
+front of an answer belongs to the answer, because that is where a SentencePiece token begins; templates whose assistant
+turn begins after a newline trim the answer, because byte-level tokenizers would fuse that newline with the answer's
+own.
 """
 
 from dataclasses import dataclass
@@ -21,8 +22,9 @@ _CONTENT = r"""
         {%- for item in message['content'] -%}
             {%- if item['type'] == 'image' -%}
                 {{- '<image>' -}}
-                {%- set next_text = loop.nextitem['text'] if not loop.last and loop.nextitem['type'] == 'text' else '' -%}
-                {%- if turn.leading and not loop.last and not next_text.startswith('\n') -%}{{- '\n' -}}{%- endif -%}
+                {%- set next = loop.nextitem if not loop.last else {} -%}
+                {%- set has_newline = next.get('type') == 'text' and next['text'].startswith('\n') -%}
+                {%- if turn.leading and next and not has_newline -%}{{- '\n' -}}{%- endif -%}
             {%- else -%}
                 {%- set turn.leading = false -%}
                 {{- item['text'] -}}
@@ -54,8 +56,8 @@ _V1_SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 _LLAMA_2_SYSTEM = (
-    "You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, "
-    "and assist the user with a variety of tasks using natural language."
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
 )
 
 _V1 = _template(
@@ -78,13 +80,14 @@ _V1 = _template(
 _PLAIN = _template(
     r"""
 {%- if turns | length > 2 -%}
-    {{- raise_exception('the plain template takes one image and its caption, not a conversation of ' ~ turns | length ~ ' turns') -}}
+    {{- raise_exception('the plain template takes an image and its caption, not ' ~ turns | length ~ ' turns') -}}
 {%- endif -%}
 {%- for message in turns -%}
     {%- if message['role'] == 'assistant' -%}
         {%- generation -%}{{- content_of(message) + '\n' -}}{%- endgeneration -%}
     {%- else -%}
-        {%- set images = message['content'] | selectattr('type', 'equalto', 'image') | list if message['content'] is not string else [] -%}
+        {%- set items = [] if message['content'] is string else message['content'] -%}
+        {%- set images = items | selectattr('type', 'equalto', 'image') | list -%}
         {%- if not images -%}
             {{- raise_exception('the plain template needs an image in the user turn') -}}
         {%- endif -%}
@@ -161,17 +164,23 @@ CHAT_TEMPLATES = {
     "mistral": ChatTemplate(_MISTRAL),
 }
 
-# Makes every content a string, as a text tokenizer's template expects it, before that template runs.
+# Makes every content a string, as a text tokenizer's template expects it, before that template runs. Answers are
+# trimmed, since it may put them after a newline.
 _FLATTEN = (
-    _CONTENT
-    + r"""
+    (
+        _CONTENT
+        + r"""
 {%- set flat = namespace(messages=[]) -%}
 {%- for message in messages -%}
-    {%- set flat.messages = flat.messages + [dict(message, content=content_of(message))] -%}
+    {%- set content = content_of(message) | trim if message['role'] == 'assistant' else content_of(message) -%}
+    {%- set flat.messages = flat.messages + [dict(message, content=content)] -%}
 {%- endfor -%}
 {%- set messages = flat.messages -%}
 """
-).replace("\n{%-", "{%-").strip()
+    )
+    .replace("\n{%-", "{%-")
+    .strip()
+)
 
 
 def own_chat_template(tokenizer) -> ChatTemplate | None:
@@ -184,8 +193,8 @@ def own_chat_template(tokenizer) -> ChatTemplate | None:
 
 def chat_template_for(tokenizer, version: str | None = None) -> ChatTemplate:
     """
-    The template of the name `version`, or where that is `None` the one that suits the tokenizer: its own if it has one,
-    `chatml` if it knows that markup, else `v1`.
+    The template of the name `version`, or where that is `None` the one that suits the tokenizer: its own if it has
+    one, `chatml` if it knows that markup, else `v1`.
 
     Raises:
         ValueError: for an unknown name, or one whose stop token the tokenizer does not have.
@@ -197,5 +206,7 @@ def chat_template_for(tokenizer, version: str | None = None) -> ChatTemplate:
         raise ValueError(f"unknown chat template {version!r}; known: {', '.join(CHAT_TEMPLATES)}.")
     template = CHAT_TEMPLATES[version]
     if template.stop and template.stop.startswith("<|") and template.stop not in tokenizer.get_vocab():
-        raise ValueError(f"the chat template {version!r} ends an answer with {template.stop}, which the tokenizer does not have.")
+        raise ValueError(
+            f"the chat template {version!r} ends an answer with {template.stop}, which the tokenizer does not have."
+        )
     return template

@@ -1,7 +1,8 @@
 """The image processor of a LLaVA: that of its vision tower, with the original's two ways of making a picture square.
 
-Nothing is computed here: transformers' own `LlavaImageProcessor` does it, with `do_pad` for `pad`. Always its PIL backend where
-we build one: it is bit-equal to the original, while the torchvision backend differs by one level of 255 in places.
+Nothing is computed here: transformers' own `LlavaImageProcessor` does it, with `do_pad` for `pad`. Always its PIL
+backend where we build one: it is bit-equal to the original, while the torchvision backend differs by one level of 255
+in places.
 """
 
 from transformers import AutoImageProcessor, SiglipImageProcessorPil
@@ -16,7 +17,7 @@ def build_image_processor(vision_config, image_aspect_ratio: str = "square", tow
     """
     Args:
         vision_config: configuration of a CLIP or SigLIP tower; gives the resolution.
-        image_aspect_ratio (`"square"` or `"pad"`): resize and centre-crop, or pad to a square with the mean colour first.
+        image_aspect_ratio (`"square"` or `"pad"`): resize and centre-crop, or pad with the mean colour first.
             Source: haotian-liu/LLaVA, `process_images` and `expand2square`.
         tower_name (`str`, *optional*): folder or Hub id whose preprocessor_config.json gives colours and resampling.
 
@@ -52,7 +53,7 @@ def _tower_processor(vision_config, tower_name):
             pass  # a tower folder may hold no preprocessor_config.json: its kind then tells
     if vision_config.model_type not in _DEFAULTS:
         raise ValueError(
-            f"a vision tower of type {vision_config.model_type!r} needs a preprocessor_config.json beside its weights; "
-            f"only {' and '.join(_DEFAULTS)} have a known default."
+            f"a vision tower of type {vision_config.model_type!r} needs a preprocessor_config.json beside its "
+            f"weights; only {' and '.join(_DEFAULTS)} have a known default."
         )
     return _DEFAULTS[vision_config.model_type]()

@@ -1,15 +1,15 @@
 """`LlavaProcessor`: transformers' own, plus labels for training.
 
-It keeps the native name and saves native files, because what it computes from text and pictures is the same: without this
-package the folder loads as transformers' `LlavaProcessor`. What it adds is `encode_conversation`, which turns a whole
-conversation into ids, labels and pixels in one call, `pad`, which makes a batch of several, and `from_pretrained` on folders
-of the original LLaVA, which hold no processor.
+It keeps the native name and saves native files, because what it computes from text and pictures is the same: without
+this package the folder loads as transformers' `LlavaProcessor`. What it adds is `encode_conversation`, which turns a
+whole conversation into ids, labels and pixels in one call, `pad`, which makes a batch of several, and
+`from_pretrained` on folders of the original LLaVA, which hold no processor.
 
 It alone decides how many placeholders an image takes; the model checks.
 """
 
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -50,7 +50,7 @@ class LlavaProcessor(NativeLlavaProcessor):
             vision_config: configuration of the vision tower.
             version (`str`, *optional*): name of a chat template; by default the one that suits the tokenizer.
             image_aspect_ratio (`"square"` or `"pad"`): see `build_image_processor`.
-            vision_feature_select_strategy (`"default"` or `"full"`, *optional*): as in the model; by default what drops
+            vision_feature_select_strategy (`"default"` or `"full"`, *optional*): as in the model; default: what drops
                 the class token where there is one.
             tower_name (`str`, *optional*): folder or Hub id of the tower, for its preprocessor_config.json.
         """
@@ -61,7 +61,8 @@ class LlavaProcessor(NativeLlavaProcessor):
             image_processor=build_image_processor(vision_config, image_aspect_ratio, tower_name),
             tokenizer=tokenizer,
             patch_size=vision_config.patch_size,
-            vision_feature_select_strategy=vision_feature_select_strategy or ("default" if has_class_token else "full"),
+            vision_feature_select_strategy=vision_feature_select_strategy
+            or ("default" if has_class_token else "full"),
             chat_template=template.source,
             image_token=IMAGE_TOKEN,
             num_additional_image_tokens=1 if has_class_token else 0,
@@ -69,7 +70,8 @@ class LlavaProcessor(NativeLlavaProcessor):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As in transformers; a folder of the original LLaVA, without processor files, gets one from its config.json."""
+        """As in transformers; a folder of the original LLaVA, without processor files, gets one from its
+        config.json."""
         location = {key: kwargs[key] for key in ("revision", "token", "cache_dir") if key in kwargs}
         quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
         names = ("processor_config.json", "preprocessor_config.json")
@@ -87,6 +89,7 @@ class LlavaProcessor(NativeLlavaProcessor):
     def use_chat_template(self, version: str) -> None:
         """Replaces the chat template by the one called `version`; it is saved with the processor."""
         self.chat_template = chat_template_for(self.tokenizer, version).source
+        self.__dict__.pop("stop_token_id", None)
 
     # ------------------------------------------------------------------ training
 
@@ -95,7 +98,8 @@ class LlavaProcessor(NativeLlavaProcessor):
         A whole conversation as the model sees it in training.
 
         Args:
-            messages: `{"role": ..., "content": ...}` in order; the content is a string, or a list of `{"type": "image"}`
+            messages: `{"role": ..., "content": ...}` in order; the content is a string, or a list of `{"type":
+            "image"}`
                 and `{"type": "text", "text": ...}`.
             images (`list[PIL.Image.Image]`, *optional*): in the order of their places in the messages.
 
@@ -125,7 +129,9 @@ class LlavaProcessor(NativeLlavaProcessor):
         counts[ids == self.image_token_id] = repeats
         ids, supervised = np.repeat(ids, counts), np.repeat(supervised, counts)
         if not supervised.any():
-            raise ValueError("the chat template marks no answer in the conversation, so there would be nothing to learn.")
+            raise ValueError(
+                "the chat template marks no answer in the conversation, so there would be nothing to learn."
+            )
         encoded["input_ids"] = torch.from_numpy(ids)
         encoded["attention_mask"] = torch.ones_like(encoded["input_ids"])
         encoded["labels"] = torch.from_numpy(np.where(supervised, ids, IGNORE_INDEX))
@@ -142,10 +148,20 @@ class LlavaProcessor(NativeLlavaProcessor):
         """Placeholders per image: one number, because LLaVA makes every picture the same square."""
         return self._num_placeholders(self.image_processor([Image.new("RGB", (8, 8))], return_tensors="pt"), 0)
 
+    @cached_property
+    def stop_token_id(self) -> int:
+        """The id that ends an answer under the chat template; generation has to stop on it."""
+        example: list[dict[str, Any]] = [
+            {"role": "user", "content": [{"type": "image"}]},
+            {"role": "assistant", "content": "a"},
+        ]
+        text, spans = self.render(example)
+        return self.tokenizer(text[: spans[-1][1]], add_special_tokens=False).input_ids[-1]
+
     def pad(self, features: list[dict], padding_side: str = "right", pad_to_multiple_of: int | None = None) -> dict:
         """
-        A batch of `encode_conversation` results: text fields `int64[B, T]`, padded with the padding token, 0 and -100, and
-        `pixel_values` `float32[N, 3, H, W]` of all rows one after the other, absent when no row has an image.
+        A batch of `encode_conversation` results: text fields `int64[B, T]`, padded with the padding token, 0 and -100,
+        and `pixel_values` `float32[N, 3, H, W]` of all rows one after the other, absent when no row has an image.
         """
         length = max(len(feature["input_ids"]) for feature in features)
         if pad_to_multiple_of:
@@ -154,7 +170,7 @@ class LlavaProcessor(NativeLlavaProcessor):
         batch = {}
         for name, value in fill.items():
             rows = torch.full((len(features), length), value, dtype=torch.int64)
-            for row, feature in zip(rows, features):
+            for row, feature in zip(rows, features, strict=True):
                 size = len(feature[name])
                 (row[:size] if padding_side == "right" else row[length - size :]).copy_(feature[name])
             batch[name] = rows
@@ -166,16 +182,18 @@ class LlavaProcessor(NativeLlavaProcessor):
     # ------------------------------------------------------------------ text and spans
 
     def render(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
-        """The conversation as text, one placeholder per image, and the `(start, end)` characters of what is supervised."""
-        if "endgeneration" not in self.chat_template:
+        """The conversation as text, one placeholder per image, and the `(start, end)` characters of what is
+        supervised."""
+        if "endgeneration" not in cast(str, self.chat_template):
             return self._render_by_prefixes(messages)
-        texts, spans = render_jinja_template(
+        rendered: Any = render_jinja_template(
             conversations=[messages],
-            chat_template=self.chat_template,
+            chat_template=cast(str, self.chat_template),
             return_assistant_tokens_mask=True,
             **self.tokenizer.special_tokens_map,
         )
-        return texts[0], [tuple(span) for span in spans[0]]
+        [text], [spans] = rendered
+        return text, [(start, end) for start, end in spans]
 
     def _render_by_prefixes(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
         """
@@ -190,7 +208,7 @@ class LlavaProcessor(NativeLlavaProcessor):
         def rendered(turns, **options) -> str:
             special = self.tokenizer.special_tokens_map
             return render_jinja_template(
-                conversations=[turns], chat_template=self.chat_template, **options, **special
+                conversations=[turns], chat_template=cast(str, self.chat_template), **options, **special
             )[0][0]
 
         text = rendered(messages)
@@ -201,8 +219,9 @@ class LlavaProcessor(NativeLlavaProcessor):
                 continue
             prompt = rendered(messages[:index], add_generation_prompt=True)
             answered = rendered(messages[: index + 1])
-            end = answered.rfind(stop) + len(stop)
-            if not text.startswith(prompt) or not text.startswith(answered[:end]) or end <= len(prompt):
+            found = answered.rfind(stop, len(prompt))
+            end = found + len(stop)
+            if found < 0 or not text.startswith(prompt) or not text.startswith(answered[:end]):
                 raise ValueError(
                     "the tokenizer's own chat template cannot be used for training: it does not render an answer as "
                     f"its prompt, the answer and {stop}. Choose one of ours, e.g. --version chatml."
@@ -215,14 +234,19 @@ class LlavaProcessor(NativeLlavaProcessor):
         return bos is not None and text.startswith(bos)
 
     def _tokenize(self, text: str, spans: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids `int64[K]` of `text`, images not yet expanded, and `bool[K]`: whether a token overlaps one of `spans`."""
+        """Ids `int64[K]` of `text`, images not yet expanded, and `bool[K]`: whether a token overlaps one of
+        `spans`."""
         encoding = self.tokenizer(
             text, add_special_tokens=not self._begins_with_bos(text), return_offsets_mapping=True, verbose=False
         )
         ids = np.array(encoding["input_ids"], dtype=np.int64)
         offsets = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)
         starts, ends = offsets[:, 0].copy(), offsets[:, 1].copy()
-        # The space that the normaliser adds behind an image reports the image's characters; it belongs to what follows.
+        # Where offsets are trimmed (GPT-NeoX), a token of spaces alone is the empty range at its end: it began where
+        # the token before it ended.
+        starts[1:] = np.where(starts[1:] == ends[1:], ends[:-1], starts[1:])
+        # The space that the normaliser adds behind an image reports the image's characters; it belongs to what
+        # follows.
         position = text.find(self.image_token)
         while position >= 0:
             image_end = position + len(self.image_token)

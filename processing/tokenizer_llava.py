@@ -1,8 +1,9 @@
 """A text tokenizer made ready for LLaVA: it has `<image>` and a padding token, and it cuts text as the original does.
 
-The original tokenises the text before and after each image as separate strings, so a SentencePiece tokenizer puts its dummy
-space in front of the text that follows an image. A tokenizer of transformers does that on its own when it is `legacy`, and not
-otherwise; here a normaliser rule does it, inside `tokenizer.json`, so that every reader of the folder gets the same ids.
+The original tokenises the text before and after each image as separate strings, so a SentencePiece tokenizer puts its
+dummy space in front of the text that follows an image. A tokenizer of transformers does that on its own when it is
+`legacy`, and not otherwise; here a normaliser rule does it, inside `tokenizer.json`, so that every reader of the
+folder gets the same ids.
 """
 
 import json
@@ -16,7 +17,7 @@ IMAGE_TOKEN = "<image>"
 
 
 def load_tokenizer(name_or_path, **kwargs):
-    """`AutoTokenizer.from_pretrained`, with the merges of a bare `tokenizer.model` in SentencePiece's own order."""
+    """`AutoTokenizer.from_pretrained`, with a bare `tokenizer.model` read as SentencePiece reads it."""
     tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
     if not tokenizer.is_fast:
         raise ValueError(f"{name_or_path}: its tokenizer has no fast version, which labels by character spans need.")
@@ -31,7 +32,7 @@ def load_tokenizer(name_or_path, **kwargs):
         )
 
     if has("tokenizer.json") is None and (model_file := has("tokenizer.model")) is not None:
-        return _with_sentencepiece_merges(tokenizer, Path(model_file))
+        return _as_sentencepiece(tokenizer, Path(model_file))
     return tokenizer
 
 
@@ -39,7 +40,8 @@ def prepare_tokenizer(tokenizer):
     """
     A tokenizer with `<image>` as one special token, a padding token, and padding on the right.
 
-    The one passed in is changed, unless it needs the rule for text after an image: that one comes back as a new object.
+    The one passed in is changed, unless it needs the rule for text after an image: that one comes back as a new
+    object.
     """
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         if _prefixes_first_segment_only(tokenizer):
@@ -86,10 +88,13 @@ def _with_space_after_image(tokenizer) -> PreTrainedTokenizerFast:
     return _rebuilt(tokenizer, backend)
 
 
-def _with_sentencepiece_merges(tokenizer, model_file: Path):
+def _as_sentencepiece(tokenizer, model_file: Path):
     """
-    SentencePiece merges by score. transformers 5 orders the merges of a `tokenizer.model` by id, which is the same for most
-    pieces but not for LLaMA's runs of spaces: those have the lowest ids and the lowest score.
+    Undoes two things that transformers 5 does to a `tokenizer.model`.
+
+    SentencePiece merges by score. transformers orders the merges by id, which is the same for most pieces but not for LLaMA's
+    runs of spaces: those have the lowest ids and the lowest score. And a `legacy` tokenizer puts the dummy space in front of
+    every text between special tokens, one that begins with a space included, which the `Metaspace` of transformers leaves out.
     """
     from sentencepiece import SentencePieceProcessor
 
@@ -99,4 +104,9 @@ def _with_sentencepiece_merges(tokenizer, model_file: Path):
         return tokenizer
     score = {pieces.id_to_piece(index): pieces.get_score(index) for index in range(pieces.get_piece_size())}
     state["model"]["merges"].sort(key=lambda pair: -score["".join(pair)])  # stable: equal scores keep their order
-    return _rebuilt(tokenizer, Tokenizer.from_str(json.dumps(state)))
+    backend = Tokenizer.from_str(json.dumps(state))
+    if isinstance(backend.pre_tokenizer, pre_tokenizers.Metaspace) and backend.pre_tokenizer.prepend_scheme == "always":
+        spaces = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        backend.normalizer = normalizers.Sequence([backend.normalizer, *spaces] if backend.normalizer else spaces)
+        backend.pre_tokenizer = None
+    return _rebuilt(tokenizer, backend)

@@ -8,11 +8,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
 from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig, MistralConfig, Qwen2Config, SiglipVisionConfig, set_seed
 
 import hf_llava_ft
-from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 CHECKOUT = Path(__file__).parent.parent
@@ -45,7 +45,13 @@ def tiny_config(text: str = "llama", vision: str = "clip", tie: bool = False, **
         pad_token_id=0,
         tie_word_embeddings=tie,
     )
-    sizes = {"intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 56, "patch_size": 14}
+    sizes = {
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": 56,
+        "patch_size": 14,
+    }
     if vision == "clip":
         vision_config = CLIPVisionConfig(hidden_size=32, projection_dim=16, **sizes)
     else:
@@ -122,7 +128,8 @@ def tiny_checkpoint(tmp_path_factory, tiny_processor) -> Path:
 
 @pytest.fixture
 def llava_json(tmp_path):
-    """A function that writes a LLaVA JSON of `count` rows with pictures of different colours; returns file and folder."""
+    """A function that writes a LLaVA JSON of `count` rows with pictures of different colours; returns file and
+    folder."""
     import json
 
     def write(count: int = 4, with_text_rows: bool = False) -> tuple[Path, Path]:

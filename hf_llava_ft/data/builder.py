@@ -6,8 +6,8 @@ What may surprise:
 * So making the builder already reads the data files, unless this very version of them was seen before: a small list of
   the images they name is kept beside the cache, and opening a known set costs one `stat` per image.
 * A set with a wrong row or an unreadable image has no cache at all, half or whole.
-* `datasets.Image` turns a picture the way its EXIF orientation says, which the original LLaVA does not. So `load_llava_json`
-  leaves the images undecoded, and the collator opens them.
+* `datasets.Image` turns a picture the way its EXIF orientation says, which the original LLaVA does not. So
+  `load_llava_json` leaves the images undecoded, and the collator opens them.
 """
 
 import json

@@ -27,16 +27,20 @@ class LlavaCollator:
 
     def _encode(self, row: dict[str, Any]) -> dict[str, Any]:
         try:
-            return self.processor.encode_conversation(row["messages"], [open_picture(image) for image in row["images"]])
+            return self.processor.encode_conversation(
+                row["messages"], [open_picture(image) for image in row["images"]]
+            )
         except (ValueError, OSError) as error:
             raise UserError(f"row with id {row.get('id')!r}: {error}") from error
 
 
 def open_picture(image: Image.Image | dict[str, Any]) -> Image.Image:
     """
-    A decoded RGB picture, from one or from `{"path": ..., "bytes": ...}` as an undecoded `datasets.Image` column has it.
+    A decoded RGB picture, from one or from `{"path": ..., "bytes": ...}` as an undecoded `datasets.Image` column has
+    it.
 
-    As in the original, and as `llava-ft generate` opens a picture, its EXIF orientation is not applied: `datasets` would.
+    As in the original, and as `llava-ft generate` opens a picture, its EXIF orientation is not applied: `datasets`
+    would.
     """
     if isinstance(image, dict):
         with Image.open(io.BytesIO(image["bytes"]) if image.get("bytes") else image["path"]) as opened:

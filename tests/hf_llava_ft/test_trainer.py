@@ -67,7 +67,9 @@ def test_lora_sits_on_every_linear_layer_of_the_language_model_and_nowhere_else(
         if isinstance(module, torch.nn.Linear) and name.startswith("model.language_model.")
     }
     assert matched == expected and len(matched) == 14
-    assert any(name.endswith("q_proj") for name, _ in model.model.vision_tower.named_modules())  # the bare name is not enough
+    assert any(
+        name.endswith("q_proj") for name, _ in model.model.vision_tower.named_modules()
+    )  # the bare name is not enough
 
 
 def test_the_projector_has_its_own_learning_rate(tiny_checkpoint, llava_json, tmp_path):
@@ -124,7 +126,13 @@ class StopAfter(TrainerCallback):
 @pytest.mark.parametrize("grouped", [True, False])
 def test_a_resumed_run_is_the_unbroken_run(tiny_checkpoint, llava_json, tmp_path, lora, grouped):
     data = llava_json(10, with_text_rows=True)
-    settings = dict(lora=lora, group_by_modality_length=grouped, save_strategy="steps", save_steps=4, max_steps=8)
+    settings = {
+        "lora": lora,
+        "group_by_modality_length": grouped,
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "max_steps": 8,
+    }
     whole = make_trainer(tiny_checkpoint, data, tmp_path / "whole", **settings)
     whole.train()
     broken = make_trainer(tiny_checkpoint, data, tmp_path / "broken", callbacks=[StopAfter(4)], **settings)
@@ -139,7 +147,7 @@ def test_a_resumed_run_is_the_unbroken_run(tiny_checkpoint, llava_json, tmp_path
 
 def test_a_checkpoint_of_another_model_is_not_half_loaded(tiny_checkpoint, llava_json, tmp_path, tiny):
     data = llava_json(4)
-    settings = dict(lora=False, save_strategy="steps", save_steps=1, max_steps=1)
+    settings = {"lora": False, "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
     make_trainer(tiny_checkpoint, data, tmp_path / "out", **settings).train()
     other = make_trainer(tiny_checkpoint, data, tmp_path / "other", **settings)
     other.model.model.language_model.layers.append(other.model.model.language_model.layers[0])

@@ -5,6 +5,7 @@ from itertools import islice
 
 import pytest
 import torch
+from hf_llava_ft.modeling.modeling_llava import IGNORE_INDEX
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import (
@@ -16,7 +17,6 @@ from transformers import (
 )
 
 import hf_llava_ft
-from hf_llava_ft.modeling.modeling_llava import IGNORE_INDEX
 
 SUPERVISED = 4  # tokens at the end of each row that the tests below supervise
 
@@ -52,7 +52,7 @@ def test_native_llava_with_the_same_weights_gives_the_same_logits(tiny, tmp_path
 def expanded(ids: list[int], labels: list[int], attend: list[int], image_token_id: int) -> tuple[list[int], list[int]]:
     """A row of the original, one -200 per image, as we have it: 16 placeholders per image; padding is left out."""
     out_ids, out_labels = [], []
-    for token, label, attended in zip(ids, labels, attend):
+    for token, label, attended in zip(ids, labels, attend, strict=True):
         if attended:
             count = 16 if token == -200 else 1
             out_ids += [image_token_id if token == -200 else token] * count
@@ -134,7 +134,10 @@ def test_the_original_checkpoint_answers_as_the_original_does(original_model, go
     rows, masks, answers = case["input_ids"], case.get("attention_mask"), case["output_ids"]
     if masks is None:
         rows, masks, answers = [rows], [[1] * len(rows)], [answers]
-    rows = [expanded(ids, ids, mask, original_model.config.image_token_id)[0] for ids, mask in zip(rows, masks)]
+    rows = [
+        expanded(ids, ids, mask, original_model.config.image_token_id)[0]
+        for ids, mask in zip(rows, masks, strict=True)
+    ]
     length = max(map(len, rows))
     inputs = {
         "input_ids": torch.tensor([[0] * (length - len(ids)) + ids for ids in rows]),
@@ -143,7 +146,7 @@ def test_the_original_checkpoint_answers_as_the_original_does(original_model, go
     if case["images"]:
         inputs["pixel_values"] = torch.stack([pictures[f"{n}|pad"].reshape(3, 56, 56) for n in case["images"]])
     found = original_model.eval().generate(**inputs, do_sample=False, max_new_tokens=16)[:, length:]
-    for answer, expected in zip(found.tolist(), answers):
+    for answer, expected in zip(found.tolist(), answers, strict=True):
         assert answer[: len(expected) - 1] == expected[1:]
 
 
@@ -399,7 +402,9 @@ def test_missing_weights_are_an_error_and_not_random(tiny, tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     del weights["multi_modal_projector.linear_2.bias"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="no weights for 1 parameters of a LLaVA, model.multi_modal_projector.linear_2.bias"):
+    with pytest.raises(
+        ValueError, match="no weights for 1 parameters of a LLaVA, model.multi_modal_projector.linear_2.bias"
+    ):
         hf_llava_ft.LlavaForCausalLM.from_pretrained(tmp_path)
 
 
