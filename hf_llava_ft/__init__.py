@@ -34,7 +34,7 @@ _PUBLIC = {
     "load_llava_json": "data.builder",
     "load_model": "checkpoints",
     "load_processor": "checkpoints",
-    "compose": "compose",
+    "compose_llava": "compose",
     "merge_adapter": "merge",
 }
 

@@ -80,5 +80,7 @@ class LlavaTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # nothing to pin for, and PyTorch warns about it
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must stay False: the collator needs the messages and the images.")

@@ -57,7 +57,7 @@ def compose(
 ) -> None:
     """Make a new LLaVA from a vision tower and a language model."""
     with exit_on_user_error():
-        from hf_llava_ft.compose import compose as compose_llava
+        from hf_llava_ft.compose import compose_llava
 
         folder = compose_llava(
             vision,

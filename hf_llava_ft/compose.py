@@ -19,7 +19,7 @@ from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
 VISION_KINDS = ("clip_vision_model", "siglip_vision_model")
 
 
-def compose(
+def compose_llava(
     vision: str,
     language: str,
     output_dir: str | Path,
@@ -77,7 +77,7 @@ def compose_from_parts(
     tower_name: str | None = None,
     seed: int = 42,
 ) -> tuple[LlavaForCausalLM, LlavaProcessor]:
-    """As [`compose`], from loaded parts, whose weights are taken over without a copy."""
+    """As [`compose_llava`], from loaded parts, whose weights are taken over without a copy."""
     processor = LlavaProcessor.build(
         tokenizer,
         tower.config,

@@ -34,7 +34,7 @@ NOTE = (
     "vision tower with random, untrained weights, and five photographs learned by heart."
 )
 # Everything a run writes; what an earlier run left under these names is replaced, other files are not touched.
-WRITTEN = ("base", "adapter", "merged", "result.json", "report.html", "loss.png", "answers.png")
+WRITTEN = ("photos", "base", "adapter", "merged", "result.json", "report.html", "loss.png", "answers.png")
 MAX_NEW_TOKENS = 48
 
 
@@ -69,7 +69,10 @@ def run_quickstart(output_dir: Path, seed: int = 42, console: Console | None = N
     console = console or Console(stderr=True)
     output_dir = _fresh(output_dir)
     rows = json.loads((DATA / "conversations.json").read_text(encoding="utf-8"))
-    photos = [DATA / row["image"] for row in rows]
+    photos = [output_dir / "photos" / row["image"] for row in rows]
+    (output_dir / "photos").mkdir()
+    for photo in photos:
+        shutil.copyfile(DATA / photo.name, photo)
     pictures = [open_image(photo) for photo in photos]
     expected = [row["conversations"][1]["value"] for row in rows]
 
@@ -165,7 +168,7 @@ def _write(
         AnsweredPhoto(photo, QUESTION, before, after, expected)
         for photo, before, after, expected in zip(photos, result.before, result.after, result.expected, strict=True)
     ]
-    command = f"llava-ft chat --model {result.merged_dir} --image {photos[0].name}"
+    command = f"llava-ft chat --model {result.merged_dir} --image {photos[0]}"
     (output_dir / "result.json").write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
     save_loss_plot(result.losses, output_dir / "loss.png")
     answers_picture(answers, result.losses, output_dir / "answers.png")

@@ -46,7 +46,10 @@ def _load_language_model():
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.float32,
         )
-        return model, load_tokenizer(folder, gguf_file=LANGUAGE_MODEL_FILE)
+        tokenizer = load_tokenizer(folder, gguf_file=LANGUAGE_MODEL_FILE)
+        # transformers 5.17 takes <|im_start|> for the end token of this file.
+        tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
+        return model, tokenizer
     try:
         model = AutoModelForCausalLM.from_pretrained(LANGUAGE_MODEL_ID, dtype=torch.float32)
         return model, load_tokenizer(LANGUAGE_MODEL_ID)

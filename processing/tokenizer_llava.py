@@ -105,7 +105,10 @@ def _as_sentencepiece(tokenizer, model_file: Path):
     score = {pieces.id_to_piece(index): pieces.get_score(index) for index in range(pieces.get_piece_size())}
     state["model"]["merges"].sort(key=lambda pair: -score["".join(pair)])  # stable: equal scores keep their order
     backend = Tokenizer.from_str(json.dumps(state))
-    if isinstance(backend.pre_tokenizer, pre_tokenizers.Metaspace) and backend.pre_tokenizer.prepend_scheme == "always":
+    if (
+        isinstance(backend.pre_tokenizer, pre_tokenizers.Metaspace)
+        and backend.pre_tokenizer.prepend_scheme == "always"
+    ):
         spaces = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
         backend.normalizer = normalizers.Sequence([backend.normalizer, *spaces] if backend.normalizer else spaces)
         backend.pre_tokenizer = None

@@ -161,7 +161,7 @@ from peft import PeftModel
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 base, adapter, image = sys.argv[1:]
-assert not any("hf_llava_ft" in name for name in sys.modules)
+assert "hf_llava_ft" not in sys.modules
 model = PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(base), adapter).eval()
 processor = AutoProcessor.from_pretrained(adapter)
 messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]

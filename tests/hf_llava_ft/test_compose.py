@@ -1,0 +1,82 @@
+"""A tower and a language model become a LLaVA that plain transformers loads."""
+
+import pytest
+import torch
+from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
+from hf_llava_ft.verify import default_image
+from transformers import (
+    AutoProcessor,
+    CLIPVisionModel,
+    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+    MistralForCausalLM,
+    Qwen2ForCausalLM,
+    SiglipVisionModel,
+    set_seed,
+)
+
+import hf_llava_ft
+from hf_llava_ft.errors import UserError
+
+MODELS = {"llama": LlamaForCausalLM, "mistral": MistralForCausalLM, "qwen2": Qwen2ForCausalLM}
+
+
+@pytest.fixture
+def parts(tiny, tmp_path, golden):
+    """A function that writes the folders of a tower and a language model of 1024 words, the tokenizer's number."""
+
+    def write(text: str, vision: str, tie: bool):
+        config = tiny.config(text, vision, tie)
+        config.text_config.vocab_size = 1024
+        set_seed(0)
+        tower_class = CLIPVisionModel if vision == "clip" else SiglipVisionModel
+        tower_class(config.vision_config).save_pretrained(tmp_path / "tower")
+        language = MODELS[text](config.text_config)
+        language.save_pretrained(tmp_path / "language")
+        load_tokenizer(golden / "tokenizer_tiny").save_pretrained(tmp_path / "language")
+        return tmp_path / "tower", tmp_path / "language", language
+
+    return write
+
+
+@pytest.mark.parametrize("text", MODELS)
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
+def test_compose(parts, tmp_path, text, tie, vision):
+    tower, language, source = parts(text, vision, tie)
+    folder = hf_llava_ft.compose_llava(str(tower), str(language), tmp_path / "llava")
+    model, info = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    processor = AutoProcessor.from_pretrained(folder)
+    assert processor.image_token_id == 1024 == model.config.image_token_id
+    # The language model is untouched, and has a row for the image token.
+    old = source.get_input_embeddings().weight
+    new = model.get_input_embeddings().weight
+    assert torch.equal(new[:1024], old) and len(new) == 1088
+    assert (model.lm_head.weight is new) == tie
+    assert 2 in model.generation_config.eos_token_id
+    text_ids = torch.tensor([[1, 5, 9, 700]])
+    with torch.no_grad():
+        torch.testing.assert_close(model(text_ids).logits[..., :1024], source(text_ids).logits, rtol=0, atol=1e-5)
+    # Text and picture make a prompt that the model takes.
+    inputs = processor(
+        text=["USER: <image>\nq ASSISTANT:"], images=[default_image()], return_tensors="pt"
+    )
+    assert model(**inputs).logits.isfinite().all()
+
+
+def test_the_seed_decides_the_projector(parts, tmp_path):
+    tower, language, _ = parts("llama", "clip", False)
+    weights = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        folder = hf_llava_ft.compose_llava(str(tower), str(language), tmp_path / name, seed=seed)
+        model = LlavaForConditionalGeneration.from_pretrained(folder)
+        weights.append(model.model.multi_modal_projector.linear_1.weight)
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_a_language_model_is_no_tower(parts, tmp_path):
+    _, language, _ = parts("llama", "clip", False)
+    with pytest.raises(UserError, match="is a llama, not a vision tower of the CLIP or SigLIP kind"):
+        hf_llava_ft.compose_llava(str(language), str(language), tmp_path / "llava")
+    assert not (tmp_path / "llava").exists()
