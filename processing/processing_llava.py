@@ -186,13 +186,7 @@ class LlavaProcessor(NativeLlavaProcessor):
         supervised."""
         if "endgeneration" not in cast(str, self.chat_template):
             return self._render_by_prefixes(messages)
-        rendered: Any = render_jinja_template(
-            conversations=[messages],
-            chat_template=cast(str, self.chat_template),
-            return_assistant_tokens_mask=True,
-            **self.tokenizer.special_tokens_map,
-        )
-        [text], [spans] = rendered
+        [text], [spans] = self._rendered(messages, return_assistant_tokens_mask=True)
         return text, [(start, end) for start, end in spans]
 
     def _render_by_prefixes(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
@@ -204,21 +198,14 @@ class LlavaProcessor(NativeLlavaProcessor):
             ValueError: if the template rewrites earlier turns (as those do that drop a model's reasoning), so that no
                 such prefix exists.
         """
-
-        def rendered(turns, **options) -> str:
-            special = self.tokenizer.special_tokens_map
-            return render_jinja_template(
-                conversations=[turns], chat_template=cast(str, self.chat_template), **options, **special
-            )[0][0]
-
-        text = rendered(messages)
+        [text], _ = self._rendered(messages)
         stop = self.tokenizer.eos_token
         spans = []
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            prompt = rendered(messages[:index], add_generation_prompt=True)
-            answered = rendered(messages[: index + 1])
+            [prompt], _ = self._rendered(messages[:index], add_generation_prompt=True)
+            [answered], _ = self._rendered(messages[: index + 1])
             found = answered.rfind(stop, len(prompt))
             end = found + len(stop)
             if found < 0 or not text.startswith(prompt) or not text.startswith(answered[:end]):
@@ -228,6 +215,16 @@ class LlavaProcessor(NativeLlavaProcessor):
                 )
             spans.append((len(prompt), end))
         return text, spans
+
+    def _rendered(self, messages: list[dict[str, Any]], **options) -> Any:
+        """What `render_jinja_template` returns for one conversation; what the template refuses is a `ValueError`."""
+        special_tokens = self.tokenizer.special_tokens_map
+        try:
+            return render_jinja_template(
+                conversations=[messages], chat_template=cast(str, self.chat_template), **options, **special_tokens
+            )
+        except Exception as error:  # jinja2's TemplateError, and whatever a template may run into
+            raise ValueError(f"the chat template does not take this conversation: {error}") from error
 
     def _begins_with_bos(self, text: str) -> bool:
         bos = self.tokenizer.bos_token

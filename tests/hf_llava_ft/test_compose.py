@@ -59,9 +59,7 @@ def test_compose(parts, tmp_path, text, tie, vision):
     with torch.no_grad():
         torch.testing.assert_close(model(text_ids).logits[..., :1024], source(text_ids).logits, rtol=0, atol=1e-5)
     # Text and picture make a prompt that the model takes.
-    inputs = processor(
-        text=["USER: <image>\nq ASSISTANT:"], images=[default_image()], return_tensors="pt"
-    )
+    inputs = processor(text=["USER: <image>\nq ASSISTANT:"], images=[default_image()], return_tensors="pt")
     assert model(**inputs).logits.isfinite().all()
 
 

@@ -94,7 +94,9 @@ def test_an_empty_system_message_leaves_out_the_default(processor_for):
     silent = {"role": "system", "content": []}
     question, reply = user("Hi"), answer("Yo")
     assert marked(processor_for("llama", "v1"), [silent, question, reply]) == "USER: Hi ASSISTANT:[[ Yo</s>]]"
-    assert marked(processor_for("llama", "llava_llama_2"), [silent, question, reply]) == "[INST] Hi [/INST][[ Yo </s>]]"
+    assert (
+        marked(processor_for("llama", "llava_llama_2"), [silent, question, reply]) == "[INST] Hi [/INST][[ Yo </s>]]"
+    )
 
 
 @pytest.mark.parametrize(
@@ -139,11 +141,11 @@ def test_the_text_is_the_originals(processor_for, version):
     [
         ([user("Describe it."), answer("A cat.")], "plain template needs an image"),
         ([{"role": "user", "content": "<image>"}, answer("A cat.")], "plain template needs an image"),
-        (CHAT, "one image and its caption, not a conversation of 4 turns"),
+        (CHAT, "an image and its caption, not 4 turns"),
     ],
 )
 def test_plain_refuses_what_is_no_caption(processor_for, messages, message):
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(ValueError, match=message):
         processor_for("llama", "plain").encode_conversation(messages)
 
 

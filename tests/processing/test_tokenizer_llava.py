@@ -15,7 +15,9 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 FOLDERS = {"llama": GOLDEN / "tokenizer_llama", "legacy": GOLDEN / "tokenizer_tiny"}
 
 CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\x00")
-PIECES = st.sampled_from([" ", "  ", "      ", "\n", "\t", "▁", "🐱", "é", "你好", "The cat", "1.", "<0x41>", "<image", "s>"])
+PIECES = st.sampled_from(
+    [" ", "  ", "      ", "\n", "\t", "▁", "🐱", "é", "你好", "The cat", "1.", "<0x41>", "<image", "s>"]
+)
 CHUNKS = st.lists(st.one_of(PIECES, st.text(CHARACTERS, max_size=4)), max_size=6).map("".join)
 CHUNKS = CHUNKS.filter(lambda text: not any(special in text for special in ("<image>", "<s>", "</s>", "<unk>")))
 
