@@ -8,11 +8,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
 from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig, MistralConfig, Qwen2Config, SiglipVisionConfig, set_seed
 
 import hf_llava_ft
+from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 CHECKOUT = Path(__file__).parent.parent

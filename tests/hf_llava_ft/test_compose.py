@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
-from hf_llava_ft.verify import default_image
 from transformers import (
     AutoProcessor,
     CLIPVisionModel,
@@ -17,6 +15,8 @@ from transformers import (
 
 import hf_llava_ft
 from hf_llava_ft.errors import UserError
+from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
+from hf_llava_ft.verify import default_image
 
 MODELS = {"llama": LlamaForCausalLM, "mistral": MistralForCausalLM, "qwen2": Qwen2ForCausalLM}
 

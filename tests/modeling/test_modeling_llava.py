@@ -5,7 +5,6 @@ from itertools import islice
 
 import pytest
 import torch
-from hf_llava_ft.modeling.modeling_llava import IGNORE_INDEX
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import (
@@ -17,6 +16,7 @@ from transformers import (
 )
 
 import hf_llava_ft
+from hf_llava_ft.modeling.modeling_llava import IGNORE_INDEX
 
 SUPERVISED = 4  # tokens at the end of each row that the tests below supervise
 
