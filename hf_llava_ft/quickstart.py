@@ -147,7 +147,7 @@ def _training_flags(output_dir: Path, seed: int) -> list[str]:
         "lora_dropout": 0,
         "learning_rate": 2e-3,
         "mm_projector_lr": 2e-3,
-        "max_steps": 16,
+        "max_steps": 14,
         "warmup_steps": 0,
         "per_device_train_batch_size": 5,
         "save_strategy": "no",

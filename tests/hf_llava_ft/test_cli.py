@@ -3,10 +3,15 @@ not."""
 
 import json
 import os
+import re
+import shutil
+import subprocess
 import sys
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import hf_llava_ft
 from hf_llava_ft.cli import main
@@ -127,8 +132,6 @@ def test_wrong_data_is_one_sentence(llava_ft, tiny_checkpoint, tmp_path, case):
     output = tmp_path / "out"
     code, _, err = llava_ft("train", *train_flags(tiny_checkpoint, data, tmp_path, output))
     assert code == 2
-    import re
-
     pattern = ".*".join(re.escape(part) for part in expected.split(".*"))
     assert re.search(pattern, sentence(err)), err
     assert not output.exists()
@@ -223,3 +226,49 @@ def test_an_image_to_ask_about_that_is_none(llava_ft, tiny_checkpoint, tmp_path,
     (tmp_path / "text.png").write_text("no picture")
     code, _, err = llava_ft("generate", "--model", tiny_checkpoint, "--prompt", "q", "--image", tmp_path / name)
     assert code == 2 and name in sentence(err)
+
+
+# ---------------------------------------------------------------------- going on, and launchers
+
+
+def test_a_run_goes_on_from_its_last_checkpoint(llava_ft, tiny_checkpoint, llava_json, tmp_path):
+    data = llava_json(6)
+    settings = {"save_strategy": "steps", "save_steps": 2, "seed": 3}
+    whole = train_flags(tiny_checkpoint, *data, tmp_path / "whole", **settings | {"max_steps": 4})
+    assert llava_ft("train", *whole)[0] == 0
+    # The same run, cut off after its first checkpoint.
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut/checkpoint-4")
+    (tmp_path / "cut/adapter_model.safetensors").unlink()
+    again = train_flags(tiny_checkpoint, *data, tmp_path / "cut", **settings | {"max_steps": 4})
+    assert llava_ft("train", *again, "--resume_from_checkpoint", "True")[0] == 0
+    expected = load_file(tmp_path / "whole/adapter_model.safetensors")
+    found = load_file(tmp_path / "cut/adapter_model.safetensors")
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+    code, _, err = llava_ft("train", *whole, "--resume_from_checkpoint", tmp_path / "nowhere")
+    assert code == 2 and "is not a checkpoint to resume from" in sentence(err)
+
+
+@pytest.mark.parametrize("launcher", [["-m", "hf_llava_ft.train"], ["-m", "accelerate.commands.launch", "--cpu"]])
+def test_other_ways_to_start(tiny_checkpoint, llava_json, tmp_path, checkout, launcher):
+    if "accelerate" in launcher[1]:
+        launcher = [*launcher, "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no"]
+        launcher += ["--dynamo_backend", "no", "-m", "hf_llava_ft.train"]
+    flags = train_flags(tiny_checkpoint, *llava_json(2), tmp_path / "out", max_steps=1)
+    done = subprocess.run([sys.executable, *launcher, *flags], cwd=checkout, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/adapter_config.json").is_file()
+    flags[flags.index("--data_path") + 1] = "nowhere.json"
+    done = subprocess.run([sys.executable, *launcher, *flags], cwd=checkout, capture_output=True, text=True)
+    assert "error: " in done.stderr and "nowhere.json" in done.stderr
+    # accelerate reports a failed child in its own way, as exit code 1.
+    assert done.returncode == (1 if "accelerate" in launcher[1] else 2)
+
+
+def test_scripts_are_the_commands(tiny_checkpoint, checkout, tmp_path):
+    for script in ("compose", "merge_lora"):
+        done = subprocess.run(
+            [sys.executable, f"hub_scripts/{script}.py", "--help"], cwd=checkout, capture_output=True, text=True
+        )
+        assert done.returncode == 0 and "--output_dir" in done.stdout

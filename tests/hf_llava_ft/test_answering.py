@@ -1,0 +1,63 @@
+"""Pictures from files and URLs, and answers in pieces."""
+
+import threading
+from functools import partial
+from http.server import HTTPServer, SimpleHTTPRequestHandler
+
+import pytest
+from PIL import Image
+
+from hf_llava_ft.answering import Conversation, load_for_answering, open_image
+from hf_llava_ft.errors import UserError
+
+
+@pytest.fixture
+def web(tmp_path):
+    """A real web server on this machine that serves `tmp_path`; gives its address."""
+    Image.new("RGB", (30, 20), "green").save(tmp_path / "green.png")
+    (tmp_path / "page.html").write_text("<p>no picture</p>")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    server = HTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_picture_from_the_web(web):
+    assert open_image(f"{web}/green.png").getpixel((3, 3)) == (0, 128, 0)
+
+
+def test_what_is_wrong_on_the_web_is_said(web):
+    with pytest.raises(UserError, match="page.html cannot be read"):
+        open_image(f"{web}/page.html")
+    with pytest.raises(UserError, match="cannot be fetched: Not Found|cannot be fetched: File not found"):
+        open_image(f"{web}/nothing.png")
+    with pytest.raises(UserError, match="cannot be fetched"):
+        open_image("http://127.0.0.1:9/refused.png")
+
+
+def test_a_conversation_remembers(tiny_checkpoint, tiny_processor):
+    conversation = Conversation(*load_for_answering(str(tiny_checkpoint)), system="Be brief.")
+    picture = Image.new("RGB", (30, 20), "green")
+    pieces = list(conversation.stream("What is it?", [picture], max_new_tokens=8))
+    assert len(pieces) > 1
+    first = "".join(pieces).strip()
+    conversation.ask("And now?", max_new_tokens=4)
+    assert [message["role"] for message in conversation.messages] == [
+        "system",
+        "user",
+        "assistant",
+        "user",
+        "assistant",
+    ]
+    assert conversation.messages[2]["content"][0]["text"] == first
+    text, _ = tiny_processor.render(conversation.messages)
+    assert text.startswith("Be brief. USER: <image>\nWhat is it? ASSISTANT:") and text.count("<image>") == 1
+
+
+def test_an_error_in_generation_reaches_the_reader(tiny_checkpoint):
+    model, processor = load_for_answering(str(tiny_checkpoint))
+    model.model.language_model.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Conversation(model, processor).ask("q", max_new_tokens=2)
