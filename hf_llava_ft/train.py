@@ -84,6 +84,11 @@ def train(
             processor.use_chat_template(model_args.version)
         except ValueError as error:
             raise UserError(f"--version: {error}") from error
+    if processor.stop_token_id is None:
+        raise UserError(
+            f"{model_args.model_name_or_path}: its chat template does not mark the token that ends an answer, so the "
+            f"model would never learn to stop: choose one of ours, --version v1 for LLaVA-1.5."
+        )
     if model_args.image_aspect_ratio is not None:
         processor.image_processor.do_pad = model_args.image_aspect_ratio == "pad"
     dataset = load_llava_json(data_args.data_path, data_args.image_folder)

@@ -108,10 +108,15 @@ class LlavaProcessor(NativeLlavaProcessor):
             token; `attention_mask` `int64[T]`; and with images `pixel_values` `float32[N, 3, H, W]`.
 
         Raises:
-            ValueError: if image places and images differ in number, or the template marks no answer.
+            ValueError: if image places and images differ in number, or the template marks no answer or no stop token.
         """
         images = images or []
         text, spans = self.render(messages)
+        if self.stop_token_id is None:
+            raise ValueError(
+                "the processor's chat template does not mark the token that ends an answer, so the model would never "
+                "learn to stop: choose one of ours, e.g. --version v1."
+            )
         num_places = text.count(self.image_token)
         if num_places != len(images):
             raise ValueError(
@@ -149,14 +154,26 @@ class LlavaProcessor(NativeLlavaProcessor):
         return self._num_placeholders(self.image_processor([Image.new("RGB", (8, 8))], return_tensors="pt"), 0)
 
     @cached_property
-    def stop_token_id(self) -> int:
-        """The id that ends an answer under the chat template; generation has to stop on it."""
+    def stop_token_id(self) -> int | None:
+        """
+        The id that ends an answer under the chat template; generation has to stop on it. `None` where the template
+        marks none, as those of the `llava-hf` checkpoints do: it serves for answering, not for training.
+        """
         example: list[dict[str, Any]] = [
             {"role": "user", "content": [{"type": "image"}]},
-            {"role": "assistant", "content": "a"},
+            {"role": "assistant", "content": [{"type": "text", "text": "a"}]},
         ]
-        text, spans = self.render(example)
-        return self.tokenizer(text[: spans[-1][1]], add_special_tokens=False).input_ids[-1]
+        try:
+            text, spans = self.render(example)
+        except ValueError:
+            return None
+        ids, supervised = self._tokenize(text, spans)
+        special = {index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        stops = [index for index in ids[supervised].tolist() if index in special]
+        if stops:
+            return stops[-1]
+        # A line can end an answer too: that is how `plain` ends a caption.
+        return int(ids[supervised][-1]) if spans and text[spans[-1][1] - 1] == "\n" else None
 
     def pad(self, features: list[dict], padding_side: str = "right", pad_to_multiple_of: int | None = None) -> dict:
         """

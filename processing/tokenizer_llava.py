@@ -92,9 +92,10 @@ def _as_sentencepiece(tokenizer, model_file: Path):
     """
     Undoes two things that transformers 5 does to a `tokenizer.model`.
 
-    SentencePiece merges by score. transformers orders the merges by id, which is the same for most pieces but not for LLaMA's
-    runs of spaces: those have the lowest ids and the lowest score. And a `legacy` tokenizer puts the dummy space in front of
-    every text between special tokens, one that begins with a space included, which the `Metaspace` of transformers leaves out.
+    SentencePiece merges by score. transformers orders the merges by id, which is the same for most pieces but not for
+    LLaMA's runs of spaces: those have the lowest ids and the lowest score. And a `legacy` tokenizer puts the dummy
+    space in front of every text between special tokens; the `Metaspace` of transformers leaves it out where the text
+    begins with a space of its own.
     """
     from sentencepiece import SentencePieceProcessor
 

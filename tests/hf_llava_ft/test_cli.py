@@ -272,3 +272,17 @@ def test_scripts_are_the_commands(tiny_checkpoint, checkout, tmp_path):
             [sys.executable, f"hub_scripts/{script}.py", "--help"], cwd=checkout, capture_output=True, text=True
         )
         assert done.returncode == 0 and "--output_dir" in done.stdout
+
+
+def test_a_template_that_never_stops_is_refused_before_training(llava_ft, tiny_checkpoint, llava_json, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint, folder)
+    # As the llava-hf checkpoints have it: the answer is marked, its end is not.
+    (folder / "chat_template.jinja").write_text(
+        "{% for message in messages %}{% if message['role'] == 'assistant' %}ASSISTANT: {% generation %}"
+        "{{ message['content'][0]['text'] }} {% endgeneration %}{% else %}USER: <image>\nq {% endif %}{% endfor %}"
+    )
+    flags = train_flags(folder, *llava_json(2), tmp_path / "out")
+    code, _, err = llava_ft("train", *flags)
+    assert code == 2 and "would never learn to stop" in sentence(err)
+    assert llava_ft("train", *flags, "--version", "v1")[0] == 0

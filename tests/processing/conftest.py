@@ -70,8 +70,8 @@ def vision_config():
 @pytest.fixture(scope="session")
 def processor_for(tokenizer_for, vision_config):
     """
-    `processor_for(kind, template)`, made once each and not to be changed; the template "own" is one that comes with the
-    tokenizer.
+    `processor_for(kind, template)`, made once each and not to be changed; the template "own" is one that comes with
+    the tokenizer.
     """
 
     @cache
