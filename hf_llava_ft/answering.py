@@ -116,7 +116,7 @@ class Conversation:
 def load_for_answering(path: str, *, base: str | None = None, attn_implementation: str = "sdpa", dtype: str = "auto"):
     """Model, on the best device there is, and processor of `path`: an adapter, a merged, native or original
     checkpoint."""
-    processor = load_processor(path)
+    processor = load_processor(path, base=base)
     model: Any = load_model(path, processor, base=base, attn_implementation=attn_implementation, dtype=dtype)
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     return model.to(device).eval(), processor

@@ -4,10 +4,12 @@ name."""
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import AutoConfig
 from transformers.utils import cached_file
 
@@ -15,10 +17,26 @@ from hf_llava_ft.embeddings import grow_embeddings
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.modeling.configuration_llava import LlavaConfig
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
+from hf_llava_ft.modeling.original_config_llava import is_original
+from hf_llava_ft.original_folders import (
+    ADAPTER_FILES,
+    NON_LORA_FILE,
+    PROJECTOR_FILE,
+    read_non_lora,
+    read_projector,
+    with_original_lora,
+)
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
+from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
 from hf_llava_ft.registration import register
 
 ADAPTER_CONFIG = "adapter_config.json"
+
+# What a folder can hold: a whole model; a PEFT adapter; a LoRA folder or a stage-1 projector of the original LLaVA.
+Kind = Literal["model", "adapter", "original_lora", "projector"]
+# What libraries raise for a file that is damaged, incomplete, of another shape, or that holds code.
+DAMAGED = (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError, UnpicklingError)
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 @dataclass(frozen=True)
@@ -27,33 +45,61 @@ class Checkpoint:
 
     Args:
         path (`str`): the folder or Hub id as the user gave it.
-        base (`str`): where the whole model is: `path` itself, or what the adapter at `path` was trained on.
+        base (`str`): where the whole model is: `path` itself, or what an adapter or projector there was trained on.
         revision (`str`, *optional*): of `base`.
-        is_adapter (`bool`): whether `path` holds a PEFT adapter.
+        kind (`Kind`): what `path` holds.
     """
 
     path: str
     base: str
     revision: str | None
-    is_adapter: bool
+    kind: Kind
+
+    @property
+    def is_adapter(self) -> bool:
+        return self.kind in ("adapter", "original_lora")
 
 
-def inspect_checkpoint(path: str, revision: str | None = None) -> Checkpoint:
+def inspect_checkpoint(path: str, revision: str | None = None, base: str | None = None) -> Checkpoint:
     """
+    Args:
+        base (`str`, *optional*): instead of the base that an adapter or a projector names.
+
     Raises:
-        UserError: if there is neither a model nor an adapter at `path`.
+        UserError: if there is neither a model nor a part of one at `path`, or a part does not name its base.
     """
-    if adapter_file := _file(path, ADAPTER_CONFIG, revision):
-        adapter = json.loads(Path(adapter_file).read_text(encoding="utf-8"))
-        base = adapter.get("base_model_name_or_path")
-        if not base:
+    found = {name: _read_json(path, name, revision) for name in (ADAPTER_CONFIG, "config.json")}
+    adapter, config = found[ADAPTER_CONFIG], found["config.json"]
+    if adapter is not None:
+        original = _file(path, NON_LORA_FILE, revision) or (config is not None and is_original(config))
+        named = base or adapter.get("base_model_name_or_path")
+        if not named:
             raise UserError(f"{path}: {ADAPTER_CONFIG} does not name the base model; pass it with --base.")
-        return Checkpoint(path, base, adapter.get("revision"), is_adapter=True)
-    if _file(path, "config.json", revision):
-        return Checkpoint(path, path, revision, is_adapter=False)
+        return Checkpoint(path, named, adapter.get("revision"), "original_lora" if original else "adapter")
+    if config is not None:
+        has_weights = any(_file(path, name, revision) for name in _WEIGHTS)
+        if not has_weights and _file(path, PROJECTOR_FILE, revision):
+            named = base or config.get("_name_or_path")
+            if not named:
+                raise UserError(f"{path} is a projector and does not name the model it was trained on: pass --base.")
+            return Checkpoint(path, named, None, "projector")
+        return Checkpoint(path, path, revision, "model")
     if Path(path).exists():
         raise UserError(f"{path} is not a model folder: it has neither config.json nor {ADAPTER_CONFIG}.")
     raise UserError(f"{path} is neither a folder nor a model on the Hub that can be reached from here.")
+
+
+def _read_json(path: str, name: str, revision: str | None) -> dict[str, Any] | None:
+    file = _file(path, name, revision)
+    if file is None:
+        return None
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: {name} cannot be read: {_first_line(error)}.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: {name} is not a JSON object.")
+    return content
 
 
 def _file(path: str, name: str, revision: str | None) -> str | None:
@@ -82,14 +128,26 @@ def load_config(path: str, revision: str | None = None) -> LlavaConfig:
     return config
 
 
-def load_processor(path: str, revision: str | None = None) -> LlavaProcessor:
-    """The processor at `path`; for an adapter folder without one, that of its base."""
+def load_processor(path: str, revision: str | None = None, *, base: str | None = None) -> LlavaProcessor:
+    """The processor at `path`; for an adapter or projector without one, made from its settings and its base."""
     register()
-    checkpoint = inspect_checkpoint(path, revision)
-    if checkpoint.is_adapter and not _file(path, "processor_config.json", revision):
-        path, revision = checkpoint.base, checkpoint.revision
+    checkpoint = inspect_checkpoint(path, revision, base)
+    has_own = _file(path, "processor_config.json", revision) is not None
     try:
+        if checkpoint.kind in ("original_lora", "projector") and not has_own:
+            config = load_config(path, revision)
+            return LlavaProcessor.build(
+                load_tokenizer(checkpoint.base),
+                config.vision_config,
+                image_aspect_ratio=config.image_aspect_ratio or "square",
+                vision_feature_select_strategy=config.vision_feature_select_strategy,
+                tower_name=config.vision_tower_name,
+            )
+        if checkpoint.kind == "adapter" and not has_own:
+            path, revision = checkpoint.base, checkpoint.revision
         return LlavaProcessor.from_pretrained(path, revision=revision)
+    except UserError:
+        raise
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} has no processor this package can read: {_first_line(error)}") from error
 
@@ -105,39 +163,81 @@ def load_model(
     **kwargs: Any,
 ) -> LlavaForCausalLM | PeftModel:
     """
-    The model at `path`: a native or original checkpoint, or an adapter on its base.
+    The model at `path`: a native or original checkpoint, an adapter of either kind on its base, or the projector of
+    stage 1 in its language model.
 
     Args:
         processor (`LlavaProcessor`, *optional*): gives the model the id of `<image>`, and an embedding row for it.
-        base (`str`, *optional*): instead of the base that an adapter names.
+        base (`str`, *optional*): instead of the base that an adapter or a projector names.
         kwargs: passed to `from_pretrained`: `device_map`, `quantization_config`, ...
 
     Raises:
         UserError: if there is no whole LLaVA at `path`, or `attn_implementation` is not installed.
     """
-    checkpoint = inspect_checkpoint(path, revision)
+    checkpoint = inspect_checkpoint(path, revision, base)
     check_attention(attn_implementation)
-    source = base or checkpoint.base
-    config = load_config(source, checkpoint.revision)
+    folder = _folder(path, revision)
+    extra_weights, num_tokens = None, None
+    if checkpoint.kind in ("original_lora", "projector"):
+        # The settings of the part hold for the whole; its base may be a bare language model.
+        config = load_config(path, revision)
+        extra_weights = read_projector(folder) if checkpoint.kind == "projector" else read_non_lora(folder)
+        num_tokens = config.text_config.vocab_size
+        config.text_config.vocab_size = _vocab_size(checkpoint)
+    else:
+        config = load_config(checkpoint.base, checkpoint.revision)
+    embeddings = {name: extra_weights.pop(name) for name in _EMBEDDINGS if extra_weights and name in extra_weights}
     try:
         model = LlavaForCausalLM.from_pretrained(
-            source,
+            checkpoint.base,
             config=config,
             revision=checkpoint.revision,
             dtype=dtype,
             attn_implementation=attn_implementation,
+            extra_weights=extra_weights,
             **kwargs,
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"the model at {source} cannot be loaded: {_first_line(error)}") from error
+        if num_tokens is not None:
+            # Tokens that the original added: the mean of the others, as it began with, where the folder does not hold
+            # what became of them. The original's own loader takes whatever is in memory, for all rows.
+            grow_embeddings(model, num_tokens, multiple=None)
+            model.load_state_dict(embeddings, strict=False)
+    except (
+        Exception
+    ) as error:  # a damaged file is one fact, for which safetensors, torch and pickle have a dozen types
+        raise UserError(f"the model at {checkpoint.base} cannot be loaded: {_first_line(error)}") from error
     if processor is not None:
         fit_to_processor(model, processor)
-    if checkpoint.is_adapter:
+    if checkpoint.kind == "original_lora":
+        return with_original_lora(model, folder)
+    if checkpoint.kind == "adapter":
         try:
             return PeftModel.from_pretrained(model, path, revision=revision)
         except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"the adapter at {path} does not fit {source}: {_first_line(error)}") from error
+            raise UserError(f"the adapter at {path} does not fit {checkpoint.base}: {_first_line(error)}") from error
     return model
+
+
+_EMBEDDINGS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
+
+
+def _vocab_size(checkpoint: Checkpoint) -> int:
+    """Rows of the embedding of the base, which may be a LLaVA of either dialect or a bare language model."""
+    base = _read_json(checkpoint.base, "config.json", checkpoint.revision)
+    if base is None:
+        raise UserError(
+            f"the base of {checkpoint.path} is {checkpoint.base}, which is neither a folder nor a model on the Hub "
+            f"that can be reached from here: pass --base."
+        )
+    return int((base.get("text_config") or base)["vocab_size"])
+
+
+def _folder(path: str, revision: str | None) -> Path:
+    """The folder on this machine in which the files of `path` are, downloading what an adapter or projector needs."""
+    if Path(path).is_dir():
+        return Path(path)
+    files = [_file(path, name, revision) for name in (*ADAPTER_FILES, NON_LORA_FILE, PROJECTOR_FILE, "config.json")]
+    return Path(next(file for file in files if file)).parent
 
 
 def fit_to_processor(model: LlavaForCausalLM, processor: LlavaProcessor) -> None:

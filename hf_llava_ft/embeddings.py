@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 ROW_MULTIPLE = 64
 
 
-def grow_embeddings(model: PreTrainedModel, num_tokens: int) -> None:
+def grow_embeddings(model: PreTrainedModel, num_tokens: int, multiple: int | None = ROW_MULTIPLE) -> None:
     """
     Makes room for `num_tokens` ids in input and output embeddings; the new rows are the mean of the old, the same in
     every run.
@@ -20,7 +20,7 @@ def grow_embeddings(model: PreTrainedModel, num_tokens: int) -> None:
     old = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
     if num_tokens <= old:
         return
-    model.resize_token_embeddings(num_tokens, pad_to_multiple_of=ROW_MULTIPLE, mean_resizing=False)
+    model.resize_token_embeddings(num_tokens, pad_to_multiple_of=multiple, mean_resizing=False)
     with torch.no_grad():
         for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
             if embedding is not None:

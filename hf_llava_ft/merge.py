@@ -42,16 +42,17 @@ def merge_adapter(
             nothing stays at `output_dir`.
     """
     adapter = str(adapter)
-    if not inspect_checkpoint(adapter).is_adapter:
+    if not inspect_checkpoint(adapter, base=base).is_adapter:
         raise UserError(f"{adapter} is a whole model, not an adapter: there is nothing to merge.")
     probe = probe or Probe()
     with staged_folder(output_dir) as staged:
-        processor = load_processor(adapter)
+        processor = load_processor(adapter, base=base)
         model: Any = load_model(adapter, processor, base=base, dtype=dtype)
         reference = reference_outputs(model, processor, probe)
         merged = model.merge_and_unload()
         merged.config.use_cache = merged.config.text_config.use_cache = True
-        merged.save_pretrained(staged)
+        # Not the original's format, even where the base came in it: a merged model is for others to load.
+        merged.save_pretrained(staged, checkpoint_format="llava-hf" if merged.config.is_native else "nested")
         processor.save_pretrained(staged)
         verification = verify(staged, reference, processor, probe, dtype=merged.dtype)
         if not verification.ok:

@@ -7,15 +7,20 @@ from functools import cache
 @cache
 def register() -> None:
     """Registers configuration, models, processor and weight names; calling it again does nothing."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
     from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     from hf_llava_ft.modeling.configuration_llava import LlavaConfig
     from hf_llava_ft.modeling.modeling_llava import LlavaBaseModel, LlavaForCausalLM
+    from hf_llava_ft.modeling.original_config_llava import TEXT_MODEL_TYPES
     from hf_llava_ft.modeling.weight_names_llava import reading_conversions
     from hf_llava_ft.processing.processing_llava import LlavaProcessor
 
-    AutoConfig.register(LlavaConfig.model_type, LlavaConfig)
+    for model_type in TEXT_MODEL_TYPES:
+        if model_type != "llava":  # native: an original of that name opens through LlavaConfig and load_model
+            # Not through AutoConfig.register, which takes one model type per class.
+            CONFIG_MAPPING.register(model_type, LlavaConfig, exist_ok=True)
     # exist_ok: the Auto mappings also compare class names, and transformers has a `LlavaConfig` of its own.
     AutoModel.register(LlavaConfig, LlavaBaseModel, exist_ok=True)
     AutoModelForCausalLM.register(LlavaConfig, LlavaForCausalLM, exist_ok=True)

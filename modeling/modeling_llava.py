@@ -26,10 +26,11 @@ from transformers.models.llava.modeling_llava import (
     LlavaPreTrainedModel,
 )
 from transformers.models.llava.modeling_llava import LlavaModel as NativeLlavaModel
+from transformers.utils import logging
 
 from .configuration_llava import LlavaConfig
 from .projector_llava import LlavaMultiModalProjector
-from .weight_names_llava import native_conversions
+from .weight_names_llava import native_conversions, original_conversions
 
 IGNORE_INDEX = -100
 
@@ -163,7 +164,7 @@ class LlavaForCausalLM(LlavaForConditionalGeneration):
     """LLaVA with a language model head; registered with `AutoModelForCausalLM` and `AutoModelForImageTextToText`."""
 
     config_class = LlavaConfig
-    config: LlavaConfig
+    config: Any  # a LlavaConfig; while it is being saved as llava-hf, the native one
 
     def __init__(self, config: LlavaConfig):
         LlavaPreTrainedModel.__init__(self, config)
@@ -245,14 +246,32 @@ class LlavaForCausalLM(LlavaForConditionalGeneration):
         return nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:].contiguous()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs) -> Any:
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *args,
+        output_loading_info: bool = False,
+        extra_weights: dict[str, torch.Tensor] | None = None,
+        **kwargs,
+    ) -> Any:
         """
         As in transformers, but nothing is left at random: a tower that the checkpoint only names is loaded from there.
 
+        Args:
+            extra_weights (`dict[str, torch.Tensor]`, *optional*): weights by their name in memory that are not in the
+                checkpoint or replace those in it, such as a projector that was saved alone.
+
         Raises:
-            ValueError: if weights are missing that no named tower provides.
+            ValueError: if weights are missing, or `extra_weights` holds some that the model does not have.
         """
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # its report comes before missing weights are filled in or refused
+        try:
+            loaded: Any = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        finally:
+            logging.set_verbosity(verbosity)
         model, info = loaded
         missing = set(info["missing_keys"])
         tower = {name for name in missing if name.startswith("model.vision_tower.")}
@@ -262,6 +281,11 @@ class LlavaForCausalLM(LlavaForConditionalGeneration):
             )
             model.model.vision_tower.load_state_dict(named.state_dict())
             missing -= tower
+        if extra_weights:
+            unexpected = model.load_state_dict(extra_weights, strict=False).unexpected_keys
+            if unexpected:
+                raise ValueError(f"the model has no weight {min(unexpected)}, which was to be loaded into it.")
+            missing -= set(extra_weights)
         if missing:
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds no weights for {len(missing)} parameters of a LLaVA, "
@@ -269,23 +293,37 @@ class LlavaForCausalLM(LlavaForConditionalGeneration):
             )
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:  # type: ignore[override]
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory, is_main_process: bool = True, checkpoint_format: str | None = None, **kwargs
+    ) -> None:
         """
-        Writes a native `llava` folder, which transformers and servers read without this package, whenever the
-        architecture allows it; otherwise a nested `llava_llama` one.
+        As in transformers, in the format that is asked for.
+
+        Args:
+            checkpoint_format (`str`, *optional*):
+                `"llava-hf"`, which transformers and servers read without this package; `"llava"`, that of
+                haotian-liu/LLaVA; `"nested"`, our own for what neither can express. By default the one the model came
+                in, and for a new model `"llava-hf"` whenever the architecture allows it.
+
+        Raises:
+            ValueError: if the format cannot express the model.
         """
-        if not self.config.is_native:
-            super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-            return
+        checkpoint_format = checkpoint_format or self.config.default_checkpoint_format
         own_config, own_conversions = self.config, getattr(self, "_weight_conversions", None)
-        self.config = own_config.to_native()  # type: ignore[assignment]
-        self._weight_conversions: Any = native_conversions()
+        if checkpoint_format == "llava-hf":
+            self.config, self._weight_conversions = own_config.to_native(), native_conversions()
+        elif checkpoint_format == "llava":
+            self._weight_conversions = original_conversions(own_config.projector_type)
+        else:
+            self._weight_conversions = []
         try:
             super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-            if is_main_process:
+            if is_main_process and checkpoint_format == "llava-hf":
                 # transformers names the class that saves; a reader without this package needs the native one.
                 self.config.architectures = [LlavaForConditionalGeneration.__name__]
                 self.config.save_pretrained(save_directory)
+            elif is_main_process and checkpoint_format == "llava":
+                own_config.save_original(save_directory)
         finally:
             self.config, self._weight_conversions = own_config, own_conversions
 
