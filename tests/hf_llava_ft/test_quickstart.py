@@ -22,7 +22,11 @@ answers = []
 for image in images:
     content = [{"type": "image", "image": Image.open(image)}, {"type": "text", "text": "What is in the picture?"}]
     inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
     )
     ids = model.generate(**inputs, max_new_tokens=48, do_sample=False)
     answers.append(processor.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip())
