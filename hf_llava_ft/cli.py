@@ -1,7 +1,7 @@
 """`llava-ft`: the commands. Each imports what it needs when it runs, so that `--help` answers at once."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -102,6 +102,34 @@ def merge(
         typer.echo(f"Merged and verified: {merged.output_dir} (largest logit difference {difference:.1e}).", err=True)
         if json_file is not None:
             _write_json(json_file, {"output_dir": str(output_dir), "verified": True, "logit_difference": difference})
+
+
+@app.command()
+def convert(
+    model: ModelOption,
+    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where the new folder is written.")],
+    checkpoint_format: Annotated[str, typer.Option("--format", help="llava-hf, or llava: that of haotian-liu/LLaVA.")],
+    base: BaseOption = None,
+    vision_tower: Annotated[
+        str | None, typer.Option("--vision_tower", help="Name of the tower for the format llava.")
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="dtype of the weights: auto (kept), float32, ...")] = "auto",
+    json_file: JsonOption = None,
+) -> None:
+    """Write a model, adapter or projector in the other format, and check it in a fresh process."""
+    with exit_on_user_error():
+        if checkpoint_format not in ("llava-hf", "llava"):
+            raise UserError(f"--format {checkpoint_format} is unknown: use llava-hf or llava.")
+        from hf_llava_ft.convert import convert as convert_checkpoint
+
+        done = convert_checkpoint(
+            model, output_dir, cast(Any, checkpoint_format), base=base, vision_tower=vision_tower, dtype=dtype
+        )
+        difference = done.verification.logit_difference
+        typer.echo(f"Converted and verified: {done.output_dir} (largest logit difference {difference:.1e}).", err=True)
+        if json_file is not None:
+            result = {"output_dir": str(output_dir), "kind": done.kind, "verified": True}
+            _write_json(json_file, result | {"logit_difference": difference})
 
 
 @app.command()

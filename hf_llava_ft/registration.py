@@ -17,7 +17,7 @@ def register() -> None:
     from hf_llava_ft.modeling.weight_names_llava import reading_conversions
     from hf_llava_ft.processing.processing_llava import LlavaProcessor
 
-    for model_type in TEXT_MODEL_TYPES:
+    for model_type in (*TEXT_MODEL_TYPES, "llava_mpt"):  # the last one for its sentence of refusal
         if model_type != "llava":  # native: an original of that name opens through LlavaConfig and load_model
             # Not through AutoConfig.register, which takes one model type per class.
             CONFIG_MAPPING.register(model_type, LlavaConfig, exist_ok=True)

@@ -4,7 +4,7 @@ Run as a program in a fresh process, it uses plain transformers alone when the f
 it reports holds for people who do not have this package. `verify.py` starts it, and calls `probe_outputs` for the
 reference.
 
-    python reload.py MODEL_DIR PROBE_DIR OUTPUT.safetensors
+    python reload.py MODEL_DIR BASE_OR_EMPTY PROBE_DIR OUTPUT.safetensors
 """
 
 import json
@@ -44,18 +44,39 @@ def probe_outputs(model, processor, messages: list[dict], images: list) -> dict[
     return {name: tensor.detach().cpu().contiguous() for name, tensor in outputs.items()}
 
 
-def main(model_dir: str, probe_dir: str, output: str) -> None:
+def is_native(folder: str | Path) -> bool:
+    """Whether plain transformers loads the whole model in `folder`."""
+    try:
+        config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    return config.get("model_type") == "llava" and "text_config" in config
+
+
+def load(model_dir: str, base: str) -> tuple[Any, Any]:
+    """Model and processor: by plain transformers and PEFT where the folders allow it, by this package otherwise."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    is_adapter = Path(model_dir, "adapter_config.json").is_file()
+    if not is_adapter and is_native(model_dir):
+        return AutoModelForImageTextToText.from_pretrained(model_dir, dtype="auto"), AutoProcessor.from_pretrained(
+            model_dir
+        )
+    if is_adapter and is_native(base) and not Path(model_dir, "config.json").is_file():
+        from peft import PeftModel
+
+        whole = AutoModelForImageTextToText.from_pretrained(base, dtype="auto")
+        return PeftModel.from_pretrained(whole, model_dir), AutoProcessor.from_pretrained(model_dir)
+    from hf_llava_ft.checkpoints import load_model, load_processor
+
+    processor = load_processor(model_dir, base=base or None)
+    return load_model(model_dir, processor, base=base or None), processor
+
+
+def main(model_dir: str, base: str, probe_dir: str, output: str) -> None:
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
-    config = json.loads(Path(model_dir, "config.json").read_text(encoding="utf-8"))
-    auto_model: Any = AutoModelForImageTextToText
-    if config["model_type"] != "llava":
-        import hf_llava_ft  # noqa: F401  (registers the architectures that transformers cannot express)
-
-        auto_model = AutoModelForCausalLM
-    model = auto_model.from_pretrained(model_dir, dtype="auto")
-    processor = AutoProcessor.from_pretrained(model_dir)
+    model, processor = load(model_dir, base)
     outputs = {}
     for index, probe in enumerate(json.loads(Path(probe_dir, "probes.json").read_text(encoding="utf-8"))):
         images = [Image.open(Path(probe_dir, name)) for name in probe["images"]]

@@ -70,9 +70,14 @@ def reference_outputs(model, processor, probe: Probe) -> dict[str, torch.Tensor]
     return reload.probe_outputs(model, processor, probe.messages, probe.images)
 
 
-def reloaded_outputs(model_dir: str | Path, probes: list[Probe]) -> list[dict[str, torch.Tensor]]:
+def reloaded_outputs(
+    model_dir: str | Path, probes: list[Probe], base: str | None = None
+) -> list[dict[str, torch.Tensor]]:
     """
     What the model in `model_dir`, loaded in a fresh process, makes of each probe; see `reload.probe_outputs`.
+
+    Args:
+        base (`str`, *optional*): of an adapter or projector.
 
     Raises:
         UserError: if the folder does not load.
@@ -86,12 +91,16 @@ def reloaded_outputs(model_dir: str | Path, probes: list[Probe]) -> list[dict[st
             described.append({"messages": probe.messages, "images": names})
         Path(scratch, "probes.json").write_text(json.dumps(described), encoding="utf-8")
         output = Path(scratch, "outputs.safetensors")
-        # The source as a string, in an empty folder: nothing of this package or of the current folder is importable by
-        # accident of the path.
+        # The source as a string, for a native model in an empty folder: nothing of this package or of the current
+        # folder is importable by accident of the path. Others may name their base or tower relative to this folder.
         program = Path(reload.__file__).read_text(encoding="utf-8")
-        arguments = [os.fspath(Path(model_dir).resolve()), scratch, os.fspath(output)]
+        arguments = [os.fspath(Path(model_dir).resolve()), base or "", scratch, os.fspath(output)]
         done = subprocess.run(
-            [sys.executable, "-c", program, *arguments], cwd=scratch, capture_output=True, text=True, check=False
+            [sys.executable, "-c", program, *arguments],
+            cwd=scratch if reload.is_native(model_dir) else None,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -110,6 +119,7 @@ def verify(
     processor,
     probe: Probe,
     dtype: torch.dtype = torch.float32,
+    base: str | None = None,
 ) -> Verification:
     """
     Loads `model_dir` in a fresh process and compares what it makes of `probe` with `reference`.
@@ -117,11 +127,12 @@ def verify(
     Args:
         reference: of [`reference_outputs`].
         dtype (`torch.dtype`): what the weights are kept in; it decides how much of a difference is rounding.
+        base (`str`, *optional*): of an adapter or projector.
 
     Raises:
         UserError: if the folder does not load.
     """
-    [reloaded] = reloaded_outputs(model_dir, [probe])
+    [reloaded] = reloaded_outputs(model_dir, [probe], base)
     return _compare(reference, reloaded, processor, LOGIT_TOLERANCE[dtype])
 
 

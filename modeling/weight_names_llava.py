@@ -18,7 +18,7 @@ _ORIGINAL_BODY = (
 )
 # Its projector is one linear layer, or a Sequential in which every second module is one.
 _ORIGINAL_LINEAR = tuple(
-    (rf"^model\.mm_projector\.{kind}$", f"model.multi_modal_projector.linear_1.{kind}") for kind in ("weight", "bias")
+    (rf"^model\.mm_projector\.{kind}", f"model.multi_modal_projector.linear_1.{kind}") for kind in ("weight", "bias")
 )
 _MOST_PROJECTOR_LAYERS = 8
 _ORIGINAL_MLP = tuple(

@@ -1,33 +1,39 @@
 r"""Chat templates with `{% generation %}` marks, and how to use a tokenizer's own.
 
-What is supervised is exactly what a template renders inside `{% generation %}`: the answer and the token that ends it,
-which generation also stops on. A template decides where an image stands in the text, so a chat at inference reads like
-a row in training.
+What is supervised is exactly what a template renders inside `{% generation %}`: the answer and what ends it, which
+generation also stops on. A template decides where an image stands in the text, so a chat at inference reads like a row
+in training. The prompts of the original are in original_templates_llava.py.
 
 Two rules hold for all of them. A leading image is followed by a newline, as every LLaVA was trained. And the space in
-front of an answer belongs to the answer, because that is where a SentencePiece token begins; templates whose assistant
-turn begins after a newline trim the answer, because byte-level tokenizers would fuse that newline with the answer's
-own.
+front of an answer belongs to the answer, because that is where a SentencePiece token begins; our templates whose
+assistant turn begins after a newline trim the answer, because byte-level tokenizers would fuse that newline with the
+answer's own.
 """
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
+
+from .original_templates_llava import IMAGE, ORIGINAL_PROMPTS, Prompt
+
+IMAGE_START, IMAGE_END = "<im_start>", "<im_end>"
 
 # Renders the content of a message: a string, or a list of {"type": "image"} and {"type": "text", "text": ...}.
 _CONTENT = r"""
+{%- set image_markup = 'IMAGE_MARKUP' -%}
 {%- macro content_of(message) -%}
     {%- if message['content'] is string -%}
-        {{- message['content'] -}}
+        {{- message['content'] | replace('<image>', image_markup) -}}
     {%- else -%}
         {%- set turn = namespace(leading=true) -%}
         {%- for item in message['content'] -%}
             {%- if item['type'] == 'image' -%}
-                {{- '<image>' -}}
+                {{- image_markup -}}
                 {%- set next = loop.nextitem if not loop.last else {} -%}
                 {%- set has_newline = next.get('type') == 'text' and next['text'].startswith('\n') -%}
                 {%- if turn.leading and next and not has_newline -%}{{- '\n' -}}{%- endif -%}
             {%- else -%}
                 {%- set turn.leading = false -%}
-                {{- item['text'] -}}
+                {{- item['text'] | replace('<image>', image_markup) -}}
             {%- endif -%}
         {%- endfor -%}
     {%- endif -%}
@@ -45,76 +51,7 @@ _SYSTEM = r"""
 {%- endif -%}
 """
 
-
-def _template(body: str, default_system: str = "") -> str:
-    quoted = "'" + default_system.replace("'", "\\'") + "'"
-    return (_CONTENT + _SYSTEM.replace("DEFAULT_SYSTEM", quoted) + body).replace("\n{%-", "{%-").strip()
-
-
-_V1_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-_LLAMA_2_SYSTEM = (
-    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
-    "provides, and assist the user with a variety of tasks using natural language."
-)
-
-_V1 = _template(
-    r"""
-{{- system + ' ' if system else '' -}}
-{%- for message in turns -%}
-    {%- if message['role'] == 'assistant' -%}
-        {{- 'ASSISTANT:' -}}
-        {%- generation -%}{{- ' ' + content_of(message) + eos_token -}}{%- endgeneration -%}
-    {%- else -%}
-        {{- 'USER: ' + content_of(message) + ' ' -}}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
-""",
-    _V1_SYSTEM,
-)
-
-# Stage 1: the caption of an image. The words of the user's turn are left out, as the original leaves them out.
-_PLAIN = _template(
-    r"""
-{%- if turns | length > 2 -%}
-    {{- raise_exception('the plain template takes an image and its caption, not ' ~ turns | length ~ ' turns') -}}
-{%- endif -%}
-{%- for message in turns -%}
-    {%- if message['role'] == 'assistant' -%}
-        {%- generation -%}{{- content_of(message) + '\n' -}}{%- endgeneration -%}
-    {%- else -%}
-        {%- set items = [] if message['content'] is string else message['content'] -%}
-        {%- set images = items | selectattr('type', 'equalto', 'image') | list -%}
-        {%- if not images -%}
-            {{- raise_exception('the plain template needs an image in the user turn') -}}
-        {%- endif -%}
-        {{- '<image>' * images | length -}}
-    {%- endif -%}
-{%- endfor -%}
-"""
-)
-
-_LLAVA_LLAMA_2 = _template(
-    r"""
-{%- for message in turns -%}
-    {%- if message['role'] == 'assistant' -%}
-        {%- generation -%}{{- ' ' + content_of(message) + ' ' + eos_token -}}{%- endgeneration -%}
-    {%- else -%}
-        {{- bos_token if not loop.first else '' -}}
-        {{- '[INST] ' -}}
-        {{- '<<SYS>>\n' + system + '\n<</SYS>>\n\n' if loop.first and system else '' -}}
-        {{- content_of(message) + ' [/INST]' -}}
-    {%- endif -%}
-{%- endfor -%}
-""",
-    _LLAMA_2_SYSTEM,
-)
-
-_CHATML = _template(
-    r"""
+_CHATML = r"""
 {{- '<|im_start|>system\n' + system + '<|im_end|>\n' if system else '' -}}
 {%- for message in turns -%}
     {%- if message['role'] == 'assistant' -%}
@@ -127,10 +64,8 @@ _CHATML = _template(
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
 """
-)
 
-_MISTRAL = _template(
-    r"""
+_MISTRAL = r"""
 {%- for message in turns -%}
     {%- if message['role'] == 'assistant' -%}
         {%- generation -%}{{- ' ' + content_of(message) + eos_token -}}{%- endgeneration -%}
@@ -141,35 +76,10 @@ _MISTRAL = _template(
     {%- endif -%}
 {%- endfor -%}
 """
-)
-
-
-@dataclass(frozen=True)
-class ChatTemplate:
-    """
-    Args:
-        source (`str`): the Jinja template, as it is saved with the processor.
-        stop (`str`, *optional*): the text of the token that ends an answer; `None` is the tokenizer's `eos_token`.
-    """
-
-    source: str
-    stop: str | None = None
-
-
-CHAT_TEMPLATES = {
-    "v1": ChatTemplate(_V1),
-    "plain": ChatTemplate(_PLAIN, stop="\n"),
-    "llava_llama_2": ChatTemplate(_LLAVA_LLAMA_2),
-    "chatml": ChatTemplate(_CHATML, stop="<|im_end|>"),
-    "mistral": ChatTemplate(_MISTRAL),
-}
 
 # Makes every content a string, as a text tokenizer's template expects it, before that template runs. Answers are
 # trimmed, since it may put them after a newline.
-_FLATTEN = (
-    (
-        _CONTENT
-        + r"""
+_FLATTEN = r"""
 {%- set flat = namespace(messages=[]) -%}
 {%- for message in messages -%}
     {%- set content = content_of(message) | trim if message['role'] == 'assistant' else content_of(message) -%}
@@ -177,10 +87,41 @@ _FLATTEN = (
 {%- endfor -%}
 {%- set messages = flat.messages -%}
 """
-    )
-    .replace("\n{%-", "{%-")
-    .strip()
-)
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "\\'").replace("\n", "\\n") + "'"
+
+
+def _joined(*parts: str) -> str:
+    """Parts of a template without the newlines between their tags."""
+    return "".join(parts).replace("\n{%-", "{%-").strip()
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """
+    Args:
+        source (`str`): the Jinja template, as it is saved with the processor.
+        stop (`str`, *optional*): the text that ends an answer; `None` is the tokenizer's `eos_token`. Where it is no
+            token (`###`), a chat has to cut it from what was generated.
+    """
+
+    source: str
+    stop: str | None = None
+
+
+def _chat_template(prompt: Prompt) -> ChatTemplate:
+    content = _CONTENT.replace("IMAGE_MARKUP", prompt.image)
+    system = _SYSTEM.replace("DEFAULT_SYSTEM", _quoted(prompt.system))
+    return ChatTemplate(_joined(content, system, prompt.body), prompt.stop)
+
+
+CHAT_TEMPLATES = {name: _chat_template(prompt) for name, prompt in ORIGINAL_PROMPTS.items()} | {
+    "chatml": _chat_template(Prompt(_CHATML, stop="<|im_end|>")),
+    "qwen": _chat_template(Prompt(_CHATML, "You are a helpful assistant.", stop="<|im_end|>")),
+    "mistral": _chat_template(Prompt(_MISTRAL)),
+}
 
 
 def own_chat_template(tokenizer) -> ChatTemplate | None:
@@ -188,25 +129,48 @@ def own_chat_template(tokenizer) -> ChatTemplate | None:
     source = tokenizer.chat_template
     if isinstance(source, dict):
         source = source.get("default")
-    return ChatTemplate(_FLATTEN + source) if source else None
+    if not source:
+        return None
+    if "content_of" in source:  # one of ours, saved with a tokenizer: it takes images already
+        return ChatTemplate(source)
+    return ChatTemplate(_joined(_CONTENT.replace("IMAGE_MARKUP", IMAGE), _FLATTEN) + source)
 
 
-def chat_template_for(tokenizer, version: str | None = None) -> ChatTemplate:
+def chat_template_for(tokenizer, version: str | None = None, image_start_end: bool = False) -> ChatTemplate:
     """
     The template of the name `version`, or where that is `None` the one that suits the tokenizer: its own if it has
     one, `chatml` if it knows that markup, else `v1`.
 
+    Args:
+        image_start_end (`bool`): every image stands between `<im_start>` and `<im_end>`, as under the original's
+            `mm_use_im_start_end`; in all templates but `plain`, which there has none either.
+
     Raises:
-        ValueError: for an unknown name, or one whose stop token the tokenizer does not have.
+        ValueError: for an unknown name, or one whose stop token or image tokens the tokenizer does not have.
     """
+    vocabulary = tokenizer.get_vocab()
     if version is None:
-        own = own_chat_template(tokenizer)
-        return own or CHAT_TEMPLATES["chatml" if "<|im_end|>" in tokenizer.get_vocab() else "v1"]
-    if version not in CHAT_TEMPLATES:
+        template = own_chat_template(tokenizer) or CHAT_TEMPLATES["chatml" if "<|im_end|>" in vocabulary else "v1"]
+    elif version in CHAT_TEMPLATES:
+        template = CHAT_TEMPLATES[version]
+        if template.stop and template.stop.startswith("<|") and template.stop not in vocabulary:
+            raise ValueError(
+                f"the chat template {version!r} ends an answer with {template.stop}, which the tokenizer does not "
+                f"have."
+            )
+    else:
         raise ValueError(f"unknown chat template {version!r}; known: {', '.join(CHAT_TEMPLATES)}.")
-    template = CHAT_TEMPLATES[version]
-    if template.stop and template.stop.startswith("<|") and template.stop not in tokenizer.get_vocab():
+    if not image_start_end:
+        return template
+    if missing := [token for token in (IMAGE_START, IMAGE_END) if token not in vocabulary]:
         raise ValueError(
-            f"the chat template {version!r} ends an answer with {template.stop}, which the tokenizer does not have."
+            f"images between {IMAGE_START} and {IMAGE_END} need these as tokens, and the tokenizer does not have "
+            f"{' and '.join(missing)}: add them with tokenizer.add_tokens([...], special_tokens=True)."
         )
-    return template
+    return replace(template, source=_with_image_start_end(template.source))
+
+
+def _with_image_start_end(source: str) -> str:
+    # The markup is set once, in front of everything; the original wraps `<image>` inside <Image></Image> too.
+    marked = rf"\g<1>{IMAGE_START}{IMAGE}{IMAGE_END}"
+    return re.sub(rf"(^{{%- set image_markup = '[^']*){IMAGE}", marked, source, count=1)
