@@ -13,7 +13,7 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers.models.llava.configuration_llava import LlavaConfig as NativeLlavaConfig
 
-from .original_config_llava import is_original, nested_from_original, original_from_nested
+from .original_config_llava import is_original, nested_from_original, original_from_nested, refuse_anyres
 
 # Fields that only our configuration has: they are dropped in a native `llava` export, where the image processor's
 # `do_pad` carries the aspect ratio rule.
@@ -112,6 +112,7 @@ class LlavaConfig(NativeLlavaConfig):
 
 def _as_nested(config_dict: dict[str, Any]) -> dict[str, Any]:
     """`config_dict` in our nested form, whichever dialect it comes in; an already nested one comes back unchanged."""
+    refuse_anyres(config_dict)
     if is_original(config_dict):
         return nested_from_original(config_dict, LlavaConfig.model_type)
     if config_dict.get("model_type", LlavaConfig.model_type) not in (

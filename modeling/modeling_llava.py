@@ -286,6 +286,13 @@ class LlavaForCausalLM(LlavaForConditionalGeneration):
             if unexpected:
                 raise ValueError(f"the model has no weight {min(unexpected)}, which was to be loaded into it.")
             missing -= set(extra_weights)
+        # Buffers that older transformers saved and newer ones compute.
+        unexpected = {name for name in info["unexpected_keys"] if not name.endswith(("inv_freq", "position_ids"))}
+        if unexpected:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds {len(unexpected)} weights that this LLaVA has no place for, "
+                f"{min(unexpected)} among them: leaving them out would make it another model."
+            )
         if missing:
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds no weights for {len(missing)} parameters of a LLaVA, "

@@ -36,6 +36,18 @@ def is_original(config: dict[str, Any]) -> bool:
     return "text_config" not in config and any(name.startswith("mm_") for name in config)
 
 
+def refuse_anyres(config: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: for LLaVA-1.6 in either dialect, whose images are cut into several crops.
+    """
+    merges = str(config.get("mm_patch_merge_type", "flat"))
+    if config.get("model_type") == "llava_next" or config.get("image_aspect_ratio") == "anyres" or merges != "flat":
+        raise ValueError(
+            "it is a LLaVA-1.6, whose pictures are cut into several crops (anyres); this package has LLaVA-1.5 so far."
+        )
+
+
 def nested_from_original(flat: dict[str, Any], model_type: str) -> dict[str, Any]:
     """
     The nested form of a flat configuration.

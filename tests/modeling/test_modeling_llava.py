@@ -427,3 +427,27 @@ def test_a_model_that_is_no_llava_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(ValueError, match="'bert' is not a LLaVA"):
         hf_llava_ft.LlavaConfig.from_pretrained(tmp_path)
+
+
+def test_weights_that_have_no_place_are_an_error(tiny, tmp_path):
+    from safetensors.torch import save_file
+
+    tiny.model().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors") | {"image_newline": torch.zeros(64)}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="1 weights that this LLaVA has no place for, .*image_newline"):
+        hf_llava_ft.LlavaForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "llava_next", "text_config": {}},
+        {"model_type": "llava_llama", "mm_vision_tower": "tiny-clip", "image_aspect_ratio": "anyres"},
+        {"model_type": "llava_llama", "mm_vision_tower": "tiny-clip", "mm_patch_merge_type": "spatial_unpad"},
+    ],
+)
+def test_llava_1_6_is_refused_in_words(tmp_path, config):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="it is a LLaVA-1.6"):
+        hf_llava_ft.LlavaConfig.from_pretrained(tmp_path)
