@@ -15,6 +15,7 @@ from transformers import TextIteratorStreamer
 
 from hf_llava_ft.checkpoints import load_model, load_processor
 from hf_llava_ft.errors import UserError
+from hf_llava_ft.processing.image_processing_llava import as_rgb
 
 URL_TIMEOUT_SECONDS = 30
 MAX_URL_BYTES = 64 * 2**20
@@ -33,9 +34,9 @@ def open_image(source: str | Path) -> Image.Image:
                 content = response.read(MAX_URL_BYTES + 1)
             if len(content) > MAX_URL_BYTES:
                 raise UserError(f"the image at {source} is larger than {MAX_URL_BYTES >> 20} MiB.")
-            return Image.open(io.BytesIO(content)).convert("RGB")
+            return as_rgb(Image.open(io.BytesIO(content)))
         with Image.open(source) as image:
-            return image.convert("RGB")
+            return as_rgb(image)
     except FileNotFoundError as error:
         raise UserError(f"the image {source} does not exist.") from error
     except urllib.error.URLError as error:
@@ -86,7 +87,12 @@ class Conversation:
         self.messages.append({"role": "user", "content": content})
         self.images.extend(images or [])
         text = self.processor.apply_chat_template(self.messages, add_generation_prompt=True)
-        inputs = self.processor(text=[text], images=self.images or None, return_tensors="pt").to(self.model.device)
+        inputs = self.processor(
+            text=[text],
+            images=self.images or None,
+            add_special_tokens=not self.processor.begins_with_bos(text),
+            return_tensors="pt",
+        ).to(self.model.device)
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}

@@ -142,6 +142,7 @@ def load_processor(path: str, revision: str | None = None, *, base: str | None =
                 image_aspect_ratio=config.image_aspect_ratio or "square",
                 vision_feature_select_strategy=config.vision_feature_select_strategy,
                 tower_name=config.vision_tower_name,
+                image_start_end=config.uses_image_start_end,
             )
         if checkpoint.kind == "adapter" and not has_own:
             path, revision = checkpoint.base, checkpoint.revision

@@ -27,7 +27,11 @@ def probe_outputs(model, processor, messages: list[dict], images: list) -> dict[
         V]` and `answer_ids` `int64[1, K]`, decoded greedily.
     """
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
-    inputs = processor(text=[text], images=images or None, return_tensors="pt").to(model.device)
+    bos = processor.tokenizer.bos_token  # some templates write it themselves; the tokenizer would add a second
+    add_special_tokens = not (bos and text.startswith(bos))
+    inputs = processor(
+        text=[text], images=images or None, add_special_tokens=add_special_tokens, return_tensors="pt"
+    ).to(model.device)
     was_training = model.training
     model.eval()
     with torch.no_grad():

@@ -80,6 +80,11 @@ class LlavaConfig(NativeLlavaConfig):
         return self.projector_type == "mlp2x_gelu" and self.projector_hidden_act == "gelu"
 
     @property
+    def uses_image_start_end(self) -> bool:
+        """Whether the original put `<im_start>` and `<im_end>` around an image (`mm_use_im_start_end`)."""
+        return bool((self.original_config or {}).get("mm_use_im_start_end"))
+
+    @property
     def default_checkpoint_format(self) -> str:
         """`"llava"` if the configuration was read from the original, else `"llava-hf"` if native, else `"nested"`."""
         if self.original_config is not None:

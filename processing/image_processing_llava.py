@@ -5,12 +5,23 @@ backend where we build one: it is bit-equal to the original, while the torchvisi
 in places.
 """
 
+from PIL import Image
 from transformers import AutoImageProcessor, SiglipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 # The resolution and colours a tower was trained with, where it comes without a preprocessor_config.json.
 _DEFAULTS = {"clip_vision_model": CLIPImageProcessorPil, "siglip_vision_model": SiglipImageProcessorPil}
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """
+    The picture in RGB, as the original converts it: transparency is dropped. Pillow leaves a note of a palette's
+    transparent colour behind, by which transformers would paint that colour white.
+    """
+    image = image.convert("RGB")
+    image.info.pop("transparency", None)
+    return image
 
 
 def build_image_processor(vision_config, image_aspect_ratio: str = "square", tower_name: str | None = None):

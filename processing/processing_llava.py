@@ -21,7 +21,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from .chat_templates_llava import chat_template_for
 from .image_processing_llava import build_image_processor
-from .tokenizer_llava import IMAGE_TOKEN, load_tokenizer, prepare_tokenizer
+from .tokenizer_llava import IMAGE_START_TOKEN, IMAGE_TOKEN, load_tokenizer, prepare_tokenizer
 
 IGNORE_INDEX = -100
 
@@ -41,6 +41,7 @@ class LlavaProcessor(NativeLlavaProcessor):
         image_aspect_ratio: str = "square",
         vision_feature_select_strategy: str | None = None,
         tower_name: str | None = None,
+        image_start_end: bool = False,
     ) -> "LlavaProcessor":
         """
         A processor from its parts.
@@ -53,9 +54,11 @@ class LlavaProcessor(NativeLlavaProcessor):
             vision_feature_select_strategy (`"default"` or `"full"`, *optional*): as in the model; default: what drops
                 the class token where there is one.
             tower_name (`str`, *optional*): folder or Hub id of the tower, for its preprocessor_config.json.
+            image_start_end (`bool`): put `<im_start>` and `<im_end>` around each image; the original's
+                `mm_use_im_start_end`.
         """
-        template = chat_template_for(tokenizer, version)
-        tokenizer = prepare_tokenizer(tokenizer)
+        tokenizer = prepare_tokenizer(tokenizer, image_start_end)
+        template = chat_template_for(tokenizer, version, image_start_end)
         has_class_token = vision_config.model_type == "clip_vision_model"
         return cls(
             image_processor=build_image_processor(vision_config, image_aspect_ratio, tower_name),
@@ -84,11 +87,13 @@ class LlavaProcessor(NativeLlavaProcessor):
             image_aspect_ratio=getattr(config, "image_aspect_ratio", None) or "square",
             vision_feature_select_strategy=config.vision_feature_select_strategy,
             tower_name=getattr(config, "vision_tower_name", None),
+            image_start_end=getattr(config, "uses_image_start_end", False),
         )
 
     def use_chat_template(self, version: str) -> None:
         """Replaces the chat template by the one called `version`; it is saved with the processor."""
-        self.chat_template = chat_template_for(self.tokenizer, version).source
+        image_start_end = IMAGE_START_TOKEN in str(self.chat_template)
+        self.chat_template = chat_template_for(self.tokenizer, version, image_start_end).source
         self.__dict__.pop("stop_token_id", None)
 
     # ------------------------------------------------------------------ training
@@ -145,7 +150,7 @@ class LlavaProcessor(NativeLlavaProcessor):
     def num_tokens(self, messages: list[dict[str, Any]]) -> int:
         """Length of the conversation as `encode_conversation` gives it, from the text alone."""
         text, _ = self.render(messages)
-        text_ids = self.tokenizer(text, add_special_tokens=not self._begins_with_bos(text)).input_ids
+        text_ids = self.tokenizer(text, add_special_tokens=not self.begins_with_bos(text)).input_ids
         return len(text_ids) + text.count(self.image_token) * (self.num_image_tokens - 1)
 
     @cached_property
@@ -243,7 +248,8 @@ class LlavaProcessor(NativeLlavaProcessor):
         except Exception as error:  # jinja2's TemplateError, and whatever a template may run into
             raise ValueError(f"the chat template does not take this conversation: {error}") from error
 
-    def _begins_with_bos(self, text: str) -> bool:
+    def begins_with_bos(self, text: str) -> bool:
+        """Whether the template has written the token already that the tokenizer would add."""
         bos = self.tokenizer.bos_token
         return bos is not None and text.startswith(bos)
 
@@ -251,7 +257,7 @@ class LlavaProcessor(NativeLlavaProcessor):
         """Ids `int64[K]` of `text`, images not yet expanded, and `bool[K]`: whether a token overlaps one of
         `spans`."""
         encoding = self.tokenizer(
-            text, add_special_tokens=not self._begins_with_bos(text), return_offsets_mapping=True, verbose=False
+            text, add_special_tokens=not self.begins_with_bos(text), return_offsets_mapping=True, verbose=False
         )
         ids = np.array(encoding["input_ids"], dtype=np.int64)
         offsets = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
 IMAGE_TOKEN = "<image>"
+IMAGE_START_TOKEN, IMAGE_END_TOKEN = "<im_start>", "<im_end>"
 
 
 def load_tokenizer(name_or_path, **kwargs):
@@ -36,13 +37,18 @@ def load_tokenizer(name_or_path, **kwargs):
     return tokenizer
 
 
-def prepare_tokenizer(tokenizer):
+def prepare_tokenizer(tokenizer, image_start_end: bool = False):
     """
     A tokenizer with `<image>` as one special token, a padding token, and padding on the right.
+
+    Args:
+        image_start_end (`bool`): also `<im_start>` and `<im_end>`, in front of `<image>`, where the original has them.
 
     The one passed in is changed, unless it needs the rule for text after an image: that one comes back as a new
     object.
     """
+    if image_start_end:
+        tokenizer.add_tokens([IMAGE_START_TOKEN, IMAGE_END_TOKEN], special_tokens=True)
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         if _prefixes_first_segment_only(tokenizer):
             tokenizer = _with_space_after_image(tokenizer)

@@ -7,6 +7,7 @@ from typing import Any
 from PIL import Image
 
 from hf_llava_ft.errors import UserError
+from hf_llava_ft.processing.image_processing_llava import as_rgb
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 
 
@@ -44,5 +45,5 @@ def open_picture(image: Image.Image | dict[str, Any]) -> Image.Image:
     """
     if isinstance(image, dict):
         with Image.open(io.BytesIO(image["bytes"]) if image.get("bytes") else image["path"]) as opened:
-            return opened.convert("RGB")
-    return image.convert("RGB")
+            return as_rgb(opened)
+    return as_rgb(image)
