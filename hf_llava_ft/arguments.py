@@ -18,7 +18,9 @@ class ModelArguments:
     revision: str | None = field(default=None, metadata={"help": "Revision of the model on the Hub."})
     version: str | None = field(
         default=None,
-        metadata={"help": "Chat template: v1, plain, llava_llama_2, chatml, mistral; default: the model's."},
+        metadata={
+            "help": "Chat template: v1, plain, llava_llama_2, qwen, ... (docs/parity.md); default: the model's."
+        },
     )
     image_aspect_ratio: Literal["square", "pad"] | None = field(
         default=None, metadata={"help": "How a picture is made square; default: as the model has it."}
@@ -43,8 +45,12 @@ class DataArguments:
 class TuningArguments:
     """Which weights are trained."""
 
-    train_type: Literal["lora"] = field(
-        default="lora", metadata={"help": "LoRA on the language model + whole projector."}
+    train_type: Literal["lora", "projector", "freeze_vision", "full"] = field(
+        default="lora",
+        metadata={
+            "help": "lora: LoRA on the language model, and the projector. projector: the projector alone (stage 1). "
+            "freeze_vision: language model and projector (stage 2). full: these and the vision tower."
+        },
     )
     lora_r: int = field(default=128, metadata={"help": "LoRA rank."})
     lora_alpha: int = field(default=256, metadata={"help": "LoRA scaling numerator."})
@@ -61,6 +67,13 @@ class LlavaTrainingArguments(TrainingArguments):
             Learning rate of the projector; by default `learning_rate`.
         group_by_modality_length (`bool`):
             Batches of rows with images or without, each of similar length (LLaVA-1.5).
+        sampler_order (`"default"` or `"original"`):
+            `original` takes the rows in the original LLaVA's order for this seed, grouped or not; grouping then sorts
+            within one step, which saves no padding. Micro-batches that do not fill an optimiser step are left out, as
+            there.
+        loss_normalization (`"tokens"` or `"micro_batch"`):
+            `tokens` is the mean over all supervised tokens of an optimiser step. `micro_batch` is the original's mean
+            per micro-batch, then the mean of those over accumulation steps and ranks.
         learning_rate, lr_scheduler_type, warmup_steps, logging_steps, per_device_train_batch_size:
             the same arguments with LLaVA's defaults.
     """
@@ -73,6 +86,13 @@ class LlavaTrainingArguments(TrainingArguments):
     mm_projector_lr: float | None = field(default=None, metadata={"help": "Learning rate of the projector."})
     group_by_modality_length: bool = field(
         default=False, metadata={"help": "Batches of one modality and similar length."}
+    )
+    sampler_order: Literal["default", "original"] = field(
+        default="default", metadata={"help": "original: the rows in the original LLaVA's order."}
+    )
+    loss_normalization: Literal["tokens", "micro_batch"] = field(
+        default="tokens",
+        metadata={"help": "Mean over an optimiser step's supervised tokens, or the original's mean of means."},
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay False: the collator reads all columns."}

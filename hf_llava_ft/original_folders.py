@@ -8,6 +8,7 @@ projector, and with added image tokens the embeddings), and the flat config.json
 import json
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -116,9 +117,10 @@ def write_projector(model: LlavaForCausalLM, folder: Path) -> None:
 
 def write_original_lora(model: PeftModel, base: str, folder: Path) -> None:
     """Writes the LoRA folder of a PEFT model: adapter, `non_lora_trainables.bin` and config.json."""
-    own = model.get_base_model()
+    own: Any = model.get_base_model()
     kind = own.config.projector_type
-    lora, others = {}, {}
+    lora: dict[str, torch.Tensor] = {}
+    others: dict[str, torch.Tensor] = {}
     for name, tensor in get_peft_model_state_dict(model).items():
         bare = name.removeprefix(_PEFT_PREFIX)
         into = lora if "lora_" in name else others

@@ -8,28 +8,31 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from transformers import HfArgumentParser, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import CONFIG_NAME
 
 from hf_llava_ft.arguments import DataArguments, LlavaTrainingArguments, ModelArguments, TuningArguments
 from hf_llava_ft.artifact import check_writable, staged_files
 from hf_llava_ft.checkpoints import ADAPTER_CONFIG, check_attention, load_model, load_processor
 from hf_llava_ft.data.builder import load_llava_json
 from hf_llava_ft.errors import UserError, exit_on_user_error
+from hf_llava_ft.presets import PRESETS, preset_flags
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.progress import LiveProgress
 from hf_llava_ft.trainer import LlavaTrainer
-from hf_llava_ft.tuning import PROJECTOR, TrainedPart, trained_parts, with_lora
+from hf_llava_ft.tuning import PROJECTOR, TrainedPart, trained_parts, with_tuning
 
 
 @dataclass(frozen=True)
 class TrainingResult:
     """
     Args:
-        adapter_dir (`Path`): the finished adapter, with processor.
+        adapter_dir (`Path`): the finished adapter or, when whole parts trained, the whole model; with processor.
         losses (`list[float]`): one per logged step.
         trained (`list[TrainedPart]`): what trained.
         seconds (`float`): of the training loop alone.
@@ -50,9 +53,11 @@ def parse_arguments(argv: Sequence[str]):
     parser = HfArgumentParser(
         classes,
         prog="llava-ft train",
-        description="Fine-tune a LLaVA on images with conversations.",
+        description="Fine-tune a LLaVA on images with conversations. --preset NAME sets a recipe, which the flags "
+        f"that follow may change: {', '.join(PRESETS)}.",
         allow_abbrev=False,
     )
+    argv = _with_preset(list(argv))
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True)
     except ValueError as error:
@@ -62,6 +67,17 @@ def parse_arguments(argv: Sequence[str]):
     return parsed
 
 
+def _with_preset(argv: list[str]) -> list[str]:
+    """`argv` with `--preset NAME` replaced by its flags, in front, so that the user's own flags win."""
+    for index, argument in enumerate(argv):
+        name, _, value = argument.partition("=")
+        if name == "--preset":
+            rest = argv[:index] + argv[index + (1 if value else 2) :]
+            preset = value or (argv[index + 1] if index + 1 < len(argv) else "")
+            return [*preset_flags(preset), *rest]
+    return argv
+
+
 def train(
     model_args: ModelArguments,
     data_args: DataArguments,
@@ -69,7 +85,7 @@ def train(
     training_args: LlavaTrainingArguments,
     console: Console | None = None,
 ) -> TrainingResult:
-    """Trains as told and leaves the adapter at `training_args.output_dir`, checkpoints below it."""
+    """Trains as told and leaves adapter or whole model at `training_args.output_dir`, checkpoints below it."""
     console = console or Console(stderr=True)
     output_dir = Path(str(training_args.output_dir))
     check_writable(output_dir)
@@ -103,7 +119,7 @@ def train(
     check_lengths(dataset, processor, longest, data_args.data_path)
 
     set_seed(training_args.seed)
-    model = with_lora(model, tuning_args, model_args.model_name_or_path, model_args.revision)
+    model = with_tuning(model, tuning_args, model_args.model_name_or_path, model_args.revision)
     trained = trained_parts(model)
     progress = LiveProgress(console)
     training_args.disable_tqdm = True  # one bar, ours
@@ -118,7 +134,10 @@ def train(
     if trainer.is_world_process_zero():
         console.print(_table(trained, training_args))
     output = trainer.train(resume_from_checkpoint=checkpoint)
-    with staged_files(output_dir, last=ADAPTER_CONFIG) as staged:
+    is_adapter = isinstance(model, PeftModel)
+    if not is_adapter:
+        model.config.use_cache = True  # the Trainer has switched it off
+    with staged_files(output_dir, last=ADAPTER_CONFIG if is_adapter else CONFIG_NAME) as staged:
         trainer.save_model(str(staged))
     trainer.save_state()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -186,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
         result = train(*parse_arguments(sys.argv[1:] if argv is None else argv))
         Console(stderr=True).print(
-            f"The adapter is at {result.adapter_dir}. Ask it: llava-ft chat --model {result.adapter_dir}",
+            f"The result is at {result.adapter_dir}. Ask it: llava-ft chat --model {result.adapter_dir}",
             highlight=False,
         )
 

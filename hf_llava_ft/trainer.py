@@ -2,23 +2,31 @@
 
 A learning rate of its own for the projector; batches by modality and length; head and loss at the supervised positions
 only; checkpoints in the layout that the model is read from. The loss is the mean over the supervised tokens of the
-whole optimiser step, over accumulation and ranks, where the original takes the mean of the means of the micro-batches.
+whole optimiser step, over accumulation and ranks; the original's mean of the means of the micro-batches is
+`loss_normalization="micro_batch"`.
+
+What may surprise: rows of the head that stand for no token, and that of `<image>`, have no part in the loss. They were
+added to give an id to an image, or to fill the head up to a round number; the original has none of them, and no answer
+ever holds them. With them in the sum, every probability would be a little too small, and they would be trained.
 """
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from hf_llava_ft.arguments import LlavaTrainingArguments
 from hf_llava_ft.data.builder import modality_lengths
 from hf_llava_ft.data.collator import LlavaCollator
-from hf_llava_ft.data.sampler import ModalityLengthSampler
+from hf_llava_ft.data.sampler import ModalityLengthSampler, OriginalOrderSampler
 from hf_llava_ft.modeling.weight_names_llava import name_in_memory
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.tuning import PROJECTOR, part_of
@@ -45,6 +53,15 @@ class LlavaTrainer(Trainer):
         if data_collator is None and isinstance(processor, LlavaProcessor):
             data_collator = LlavaCollator(processor)
         super().__init__(model=model, args=args or LlavaTrainingArguments(), data_collator=data_collator, **kwargs)
+        if isinstance(processor, LlavaProcessor):
+            unwrapped = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+            unwrapped.loss_function = LossOverTokens(
+                num_tokens=max(processor.tokenizer.get_vocab().values()) + 1, image_token_id=processor.image_token_id
+            )
+        if self.args.loss_normalization == "micro_batch":
+            # The Trainer then counts no tokens: the model gives the mean, which is divided by the accumulation steps.
+            # In transformers 5.17 as in 5.23.
+            self.model_accepts_loss_kwargs = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if model.training and not return_outputs and self.label_smoother is None and self.compute_loss_func is None:
@@ -62,13 +79,26 @@ class LlavaTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if not self.args.group_by_modality_length or dataset is None or not hasattr(dataset, "__len__"):
+        if dataset is None or not hasattr(dataset, "__len__"):
             return super()._get_train_sampler(train_dataset)
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        batch_size, accumulation_steps = self.args.train_batch_size, self.args.gradient_accumulation_steps
+        lengths = modality_lengths(dataset) if self.args.group_by_modality_length else None
+        if self.args.sampler_order == "original":
+            return OriginalOrderSampler(
+                len(dataset),
+                seed,
+                lengths=lengths,
+                batch_size=batch_size,
+                num_processes=self.args.world_size,
+                accumulation_steps=accumulation_steps,
+            )
+        if lengths is None:
+            return super()._get_train_sampler(train_dataset)
         return ModalityLengthSampler(
-            modality_lengths(dataset),
-            batch_size=self.args.train_batch_size,
-            world_size=self.args.world_size * self.args.gradient_accumulation_steps,
+            lengths,
+            batch_size=batch_size,
+            world_size=self.args.world_size * accumulation_steps,
             seed=seed,
             pool_steps=LENGTH_POOL_STEPS,
         )
@@ -99,6 +129,31 @@ class LlavaTrainer(Trainer):
             raise ValueError(
                 f"{resume_from_checkpoint} lacks weights of this model, {min(missing - tied)} among them."
             )
+
+
+@dataclass(frozen=True)
+class LossOverTokens:
+    """
+    transformers' loss of a causal language model, over the tokens that an answer can hold.
+
+    Args:
+        num_tokens (`int`): ids from here on stand for no token.
+        image_token_id (`int`): not a token either.
+    """
+
+    num_tokens: int
+    image_token_id: int
+
+    def __call__(self, logits: torch.Tensor, labels, vocab_size: int, **kwargs) -> torch.Tensor:
+        """As `ForCausalLMLoss`, with `logits` `float[..., V]`."""
+        num_kept = min(self.num_tokens, logits.shape[-1])
+        if self.image_token_id == num_kept - 1:
+            num_kept -= 1
+        logits = logits[..., :num_kept]
+        if self.image_token_id < num_kept:
+            image = torch.tensor([self.image_token_id], device=logits.device)
+            logits = logits.index_fill(-1, image, float("-inf"))
+        return ForCausalLMLoss(logits, labels, num_kept, **kwargs)
 
 
 def _split_off(optimizer: torch.optim.Optimizer, parameters: set[nn.Parameter], learning_rate: float) -> None:

@@ -13,7 +13,7 @@ module tree and the native logits. What differs:
 Legend of the shapes: B rows, T positions (text and image), N images of the batch, P features per image, D text width.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -316,7 +316,7 @@ class LlavaForCausalLM(LlavaForConditionalGeneration):
             ValueError: if the format cannot express the model.
         """
         checkpoint_format = checkpoint_format or self.config.default_checkpoint_format
-        own_config, own_conversions = self.config, getattr(self, "_weight_conversions", None)
+        own_config, own_conversions = self.config, cast(Any, getattr(self, "_weight_conversions", None))
         if checkpoint_format == "llava-hf":
             self.config, self._weight_conversions = own_config.to_native(), native_conversions()
         elif checkpoint_format == "llava":

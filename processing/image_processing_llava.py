@@ -6,7 +6,7 @@ in places.
 """
 
 from PIL import Image
-from transformers import AutoImageProcessor, SiglipImageProcessorPil
+from transformers import SiglipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
@@ -57,14 +57,16 @@ def build_image_processor(vision_config, image_aspect_ratio: str = "square", tow
 
 
 def _tower_processor(vision_config, tower_name):
-    if tower_name is not None:
-        try:
-            return AutoImageProcessor.from_pretrained(tower_name, backend="pil")
-        except OSError:
-            pass  # a tower folder may hold no preprocessor_config.json: its kind then tells
     if vision_config.model_type not in _DEFAULTS:
         raise ValueError(
-            f"a vision tower of type {vision_config.model_type!r} needs a preprocessor_config.json beside its "
-            f"weights; only {' and '.join(_DEFAULTS)} have a known default."
+            f"a vision tower of type {vision_config.model_type!r} is none of the kinds this package knows: "
+            f"{', '.join(_DEFAULTS)}."
         )
-    return _DEFAULTS[vision_config.model_type]()
+    # Not AutoImageProcessor: that of transformers 5.17 demands torchvision even for the PIL backend.
+    kind = _DEFAULTS[vision_config.model_type]
+    if tower_name is not None:
+        try:
+            return kind.from_pretrained(tower_name)
+        except OSError:
+            pass  # a tower folder may hold no preprocessor_config.json: its kind then tells
+    return kind()

@@ -187,6 +187,72 @@ class ModalityLengthSampler(torch.utils.data.Sampler[int]):
         )
 
 
+class OriginalOrderSampler(torch.utils.data.Sampler[int]):
+    """
+    The order in which the original LLaVA sees the rows, as a function of seed and epoch.
+
+    The original draws it from torch's global generator, which its Trainer seeds. So the order is that of the original
+    for as long as nothing else draws from that generator while it trains: always in the first epoch, and in later ones
+    unless there is dropout on the CPU. Here the draws are repeated on a seeded generator, so that a resumed run
+    goes on in the same order.
+
+    And as the original's Trainer takes no step from fewer micro-batches than are accumulated, those left over at the
+    end of an epoch are left out here. (There the next epoch would add its own to them.)
+
+    All this is the original on one process: on several, its accelerate lets another generator draw a part, and this
+    order is dealt to them instead.
+
+    Args:
+        num_rows (`int`): number of rows.
+        seed (`int`): the run's seed.
+        lengths (`int[N]`, *optional*): group by modality and length, as in [`modality_length_grouped_indices`].
+        batch_size (`int`, defaults to 1): per process and forward pass.
+        num_processes (`int`, defaults to 1): among which accelerate deals the batches.
+        accumulation_steps (`int`, defaults to 1): micro-batches to an optimizer step.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        seed: int,
+        *,
+        lengths: Lengths | None = None,
+        batch_size: int = 1,
+        num_processes: int = 1,
+        accumulation_steps: int = 1,
+    ):
+        self.num_rows = num_rows
+        self.seed = seed
+        self.batch_size = batch_size
+        self.world_size = num_processes * accumulation_steps
+        self.lengths = None if lengths is None else _checked(lengths, batch_size, self.world_size)
+        num_micro_batches = -(-num_rows // (batch_size * num_processes))
+        num_steps = num_micro_batches // accumulation_steps or 1
+        self.num_kept = min(num_rows, num_steps * self.world_size * batch_size)
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next `iter()` gives; Trainer and accelerate call it."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_kept
+
+    def __iter__(self) -> Iterator[int]:
+        order: list[int] = []
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(self.seed)
+            for _ in range(self.epoch + 1):
+                torch.empty((), dtype=torch.int64).random_()  # the DataLoader's base seed for its workers
+                order = self._order()
+        return iter(order[: self.num_kept])
+
+    def _order(self) -> list[int]:
+        if self.lengths is None:
+            return list(torch.utils.data.RandomSampler(range(self.num_rows)))
+        return modality_length_grouped_indices(self.lengths, self.batch_size, self.world_size, original_rng=True)
+
+
 def _checked(lengths: Lengths, batch_size: int, world_size: int) -> np.ndarray:
     if batch_size < 1 or world_size < 1:
         raise ValueError(f"batch_size and world_size must be at least 1, not {batch_size} and {world_size}.")

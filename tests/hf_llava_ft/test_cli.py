@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import hf_llava_ft
 from hf_llava_ft.cli import main
+from hf_llava_ft.train import parse_arguments
 
 
 @pytest.fixture
@@ -286,3 +287,15 @@ def test_a_template_that_never_stops_is_refused_before_training(llava_ft, tiny_c
     code, _, err = llava_ft("train", *flags)
     assert code == 2 and "would never learn to stop" in sentence(err)
     assert llava_ft("train", *flags, "--version", "v1")[0] == 0
+
+
+def test_a_preset_is_a_recipe_that_flags_may_change(llava_ft, tiny_checkpoint, llava_json, tmp_path):
+    flags = ["--model_name_or_path", "m", "--data_path", "d", "--output_dir", str(tmp_path / "o"), "--use_cpu", "True"]
+    flags += ["--bf16", "False"]
+    parsed = parse_arguments(["--preset", "llava-v1.5-lora", *flags, "--lora_r", "8"])
+    model_args, data_args, tuning_args, training_args = parsed
+    assert model_args.version == "v1" and model_args.image_aspect_ratio == "pad" and data_args.model_max_length == 2048
+    assert (tuning_args.lora_r, tuning_args.lora_alpha) == (8, 256)
+    assert (training_args.learning_rate, training_args.mm_projector_lr) == (2e-4, 2e-5)
+    code, _, err = llava_ft("train", "--preset", "llava-v9", *flags)
+    assert code == 2 and "llava-v9" in sentence(err) and "llava-v1.5-lora" in err

@@ -168,8 +168,10 @@ def test_of_several_own_templates_the_default_is_used(tokenizer_for):
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones(tokenizer_for):
-    with pytest.raises(ValueError, match="'v0'; known: v1, plain, llava_llama_2, chatml, mistral"):
-        chat_template_for(tokenizer_for("byte-level"), "v0")
+    names = ", ".join(CHAT_TEMPLATES)
+    assert {"v0", "v1", "plain", "llava_llama_2", "chatml", "mistral", "qwen"} < set(CHAT_TEMPLATES)
+    with pytest.raises(ValueError, match=f"'v2'; known: {names}"):
+        chat_template_for(tokenizer_for("byte-level"), "v2")
 
 
 def test_a_template_whose_stop_token_is_missing_is_refused(tokenizer_for):

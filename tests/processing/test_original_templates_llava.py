@@ -1,0 +1,443 @@
+"""The original's prompts: byte for byte what it renders, and supervised where it should have been.
+
+For v1, plain and llava_llama_2 its own records are compared in test_processing_llava.py; here are those with
+`<im_start>`, and the rest written out by hand, from the rules of its `Conversation.get_prompt`.
+"""
+
+import json
+from copy import copy
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tokenizers import Regex, pre_tokenizers
+from transformers import CLIPVisionConfig
+from transformers.models.llava.processing_llava import LlavaProcessor as NativeLlavaProcessor
+
+from hf_llava_ft.data.schema import parse_llava_row
+from hf_llava_ft.processing.chat_templates_llava import CHAT_TEMPLATES, chat_template_for
+from hf_llava_ft.processing.original_templates_llava import ORIGINAL_PROMPTS
+from hf_llava_ft.processing.processing_llava import IGNORE_INDEX, LlavaProcessor
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+IMAGE = {"type": "image", "text": None}
+PICTURE = Image.radial_gradient("L").resize((40, 24)).convert("RGB")
+NUM_IMAGE_TOKENS = 16
+
+
+def text(value):
+    return {"type": "text", "text": value}
+
+
+def user(*parts):
+    return {"role": "user", "content": [text(part) if isinstance(part, str) else part for part in parts]}
+
+
+def answer(value):
+    return {"role": "assistant", "content": [text(value)]}
+
+
+def answers(messages) -> list[str]:
+    return [message["content"][0]["text"] for message in messages if message["role"] == "assistant"]
+
+
+def encoded(processor, messages):
+    num_images = sum(part["type"] == "image" for message in messages for part in message["content"])
+    return processor.encode_conversation(messages, [PICTURE] * num_images)
+
+
+def supervised_texts(processor, labels) -> list[str]:
+    """The text of each unbroken stretch of supervised ids."""
+    stretches, before = [], IGNORE_INDEX
+    for label in labels.tolist():
+        if label != IGNORE_INDEX:
+            if before == IGNORE_INDEX:
+                stretches.append([])
+            stretches[-1].append(label)
+        before = label
+    return [processor.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in stretches]
+
+
+# ------------------------------------------------------------------ what is rendered, and what of it is supervised
+
+CHAT = [user(IMAGE, "\nWhat is it?"), answer("A cat."), user("Are you sure?"), answer("Yes.")]
+
+CURIOUS_HUMAN = (
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions."
+)
+MMTAG = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant is able to understand the visual content that the user provides, and assist the user with a "
+    "variety of tasks using natural language.The visual content will be provided with the following format: "
+    "<Image>visual content</Image>."
+)
+LLAMA_2 = (
+    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  "
+    "Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. "
+    "Please ensure that your responses are socially unbiased and positive in nature.\n\nIf a question does not make "
+    "any sense, or is not factually coherent, explain why instead of answering something not correct. If you don't "
+    "know the answer to a question, please don't share false information."
+)
+LLAVA = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
+MPT = "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
+
+# CHAT under each name, what is supervised in double brackets. `{{eos}}` is what follows get_prompt() in ours.
+RENDERED = {
+    "v0": f"{CURIOUS_HUMAN}###Human: <image>\nWhat is it?###Assistant:[[ A cat.###]]"
+    "Human: Are you sure?###Assistant:[[ Yes.###{eos}]]",
+    "v0_mmtag": f"{MMTAG}###Human: <Image><image></Image>\nWhat is it?###Assistant:[[ A cat.###]]"
+    "Human: Are you sure?###Assistant:[[ Yes.###{eos}]]",
+    "llava_v1": f"{CURIOUS_HUMAN} USER: <image>\nWhat is it? ASSISTANT:[[ A cat.</s>]]"
+    "USER: Are you sure? ASSISTANT:[[ Yes.</s>]]",
+    "v1_mmtag": f"{MMTAG} USER: <Image><image></Image>\nWhat is it? ASSISTANT:[[ A cat.</s>]]"
+    "USER: Are you sure? ASSISTANT:[[ Yes.</s>]]",
+    "llama_2": f"[INST] <<SYS>>\n{LLAMA_2}\n<</SYS>>\n\n<image>\nWhat is it? [/INST][[ A cat. </s>]]"
+    "<s>[INST] Are you sure? [/INST][[ Yes. </s>]]",
+    "mistral_instruct": "[INST] <image>\nWhat is it? [/INST][[ A cat. </s>]]"
+    "[INST] Are you sure? [/INST][[ Yes. </s>]]",
+    "mpt": f"<|im_start|>system\n{MPT}<|im_end|><|im_start|>user\n<image>\nWhat is it?<|im_end|>"
+    "<|im_start|>assistant\n[[A cat.<|im_end|>]]<|im_start|>user\nAre you sure?<|im_end|>"
+    "<|im_start|>assistant\n[[Yes.<|im_end|>]]",
+    "chatml_direct": "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\nWhat is it?"
+    "<|im_end|><|im_start|>assistant\n[[A cat.<|im_end|>]]<|im_start|>user\nAre you sure?<|im_end|>"
+    "<|im_start|>assistant\n[[Yes.<|im_end|>]]",
+    "qwen": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nWhat is it?"
+    "<|im_end|>\n<|im_start|>assistant\n[[A cat.<|im_end|>]]\n<|im_start|>user\nAre you sure?<|im_end|>\n"
+    "<|im_start|>assistant\n[[Yes.<|im_end|>]]\n",
+    "llama_3": f"<|start_header_id|>system<|end_header_id|>\n\n{LLAVA}<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\n<image>\nWhat is it?<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n[[A cat.<|eot_id|>]]"
+    "<|start_header_id|>user<|end_header_id|>\n\nAre you sure?<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n[[Yes.<|eot_id|>]]",
+}
+ALIASES = {
+    "llava_v0": "v0",
+    "vicuna_v1": "v1",
+    "v0_plain": "plain",
+    "mistral_direct": "chatml_direct",
+}
+# With the original's own records in test_processing_llava.py.
+RECORDED = {"v1", "plain", "llava_llama_2"}
+
+MARKUP = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+IMAGE_START_END = ["<im_start>", "<im_end>"]
+# As Llama 3's tokenizer cuts text: what counts is that newlines stay together, whatever follows.
+LLAMA_3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+SENTENCEPIECE = ("llama", "legacy")
+BYTE_LEVEL = ("byte-level", "byte-level, trimmed offsets")
+
+
+@pytest.fixture(scope="module")
+def original_processor_for(tokenizer_for):
+    """`original_processor_for(kind, version)`, with a tokenizer that has every template's tokens."""
+
+    @cache
+    def with_every_token(kind: str, keeps_newlines_together: bool) -> LlavaProcessor:
+        tokenizer = tokenizer_for(kind)
+        if keeps_newlines_together:
+            cut = pre_tokenizers.Split(Regex(LLAMA_3_WORDS), "isolated")
+            bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+            tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, bytes_only])
+        tokenizer.add_tokens([*IMAGE_START_END, *MARKUP], special_tokens=True)
+        vision_config = CLIPVisionConfig.from_pretrained(GOLDEN / "tiny-clip")
+        return LlavaProcessor.build(tokenizer, vision_config, version="v1", image_aspect_ratio="pad")
+
+    @cache
+    def processor(kind: str, version: str, image_start_end: bool = False) -> LlavaProcessor:
+        made = copy(with_every_token(kind, version == "llama_3" and kind in BYTE_LEVEL))
+        made.chat_template = chat_template_for(made.tokenizer, version, image_start_end).source
+        return made
+
+    return processor
+
+
+def marked(processor, messages) -> str:
+    rendered, spans = processor.render(messages)
+    for start, end in reversed(spans):
+        rendered = f"{rendered[:start]}[[{rendered[start:end]}]]{rendered[end:]}"
+    return rendered
+
+
+def test_every_name_of_the_original_is_here_and_checked():
+    of_conversation_py = {
+        "v0",
+        "v1",
+        "vicuna_v1",
+        "llama_2",
+        "mistral_instruct",
+        "chatml_direct",
+        "mistral_direct",
+    } | {*("plain", "v0_plain", "llava_v0", "v0_mmtag", "llava_v1", "v1_mmtag", "llava_llama_2", "mpt")}
+    assert set(ORIGINAL_PROMPTS) == of_conversation_py | {"llama_3"}
+    assert set(ORIGINAL_PROMPTS) | {"qwen"} == set(RENDERED) | set(ALIASES) | RECORDED
+
+
+@pytest.mark.parametrize("version", RENDERED)
+def test_the_prompt_is_the_originals_and_its_answers_are_supervised(original_processor_for, version):
+    processor = original_processor_for("llama", version)
+    assert marked(processor, CHAT) == RENDERED[version].replace("{eos}", "</s>")
+
+
+@pytest.mark.parametrize("version", RENDERED)
+def test_the_open_prompt_is_the_originals(original_processor_for, version):
+    """No end token anywhere in the `###` prompts: only the row's very last answer has one."""
+    whole = RENDERED[version].replace("[[", "").replace("]]", "")
+    expected = whole[: whole.rindex(" Yes." if " Yes." in whole else "Yes.")]
+    prompt = original_processor_for("llama", version).apply_chat_template(CHAT[:3], add_generation_prompt=True)
+    assert prompt == expected
+
+
+@pytest.mark.parametrize("alias, version", ALIASES.items())
+def test_two_names_for_one_template(alias, version):
+    assert CHAT_TEMPLATES[alias] == CHAT_TEMPLATES[version]
+
+
+@pytest.mark.parametrize(
+    "version, beginning",
+    [
+        ("v0", "Be brief.###Human: Hi"),
+        ("v1_mmtag", "Be brief. USER: Hi"),
+        ("llama_2", "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi"),
+        ("mistral_instruct", "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi"),
+        ("chatml_direct", "<|im_start|>system\nBe brief.<|im_end|><|im_start|>user\nHi"),
+        ("llama_3", "<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|><|start_header_id|>user"),
+    ],
+)
+def test_a_system_message_replaces_the_default_and_an_empty_one_leaves_it_out(
+    original_processor_for, version, beginning
+):
+    processor = original_processor_for("llama", version)
+    brief, silent = ({"role": "system", "content": parts} for parts in ([text("Be brief.")], []))
+    turns = [user("Hi"), answer("Yo")]
+    assert processor.render([brief, *turns])[0].startswith(beginning)
+    without = processor.render([silent, *turns])[0]
+    assert without.startswith(("Human: Hi", "USER: Hi", "[INST] Hi", "<|im_start|>user", "<|start_header_id|>user"))
+
+
+@pytest.mark.parametrize("version", RENDERED)
+def test_generation_stops_on_a_token_that_every_row_teaches(original_processor_for, version):
+    processor = original_processor_for("llama", version)
+    stop = CHAT_TEMPLATES[version].stop
+    by_token = stop if stop in MARKUP else "</s>"
+    assert processor.tokenizer.convert_ids_to_tokens(processor.stop_token_id) == by_token
+    assert encoded(processor, CHAT)["labels"].tolist().count(processor.stop_token_id) == (1 if stop == "###" else 2)
+
+
+@pytest.mark.parametrize("version, token", [("mpt", "im_end"), ("qwen", "im_end"), ("llama_3", "eot_id")])
+def test_a_template_whose_stop_token_is_missing_is_refused(tokenizer_for, version, token):
+    with pytest.raises(ValueError, match=rf"'{version}' ends an answer with <\|{token}\|>, which the tokenizer does"):
+        chat_template_for(tokenizer_for("llama"), version)
+
+
+# ------------------------------------------------------------------ any conversation
+
+# Not NUL and surrogates, which the schema refuses, nor the character that SentencePiece writes for a space.
+CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\x00▁")
+SPECIAL_TEXTS = ["<|im_end|>", "<|im_start|>", "<|eot_id|>", "</s>", "<s>", "<unk>"]
+FRAGMENTS = st.sampled_from(
+    SPECIAL_TEXTS
+    + ["\n", "\n\n", "\r\n", " ", "    ", "\t", "\u00a0", "\u3000", "\x1c", "\x85", "#", "##", "###", " ### "]
+    + ["<|im_start|>assistant\n", "<Image>", "</Image>", "<image"]
+    + [" ASSISTANT: ", "USER: ", "Human: ", "###Assistant:", "[INST]", " [/INST] ", "<<SYS>>", "{{ x }}", "{% raw %}"]
+    + ["🐱", "👩‍👩‍👧", "é", "你好", "The cat", "1. ", "'s", ":", "."]
+)
+TEXTS = st.lists(st.one_of(FRAGMENTS, st.text(CHARACTERS, max_size=4)), max_size=6).map("".join)
+TEXTS = TEXTS.filter(lambda value: "<image>" not in value)
+ANSWERS = TEXTS.filter(str.strip).map(answer)
+
+
+@st.composite
+def conversations(draw):
+    """1 to 3 rounds, with a system message or without, images anywhere in the questions."""
+    messages = []
+    if draw(st.booleans()):
+        messages.append({"role": "system", "content": [text(draw(TEXTS))]})
+    for _ in range(draw(st.integers(1, 3))):
+        pieces = draw(st.lists(TEXTS, max_size=3))  # an image between each two
+        parts = [part for piece in pieces for part in (IMAGE, piece) if part != ""]
+        messages += [user(*parts[1:]), draw(ANSWERS)]
+    return messages
+
+
+any_conversation = settings(max_examples=15, deadline=None, derandomize=True, database=None)
+each_version = pytest.mark.parametrize("version", RENDERED)
+each_kind = pytest.mark.parametrize("kind", [*SENTENCEPIECE, *BYTE_LEVEL])
+
+
+def learned(kind: str, version: str, value: str, is_last: bool, eos: str) -> str:
+    """What the supervised ids of an answer decode to."""
+    stop = CHAT_TEMPLATES[version].stop
+    if version in ("qwen", "llama_3"):
+        return value.strip() + stop
+    if version in ("mpt", "chatml_direct"):
+        return (value.removeprefix(" ") if kind in SENTENCEPIECE else value) + stop
+    # The template's own space; the decoder of a SentencePiece tokenizer strips one, which is that.
+    space = "" if kind in SENTENCEPIECE else " "
+    if stop == "###":
+        return space + value + stop + (eos if is_last else "")
+    return space + value + (" " if version in ("llama_2", "mistral_instruct") else "") + eos
+
+
+def fuses_with_the_prompt(kind: str, version: str, value: str) -> bool:
+    """Byte-level tokenizers make one token of the prompt's last newline and white space that an answer begins with."""
+    return version in ("mpt", "chatml_direct") and kind in BYTE_LEVEL and value[0].isspace()
+
+
+@each_kind
+@each_version
+@any_conversation
+@given(data=st.data())
+def test_the_supervised_ids_are_the_answers_and_what_ends_them(original_processor_for, kind, version, data):
+    processor = original_processor_for(kind, version)
+    messages = data.draw(conversations())
+    values = answers(messages)
+    # A `legacy` tokenizer puts a space of its own behind each special token, also behind one in an answer.
+    assume(kind != "legacy" or not any(token in value for token in SPECIAL_TEXTS for value in values))
+    found = supervised_texts(processor, encoded(processor, messages)["labels"])
+    assert len(found) == len(values)
+    for index, (value, stretch) in enumerate(zip(values, found, strict=True)):
+        expected = learned(kind, version, value, index == len(values) - 1, processor.tokenizer.eos_token)
+        if fuses_with_the_prompt(kind, version, value) and stretch != expected:
+            expected = "\n" + expected
+        assert stretch == expected
+
+
+@each_kind
+@each_version
+@any_conversation
+@given(data=st.data())
+def test_the_prompt_of_a_chat_is_the_beginning_of_the_training_row(original_processor_for, kind, version, data):
+    processor = original_processor_for(kind, version)
+    messages = data.draw(conversations())
+    row, spans = processor.render(messages)
+    row_ids = processor.tokenizer(row).input_ids
+    places = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    for place, (start, _), value in zip(places, spans, answers(messages), strict=True):
+        prompt = processor.apply_chat_template(messages[:place], add_generation_prompt=True)
+        assert prompt == row[:start]
+        if not fuses_with_the_prompt(kind, version, value):
+            prompt_ids = processor.tokenizer(prompt).input_ids
+            assert row_ids[: len(prompt_ids)] == prompt_ids
+
+
+# ------------------------------------------------------------------ <im_start> and <im_end>
+
+CASES = {case["id"]: case for case in json.loads((GOLDEN / "a_tokenization" / "conversations.json").read_text())}
+RECORDS = {
+    record["id"]: record
+    for record in json.loads((GOLDEN / "a_tokenization" / "v1__legacyFalse__imse.json").read_text())["records"]
+}
+# Two images in one turn, which the original makes one; and text that it cuts.
+COLLAPSED, CUT = "two_images_one_turn", "long_text_trunc64"
+# Rows that the schema refuses, and one that the original renders as `USER:ASSISTANT:`.
+NOT_EQUAL = {"gpt_first_img_in_skipped", "text_only_with_image_tag", "empty_answer_img", "empty_human_text"}
+COMPARED = [name for name in RECORDS if "error" not in RECORDS[name] and name not in {COLLAPSED, CUT, *NOT_EQUAL}]
+
+
+def messages_of(name: str):
+    """Rows with two `<image>` name one file there: it is given twice."""
+    case = CASES[name]
+    files = [case["image"]] if "image" in case else []
+    images = files * sum(turn["value"].count("<image>") for turn in case["conversations"])
+    row = {"id": name, "images": images, "conversations": case["conversations"]}
+    return parse_llava_row(row, "conversations.json")["messages"]
+
+
+def with_one_id_per_image(processor, row) -> tuple[list[int], list[int]]:
+    """Ids and labels with -200 for each image, as the original has them before the image takes its places."""
+    ids, labels = row["input_ids"].tolist(), row["labels"].tolist()
+    short_ids, short_labels = [], []
+    while ids:
+        is_image = ids[0] == processor.image_token_id
+        taken = NUM_IMAGE_TOKENS if is_image else 1
+        assert len(set(ids[:taken])) == 1
+        short_ids.append(-200 if is_image else ids[0])
+        short_labels.append(labels[0])
+        ids, labels = ids[taken:], labels[taken:]
+    return short_ids, short_labels
+
+
+@pytest.fixture(scope="module")
+def imse_processor(tokenizer_for):
+    tokenizer = tokenizer_for("llama")
+    tokenizer.add_tokens(IMAGE_START_END, special_tokens=True)
+    vision_config = CLIPVisionConfig.from_pretrained(GOLDEN / "tiny-clip")
+    processor = LlavaProcessor.build(tokenizer, vision_config, version="v1", image_aspect_ratio="pad")
+    processor.chat_template = chat_template_for(processor.tokenizer, "v1", image_start_end=True).source
+    return processor
+
+
+def test_the_tokens_have_the_originals_ids(imse_processor):
+    assert imse_processor.tokenizer.convert_tokens_to_ids([*IMAGE_START_END, "<image>"]) == [32000, 32001, 32002]
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_prompt_ids_and_labels_between_start_and_end_are_the_originals(imse_processor, name):
+    assert len(COMPARED) == 12
+    record, messages = RECORDS[name], messages_of(name)
+    ids, labels = with_one_id_per_image(imse_processor, encoded(imse_processor, messages))
+    assert imse_processor.render(messages)[0] == record["prompt"]
+    assert ids == record["input_ids"]
+    if "tokenization mismatch" in record.get("stdout", ""):  # the original lost count, and learns nothing
+        assert set(record["labels"]) == {IGNORE_INDEX} != set(labels)
+    else:
+        assert labels == record["labels"]
+
+
+def test_two_images_are_each_between_start_and_end(imse_processor):
+    prompt, _ = imse_processor.render(messages_of(COLLAPSED))
+    assert "USER: <im_start><image><im_end>\n<im_start><image><im_end>\nCompare them." in prompt
+
+
+@pytest.mark.parametrize("version", [*RENDERED, *RECORDED])
+def test_every_template_but_plain_takes_start_and_end(original_processor_for, version):
+    messages = CHAT[:2] if version == "plain" else CHAT
+    bare = marked(original_processor_for("llama", version), messages)
+    wrapped = marked(original_processor_for("llama", version, True), messages)
+    markup = "<image>" if version == "plain" else "<im_start><image><im_end>"
+    assert bare.count("<image>") == 1
+    assert wrapped == bare.replace("<image>", markup)
+
+
+def test_content_given_as_a_string_takes_them_too(imse_processor):
+    as_string = {"role": "user", "content": "<image>\nWhat is it?"}
+    assert imse_processor.render([as_string, *CHAT[1:]]) == imse_processor.render(CHAT)
+
+
+def test_a_tokenizers_own_template_takes_them_too(tokenizer_for):
+    tokenizer = tokenizer_for("byte-level")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+    tokenizer.add_tokens(IMAGE_START_END, special_tokens=True)
+    processor = LlavaProcessor.build(tokenizer, CLIPVisionConfig.from_pretrained(GOLDEN / "tiny-clip"))
+    processor.chat_template = chat_template_for(tokenizer, image_start_end=True).source
+    assert processor.apply_chat_template(CHAT[:1]) == "<im_start><image><im_end>\nWhat is it?<|im_end|>"
+
+
+@pytest.mark.parametrize("version", ["v1", "v0_mmtag"])
+def test_a_native_processor_renders_them(original_processor_for, tmp_path, version):
+    processor = original_processor_for("llama", version, True)
+    processor.save_pretrained(tmp_path)
+    native = NativeLlavaProcessor.from_pretrained(tmp_path)
+    prompt = native.apply_chat_template(CHAT[:3], add_generation_prompt=True)
+    assert prompt == processor.apply_chat_template(CHAT[:3], add_generation_prompt=True)
+    assert "<im_start><image><im_end>" in prompt
+
+
+def test_without_the_tokens_start_and_end_are_refused(tokenizer_for):
+    tokenizer = tokenizer_for("llama")
+    with pytest.raises(ValueError, match="does not have <im_start> and <im_end>: add them"):
+        chat_template_for(tokenizer, "v1", image_start_end=True)
+    tokenizer.add_tokens(["<im_start>"], special_tokens=True)
+    with pytest.raises(ValueError, match="does not have <im_end>: add them"):
+        chat_template_for(tokenizer, "v1", image_start_end=True)
