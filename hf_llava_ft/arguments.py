@@ -18,9 +18,7 @@ class ModelArguments:
     revision: str | None = field(default=None, metadata={"help": "Revision of the model on the Hub."})
     version: str | None = field(
         default=None,
-        metadata={
-            "help": "Chat template: v1, plain, llava_llama_2, qwen, ... (docs/parity.md); default: the model's."
-        },
+        metadata={"help": "Chat template: v1, plain, qwen, ... (docs/parity.md); default: the model's."},
     )
     image_aspect_ratio: Literal["square", "pad"] | None = field(
         default=None, metadata={"help": "How a picture is made square; default: as the model has it."}
