@@ -66,7 +66,19 @@ def with_lora(
     model.config.text_config.use_cache = False
     peft_model = get_peft_model(model, config)
     peft_model.peft_config["default"].base_model_name_or_path = base  # get_peft_model takes it from the loaded model
+    _with_float32_projector(peft_model)
     return peft_model
+
+
+def _with_float32_projector(model: nn.Module) -> None:
+    """Steps of 2e-5 vanish in the rounding of bfloat16 weights. PEFT keeps LoRA in float32 for that, not this part."""
+    for name, parameter in model.named_parameters():
+        if (
+            part_of(name) == PROJECTOR
+            and parameter.requires_grad
+            and parameter.dtype in (torch.bfloat16, torch.float16)
+        ):
+            parameter.data = parameter.data.float()
 
 
 # The original's words for these: `tune_mm_mlp_adapter` (stage 1), neither that nor `lora_enable` (stage 2). It never
@@ -98,6 +110,8 @@ def with_whole_parts(model: LlavaForCausalLM, parts: tuple[str, ...]) -> LlavaFo
     }
     for parameter in model.parameters():
         parameter.requires_grad_(parameter in trained)
+    if parts == WHOLE_PARTS["projector"]:
+        _with_float32_projector(model)
     return model
 
 

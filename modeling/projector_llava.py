@@ -33,6 +33,9 @@ class LlavaMultiModalProjector(nn.Module):
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
         """Projects features `float[N, P, C]` to `float[N, P, D]`."""
         hidden_states = image_features
+        if self.num_layers:
+            # In training it may be kept in higher precision than the tower.
+            hidden_states = hidden_states.to(self.get_parameter("linear_1.weight").dtype)
         for index in range(1, self.num_layers + 1):
             if index > 1:
                 hidden_states = self.act(hidden_states)

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from hf_llava_ft.answering import Conversation, load_for_answering, open_image
+from hf_llava_ft.data.collator import open_picture
 from hf_llava_ft.errors import UserError
 
 
@@ -61,3 +62,17 @@ def test_an_error_in_generation_reaches_the_reader(tiny_checkpoint):
     model.model.language_model.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         Conversation(model, processor).ask("q", max_new_tokens=2)
+
+
+def test_an_orientation_tag_turns_no_picture_in_training_or_answering(tmp_path):
+    """As in the original; `datasets` and others would turn it."""
+    picture = Image.new("RGB", (40, 20), "red")
+    picture.paste("blue", (0, 0, 20, 20))
+    exif = picture.getexif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    for opened in (
+        open_image(tmp_path / "turned.jpg"),
+        open_picture({"path": str(tmp_path / "turned.jpg"), "bytes": None}),
+    ):
+        assert opened.size == (40, 20) and opened.getpixel((5, 10))[2] > 200

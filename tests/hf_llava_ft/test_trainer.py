@@ -13,7 +13,15 @@ from transformers import TrainerCallback, set_seed
 import hf_llava_ft
 from hf_llava_ft.arguments import LlavaTrainingArguments, TuningArguments
 from hf_llava_ft.checkpoints import load_model, load_processor
-from hf_llava_ft.tuning import PROJECTOR, VISION_TOWER, lora_target_pattern, part_of, trained_parts, with_lora
+from hf_llava_ft.tuning import (
+    PROJECTOR,
+    VISION_TOWER,
+    lora_target_pattern,
+    part_of,
+    trained_parts,
+    with_lora,
+    with_tuning,
+)
 
 
 def make_trainer(checkpoint, data, output_dir, *, lora: bool = True, callbacks=None, **arguments):
@@ -213,3 +221,23 @@ def test_the_trainer_works_with_defaults_from_python(tiny_checkpoint, llava_json
     )
     trainer.train()
     assert trainer.evaluate()["eval_loss"] > 0
+
+
+@pytest.mark.parametrize("train_type", ["lora", "projector"])
+def test_small_steps_of_the_projector_are_not_lost_in_bfloat16(tiny, train_type):
+    arguments = TuningArguments(train_type=train_type, lora_r=4, lora_dropout=0.0)
+    model = with_tuning(tiny.model().to(torch.bfloat16), arguments, "base").train()
+    projector = {n: p for n, p in model.named_parameters() if part_of(n) == PROJECTOR and p.requires_grad}
+    assert projector and all(parameter.dtype == torch.float32 for parameter in projector.values())
+    optimizer = torch.optim.AdamW(projector.values(), lr=1e-6, weight_decay=0.0)
+    before = {name: parameter.detach().clone() for name, parameter in projector.items()}
+    for autocast in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            model(**tiny.batch()).loss.backward()
+    optimizer.step()
+    for name, parameter in projector.items():
+        moved = parameter != before[name]
+        assert moved.float().mean() > 0.9
+        assert torch.equal(
+            parameter.bfloat16()[before[name].abs() > 0.1], before[name].bfloat16()[before[name].abs() > 0.1]
+        )
