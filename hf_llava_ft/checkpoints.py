@@ -178,10 +178,25 @@ def load_model(
     checkpoint = inspect_checkpoint(path, revision, base)
     check_attention(attn_implementation)
     folder = _folder(path, revision)
+    model = _load_whole(checkpoint, folder, dtype=dtype, attn_implementation=attn_implementation, **kwargs)
+    if processor is not None:
+        fit_to_processor(model, processor)
+    if checkpoint.kind == "original_lora":
+        return with_original_lora(model, folder)
+    if checkpoint.kind == "adapter":
+        try:
+            return PeftModel.from_pretrained(model, path, revision=revision)
+        except DAMAGED as error:
+            raise UserError(f"the adapter at {path} does not fit {checkpoint.base}: {_first_line(error)}") from error
+    return model
+
+
+def _load_whole(checkpoint: Checkpoint, folder: Path, **kwargs: Any) -> LlavaForCausalLM:
+    """The model that an adapter is put on: the base, with what else a folder of the original holds."""
     extra_weights, num_tokens = None, None
     if checkpoint.kind in ("original_lora", "projector"):
         # The settings of the part hold for the whole; its base may be a bare language model.
-        config = load_config(path, revision)
+        config = load_config(checkpoint.path)
         extra_weights = read_projector(folder) if checkpoint.kind == "projector" else read_non_lora(folder)
         num_tokens = config.text_config.vocab_size
         config.text_config.vocab_size = _vocab_size(checkpoint)
@@ -190,32 +205,15 @@ def load_model(
     embeddings = {name: extra_weights.pop(name) for name in _EMBEDDINGS if extra_weights and name in extra_weights}
     try:
         model = LlavaForCausalLM.from_pretrained(
-            checkpoint.base,
-            config=config,
-            revision=checkpoint.revision,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            extra_weights=extra_weights,
-            **kwargs,
+            checkpoint.base, config=config, revision=checkpoint.revision, extra_weights=extra_weights, **kwargs
         )
         if num_tokens is not None:
             # Tokens that the original added: the mean of the others, as it began with, where the folder does not hold
             # what became of them. The original's own loader takes whatever is in memory, for all rows.
             grow_embeddings(model, num_tokens, multiple=None)
             model.load_state_dict(embeddings, strict=False)
-    except (
-        Exception
-    ) as error:  # a damaged file is one fact, for which safetensors, torch and pickle have a dozen types
+    except DAMAGED as error:
         raise UserError(f"the model at {checkpoint.base} cannot be loaded: {_first_line(error)}") from error
-    if processor is not None:
-        fit_to_processor(model, processor)
-    if checkpoint.kind == "original_lora":
-        return with_original_lora(model, folder)
-    if checkpoint.kind == "adapter":
-        try:
-            return PeftModel.from_pretrained(model, path, revision=revision)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"the adapter at {path} does not fit {checkpoint.base}: {_first_line(error)}") from error
     return model
 
 

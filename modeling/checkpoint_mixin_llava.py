@@ -1,0 +1,103 @@
+"""Reading and writing a LLaVA in any of its dialects, with nothing left at random and nothing left out in silence."""
+
+from typing import Any, cast
+
+import torch
+from transformers import AutoModel, PreTrainedModel
+from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
+from transformers.utils import logging
+
+from .weight_names_llava import native_conversions, original_conversions
+
+
+class LlavaCheckpointMixin(PreTrainedModel):
+    """`from_pretrained` and `save_pretrained` of [`LlavaForCausalLM`]."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *args,
+        output_loading_info: bool = False,
+        extra_weights: dict[str, torch.Tensor] | None = None,
+        **kwargs,
+    ) -> Any:
+        """
+        As in transformers, but nothing is left at random: a tower that the checkpoint only names is loaded from there.
+
+        Args:
+            extra_weights (`dict[str, torch.Tensor]`, *optional*): weights by their name in memory that are not in the
+                checkpoint or replace those in it, such as a projector that was saved alone.
+
+        Raises:
+            ValueError: if weights are missing, or `extra_weights` holds some that the model does not have.
+        """
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # its report comes before missing weights are filled in or refused
+        try:
+            loaded: Any = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        finally:
+            logging.set_verbosity(verbosity)
+        model, info = loaded
+        missing = set(info["missing_keys"])
+        tower = {name for name in missing if name.startswith("model.vision_tower.")}
+        if tower and model.config.vision_tower_name:
+            named = AutoModel.from_config(model.config.vision_config).from_pretrained(
+                model.config.vision_tower_name, dtype=model.dtype
+            )
+            model.model.vision_tower.load_state_dict(named.state_dict())
+            missing -= tower
+        if extra_weights:
+            unexpected = model.load_state_dict(extra_weights, strict=False).unexpected_keys
+            if unexpected:
+                raise ValueError(f"the model has no weight {min(unexpected)}, which was to be loaded into it.")
+            missing -= set(extra_weights)
+        # Buffers that older transformers saved and newer ones compute.
+        unexpected = {name for name in info["unexpected_keys"] if not name.endswith(("inv_freq", "position_ids"))}
+        if unexpected:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds {len(unexpected)} weights that this LLaVA has no place for, "
+                f"{min(unexpected)} among them: leaving them out would make it another model."
+            )
+        if missing:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds no weights for {len(missing)} parameters of a LLaVA, "
+                f"{min(missing)} among them: it is not a whole LLaVA checkpoint, or it is damaged."
+            )
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory, is_main_process: bool = True, checkpoint_format: str | None = None, **kwargs
+    ) -> None:
+        """
+        As in transformers, in the format that is asked for.
+
+        Args:
+            checkpoint_format (`str`, *optional*):
+                `"llava-hf"`, which transformers and servers read without this package; `"llava"`, that of
+                haotian-liu/LLaVA; `"nested"`, our own for what neither can express. By default the one the model came
+                in, and for a new model `"llava-hf"` whenever the architecture allows it.
+
+        Raises:
+            ValueError: if the format cannot express the model.
+        """
+        checkpoint_format = checkpoint_format or self.config.default_checkpoint_format
+        own_config, own_conversions = self.config, cast(Any, getattr(self, "_weight_conversions", None))
+        if checkpoint_format == "llava-hf":
+            self.config, self._weight_conversions = own_config.to_native(), native_conversions()
+        elif checkpoint_format == "llava":
+            self._weight_conversions = original_conversions(own_config.projector_type)
+        else:
+            self._weight_conversions = []
+        try:
+            super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+            if is_main_process and checkpoint_format == "llava-hf":
+                # transformers names the class that saves; a reader without this package needs the native one.
+                self.config.architectures = [LlavaForConditionalGeneration.__name__]
+                self.config.save_pretrained(save_directory)
+            elif is_main_process and checkpoint_format == "llava":
+                own_config.save_original(save_directory)
+        finally:
+            self.config, self._weight_conversions = own_config, own_conversions
