@@ -168,5 +168,5 @@ def test_the_resolution_is_the_towers():
 def test_what_is_not_known_is_refused():
     with pytest.raises(ValueError, match="'anyres': use 'square' or 'pad'"):
         build_image_processor(CLIP, "anyres")
-    with pytest.raises(ValueError, match="type 'dinov2' needs a preprocessor_config.json"):
+    with pytest.raises(ValueError, match="type 'dinov2' is none of the kinds this package knows"):
         build_image_processor(Dinov2Config(image_size=EDGE))
