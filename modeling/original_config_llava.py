@@ -99,7 +99,8 @@ def nested_from_original(flat: dict[str, Any], model_type: str) -> dict[str, Any
         # which is also the one a tokenizer without spare tokens gives `<image>`; the model never looks it up.
         "image_token_index": flat["vocab_size"],
         "tie_word_embeddings": flat.get("tie_word_embeddings", False),
-        "original_config": dict(flat),
+        # transformers 5.17 adds the commit it was read at, which is none of the file.
+        "original_config": {name: value for name, value in flat.items() if name != "_commit_hash"},
     }
     for name in ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version"):
         if flat.get(name) is not None:
