@@ -20,8 +20,9 @@ class ModelArguments:
         default=None,
         metadata={"help": "Chat template: v1, plain, qwen, ... (docs/parity.md); default: the model's."},
     )
-    image_aspect_ratio: Literal["square", "pad"] | None = field(
-        default=None, metadata={"help": "How a picture is made square; default: as the model has it."}
+    image_aspect_ratio: Literal["square", "pad", "anyres"] | None = field(
+        default=None,
+        metadata={"help": "How a picture is made square; default: as the model has it. anyres: only of LLaVA-1.6."},
     )
     attn_implementation: str = field(default="sdpa", metadata={"help": "sdpa, eager, flash_attention_2, ..."})
     dtype: str = field(default="auto", metadata={"help": "dtype of the weights: auto (as saved), float32, bfloat16."})

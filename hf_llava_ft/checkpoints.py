@@ -120,7 +120,7 @@ def load_config(path: str, revision: str | None = None) -> LlavaConfig:
     """The configuration at `path` in our form, whichever dialect it is written in."""
     register()
     try:
-        config = AutoConfig.from_pretrained(path, revision=revision)
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
         if not isinstance(config, LlavaConfig):
             config = LlavaConfig.from_pretrained(path, revision=revision or "main")
     except (ValueError, OSError, KeyError) as error:
@@ -143,10 +143,12 @@ def load_processor(path: str, revision: str | None = None, *, base: str | None =
                 vision_feature_select_strategy=config.vision_feature_select_strategy,
                 tower_name=config.vision_tower_name,
                 image_start_end=config.uses_image_start_end,
+                image_grid_pinpoints=config.image_grid_pinpoints,
+                patch_merge_type=config.patch_merge_type,
             )
         if checkpoint.kind == "adapter" and not has_own:
             path, revision = checkpoint.base, checkpoint.revision
-        return LlavaProcessor.from_pretrained(path, revision=revision)
+        return LlavaProcessor.from_pretrained(path, revision=revision, trust_remote_code=False)
     except UserError:
         raise
     except (OSError, ValueError, TypeError, KeyError) as error:

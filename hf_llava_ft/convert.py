@@ -1,4 +1,8 @@
-"""From one checkpoint dialect to the other: models, adapters and projectors, each checked before it gets its name."""
+"""From one checkpoint dialect to the other: models, adapters and projectors, each checked before it gets its name.
+
+Asked for `llava-hf`, a model that transformers' own LLaVA cannot express is written with the code that reads it, and the
+verification says so: `loader` is `"trust_remote_code"`.
+"""
 
 import shutil
 from dataclasses import dataclass
@@ -82,7 +86,8 @@ def convert(
                 _write_native(loaded, checkpoint, staged)
                 processor.save_pretrained(staged)
             else:
-                whole.config.image_aspect_ratio = "pad" if processor.image_processor.do_pad else "square"
+                if not processor.depends_on_image_size:
+                    whole.config.image_aspect_ratio = "pad" if processor.image_processor.do_pad else "square"
                 _write_original(loaded, checkpoint, staged)
                 _copy_tokenizer(checkpoint, staged)
                 (staged / "chat_template.jinja").write_text(str(processor.chat_template), encoding="utf-8")

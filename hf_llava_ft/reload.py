@@ -1,21 +1,25 @@
 """What a stranger does with a folder: loads it, asks it, and writes down what came out.
 
-Run as a program in a fresh process, it uses plain transformers alone when the folder is a native `llava`, so that what
-it reports holds for people who do not have this package. `verify.py` starts it, and calls `probe_outputs` for the
-reference.
+Run as a program in a fresh process, it cannot import this package when transformers alone can load the folder, with or
+without the code that the folder carries, so that what it reports holds for people who do not have this package.
+`verify.py` starts it and says which loader to take, and calls `probe_outputs` for the reference.
 
-    python reload.py MODEL_DIR BASE_OR_EMPTY PROBE_DIR OUTPUT.safetensors
+    python reload.py MODEL_DIR BASE_OR_EMPTY LOADER PROBE_DIR OUTPUT.safetensors
 """
 
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 
+# What it takes to load a folder: transformers; transformers with leave to run the folder's code; this package.
+Loader = Literal["transformers", "trust_remote_code", "hf_llava_ft"]
 MAX_NEW_TOKENS = 48
+# The kinds of LLaVA that transformers has a class for.
+NATIVE_MODEL_TYPES = ("llava", "llava_next")
 
 
 def probe_outputs(model, processor, messages: list[dict], images: list) -> dict[str, torch.Tensor]:
@@ -54,33 +58,41 @@ def is_native(folder: str | Path) -> bool:
         config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return False
-    return config.get("model_type") == "llava" and "text_config" in config
+    return config.get("model_type") in NATIVE_MODEL_TYPES and "text_config" in config
 
 
-def load(model_dir: str, base: str) -> tuple[Any, Any]:
-    """Model and processor: by plain transformers and PEFT where the folders allow it, by this package otherwise."""
+def whole_model(model_dir: str | Path, base: str | None) -> str:
+    """Where the whole model is: `base` if `model_dir` is an adapter of PEFT, else `model_dir` itself."""
+    is_adapter = Path(model_dir, "adapter_config.json").is_file() and not Path(model_dir, "config.json").is_file()
+    return base if base and is_adapter else str(model_dir)
+
+
+def load(model_dir: str, base: str, loader: Loader) -> tuple[Any, Any]:
+    """Model and processor."""
+    if loader == "hf_llava_ft":
+        from hf_llava_ft.checkpoints import load_model, load_processor
+
+        processor = load_processor(model_dir, base=base or None)
+        return load_model(model_dir, processor, base=base or None), processor
+
+    sys.modules["hf_llava_ft"] = None  # type: ignore[assignment]  # from here on, importing it is an error
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    is_adapter = Path(model_dir, "adapter_config.json").is_file()
-    if not is_adapter and is_native(model_dir):
-        return AutoModelForImageTextToText.from_pretrained(model_dir, dtype="auto"), AutoProcessor.from_pretrained(
-            model_dir
-        )
-    if is_adapter and is_native(base) and not Path(model_dir, "config.json").is_file():
+    whole = whole_model(model_dir, base)
+    model = AutoModelForImageTextToText.from_pretrained(
+        whole, dtype="auto", trust_remote_code=loader == "trust_remote_code"
+    )
+    if whole != model_dir:
         from peft import PeftModel
 
-        whole = AutoModelForImageTextToText.from_pretrained(base, dtype="auto")
-        return PeftModel.from_pretrained(whole, model_dir), AutoProcessor.from_pretrained(model_dir)
-    from hf_llava_ft.checkpoints import load_model, load_processor
-
-    processor = load_processor(model_dir, base=base or None)
-    return load_model(model_dir, processor, base=base or None), processor
+        model = PeftModel.from_pretrained(model, model_dir)
+    return model, AutoProcessor.from_pretrained(model_dir, trust_remote_code=False)  # always a native one
 
 
-def main(model_dir: str, base: str, probe_dir: str, output: str) -> None:
+def main(model_dir: str, base: str, loader: Loader, probe_dir: str, output: str) -> None:
     from safetensors.torch import save_file
 
-    model, processor = load(model_dir, base)
+    model, processor = load(model_dir, base, loader)
     outputs = {}
     for index, probe in enumerate(json.loads(Path(probe_dir, "probes.json").read_text(encoding="utf-8"))):
         images = [Image.open(Path(probe_dir, name)) for name in probe["images"]]
@@ -90,4 +102,4 @@ def main(model_dir: str, base: str, probe_dir: str, output: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*sys.argv[1:])  # type: ignore[arg-type]

@@ -24,6 +24,7 @@ from hf_llava_ft.errors import UserError, exit_on_user_error
 from hf_llava_ft.presets import PRESETS, preset_flags
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.progress import LiveProgress
+from hf_llava_ft.remote_code import carries_our_code, note_on_code
 from hf_llava_ft.trainer import LlavaTrainer
 from hf_llava_ft.tuning import PROJECTOR, TrainedPart, trained_parts, with_tuning
 
@@ -100,13 +101,13 @@ def train(
             processor.use_chat_template(model_args.version)
         except ValueError as error:
             raise UserError(f"--version: {error}") from error
-    if processor.stop_token_id is None:
+    if processor.stop_token_id is None and processor.stop_string is None:
         raise UserError(
-            f"{model_args.model_name_or_path}: its chat template does not mark the token that ends an answer, so the "
+            f"{model_args.model_name_or_path}: its chat template does not mark what ends an answer, so the "
             f"model would never learn to stop: choose one of ours, --version v1 for LLaVA-1.5."
         )
     if model_args.image_aspect_ratio is not None:
-        processor.image_processor.do_pad = model_args.image_aspect_ratio == "pad"
+        _use_aspect_ratio(processor, model_args)
     dataset = load_llava_json(data_args.data_path, data_args.image_folder)
     model: Any = load_model(
         model_args.model_name_or_path,
@@ -161,6 +162,18 @@ def check_lengths(dataset: Dataset, processor: LlavaProcessor, longest: int, dat
             )
 
 
+def _use_aspect_ratio(processor: LlavaProcessor, model_args: ModelArguments) -> None:
+    wanted, cuts_into_crops = model_args.image_aspect_ratio, processor.depends_on_image_size
+    if cuts_into_crops != (wanted == "anyres"):
+        kind = "LLaVA-1.6, which sees several crops of a picture" if cuts_into_crops else "LLaVA-1.5, which sees one"
+        raise UserError(
+            f"--image_aspect_ratio {wanted}: {model_args.model_name_or_path} is a {kind}; leave the flag out, or use "
+            f"{'anyres' if cuts_into_crops else 'pad or square'}."
+        )
+    if not cuts_into_crops:
+        processor.image_processor.do_pad = wanted == "pad"
+
+
 def _checkpoint_to_resume(args: LlavaTrainingArguments) -> str | None:
     wanted = args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
@@ -204,10 +217,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parses `argv`, trains, and prints where the adapter is; exits with 2 on bad input."""
     with exit_on_user_error():
         result = train(*parse_arguments(sys.argv[1:] if argv is None else argv))
-        Console(stderr=True).print(
+        console = Console(stderr=True)
+        console.print(
             f"The result is at {result.adapter_dir}. Ask it: llava-ft chat --model {result.adapter_dir}",
             highlight=False,
         )
+        if carries_our_code(result.adapter_dir):
+            console.print(note_on_code(result.adapter_dir), highlight=False)
 
 
 if __name__ == "__main__":

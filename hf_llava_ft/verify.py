@@ -2,7 +2,8 @@
 did.
 
 Every peer's broken upload loaded without an error and spoke nonsense. So the check is on what comes out: the ids and
-pixels that the saved processor makes, the logits, and a greedy answer.
+pixels that the saved processor makes, the logits, and a greedy answer. Where transformers can load the folder without this
+package, the check is made without it.
 """
 
 import json
@@ -19,6 +20,8 @@ from safetensors.torch import load_file
 
 from hf_llava_ft import reload
 from hf_llava_ft.errors import UserError
+from hf_llava_ft.reload import Loader
+from hf_llava_ft.remote_code import carries_our_code
 
 # Largest difference of two logits, relative to the largest logit: rounding of merged weights in that dtype.
 LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -54,11 +57,14 @@ class Verification:
         differences (`list[str]`): what was not the same, in words; empty when all was.
         logit_difference (`float`): largest difference of two logits, relative to the largest logit.
         answer (`str`): what the reloaded model answered.
+        loader (`Loader`): what loaded the folder: plain `"transformers"`; transformers and the folder's own code,
+            `"trust_remote_code"`; or `"hf_llava_ft"`. But for the last, this package could not be imported.
     """
 
     differences: list[str]
     logit_difference: float
     answer: str
+    loader: Loader
 
     @property
     def ok(self) -> bool:
@@ -70,18 +76,28 @@ def reference_outputs(model, processor, probe: Probe) -> dict[str, torch.Tensor]
     return reload.probe_outputs(model, processor, probe.messages, probe.images)
 
 
+def loader_for(model_dir: str | Path, base: str | None = None) -> Loader:
+    """What it takes to load `model_dir`, which may be an adapter of `base`."""
+    whole = reload.whole_model(model_dir, base)
+    if reload.is_native(whole):
+        return "transformers"
+    return "trust_remote_code" if carries_our_code(whole) else "hf_llava_ft"
+
+
 def reloaded_outputs(
-    model_dir: str | Path, probes: list[Probe], base: str | None = None
+    model_dir: str | Path, probes: list[Probe], base: str | None = None, loader: Loader | None = None
 ) -> list[dict[str, torch.Tensor]]:
     """
     What the model in `model_dir`, loaded in a fresh process, makes of each probe; see `reload.probe_outputs`.
 
     Args:
         base (`str`, *optional*): of an adapter or projector.
+        loader (`Loader`, *optional*): by default the one that asks least of whoever loads the folder.
 
     Raises:
         UserError: if the folder does not load.
     """
+    loader = loader or loader_for(model_dir, base)
     with tempfile.TemporaryDirectory() as scratch:
         described = []
         for probe_index, probe in enumerate(probes):
@@ -91,13 +107,18 @@ def reloaded_outputs(
             described.append({"messages": probe.messages, "images": names})
         Path(scratch, "probes.json").write_text(json.dumps(described), encoding="utf-8")
         output = Path(scratch, "outputs.safetensors")
-        # The source as a string, for a native model in an empty folder: nothing of this package or of the current
-        # folder is importable by accident of the path. Others may name their base or tower relative to this folder.
+        # The source as a string, in an empty folder where the package is not needed: nothing of it or of the current
+        # folder is importable by accident of the path. Else base or tower may be named relative to this folder.
         program = Path(reload.__file__).read_text(encoding="utf-8")
-        arguments = [os.fspath(Path(model_dir).resolve()), base or "", scratch, os.fspath(output)]
+        if base and Path(base).is_dir():
+            base = os.fspath(Path(base).resolve())
+        arguments = [os.fspath(Path(model_dir).resolve()), base or "", loader, scratch, os.fspath(output)]
         done = subprocess.run(
             [sys.executable, "-c", program, *arguments],
-            cwd=scratch if reload.is_native(model_dir) else None,
+            cwd=None if loader == "hf_llava_ft" else scratch,
+            # transformers copies a folder's code to where it imports it from.
+            env={**os.environ, "HF_MODULES_CACHE": os.fspath(Path(scratch, "modules"))},
+            stdin=subprocess.DEVNULL,  # so that nobody can be asked to trust anything
             capture_output=True,
             text=True,
             check=False,
@@ -132,16 +153,18 @@ def verify(
     Raises:
         UserError: if the folder does not load.
     """
-    [reloaded] = reloaded_outputs(model_dir, [probe], base)
-    return _compare(reference, reloaded, processor, LOGIT_TOLERANCE[dtype])
+    loader = loader_for(model_dir, base)
+    [reloaded] = reloaded_outputs(model_dir, [probe], base, loader)
+    return _compare(reference, reloaded, processor, LOGIT_TOLERANCE[dtype], loader)
 
 
 def _compare(
-    reference: dict[str, torch.Tensor], reloaded: dict[str, torch.Tensor], processor, tolerance
+    reference: dict[str, torch.Tensor], reloaded: dict[str, torch.Tensor], processor, tolerance, loader: Loader
 ) -> Verification:
     answer = processor.tokenizer.decode(reloaded["answer_ids"][0], skip_special_tokens=True).strip()
     if not torch.equal(reference["input_ids"], reloaded["input_ids"]):
-        return Verification(["the saved processor turns the same question into other tokens"], float("inf"), answer)
+        differences = ["the saved processor turns the same question into other tokens"]
+        return Verification(differences, float("inf"), answer, loader)
     differences = []
     if "pixel_values" in reference:
         off = (reference["pixel_values"] - reloaded["pixel_values"]).abs().max().item()
@@ -154,4 +177,4 @@ def _compare(
     if not torch.equal(reference["answer_ids"], reloaded["answer_ids"]):
         before = processor.tokenizer.decode(reference["answer_ids"][0], skip_special_tokens=True).strip()
         differences.append(f"the answer is {answer!r} instead of {before!r}")
-    return Verification(differences, logit_difference, answer)
+    return Verification(differences, logit_difference, answer, loader)

@@ -1,13 +1,26 @@
 """Reading and writing a LLaVA in any of its dialects, with nothing left at random and nothing left out in silence."""
 
+import copy
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from transformers import AutoModel, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
+from transformers.models.llava_next.modeling_llava_next import LlavaNextForConditionalGeneration
 from transformers.utils import logging
 
 from .weight_names_llava import native_conversions, original_conversions
+
+# What `trust_remote_code=True` loads from a folder in the format "nested", which holds the files of these classes.
+AUTO_MAP = {
+    "AutoConfig": "configuration_llava.LlavaConfig",
+    "AutoModel": "modeling_llava.LlavaBaseModel",
+    "AutoModelForCausalLM": "modeling_llava.LlavaForCausalLM",
+    "AutoModelForImageTextToText": "modeling_llava.LlavaForCausalLM",
+}
+_NATIVE_CLASSES = {"llava": LlavaForConditionalGeneration, "llava_next": LlavaNextForConditionalGeneration}
 
 
 class LlavaCheckpointMixin(PreTrainedModel):
@@ -77,8 +90,9 @@ class LlavaCheckpointMixin(PreTrainedModel):
         Args:
             checkpoint_format (`str`, *optional*):
                 `"llava-hf"`, which transformers and servers read without this package; `"llava"`, that of
-                haotian-liu/LLaVA; `"nested"`, our own for what neither can express. By default the one the model came
-                in, and for a new model `"llava-hf"` whenever the architecture allows it.
+                haotian-liu/LLaVA; `"nested"`, our own for what native LLaVA cannot express, which carries the code that
+                reads it. By default the one the model came in, and for a new model `"llava-hf"` whenever the
+                architecture allows it.
 
         Raises:
             ValueError: if the format cannot express the model.
@@ -90,12 +104,18 @@ class LlavaCheckpointMixin(PreTrainedModel):
         elif checkpoint_format == "llava":
             self._weight_conversions = original_conversions(own_config.projector_type)
         else:
-            self._weight_conversions = []
+            self.config, self._weight_conversions = copy.deepcopy(own_config), []
+            self.config.auto_map = dict(AUTO_MAP)
+            # As in llava-hf: names of folders of this machine, and what would send it out as an original next time.
+            self.config.original_config = self.config.vision_tower_name = None
         try:
+            if is_main_process and checkpoint_format == "nested":
+                Path(save_directory).mkdir(parents=True, exist_ok=True)
+                custom_object_save(self, save_directory)  # the file of this class, and those that it imports
             super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
             if is_main_process and checkpoint_format == "llava-hf":
                 # transformers names the class that saves; a reader without this package needs the native one.
-                self.config.architectures = [LlavaForConditionalGeneration.__name__]
+                self.config.architectures = [_NATIVE_CLASSES[own_config.native_model_type].__name__]
                 self.config.save_pretrained(save_directory)
             elif is_main_process and checkpoint_format == "llava":
                 own_config.save_original(save_directory)

@@ -4,13 +4,15 @@ It inherits generation, attention dispatch, checkpointing and parallel plans, an
 module tree and the native logits. What differs:
 
 * any projector of the family in `projector_llava.py`, and any checkpoint dialect (`checkpoint_mixin_llava.py`);
+* LLaVA-1.6 too, whose pictures are several crops (`anyres_llava.py`); transformers has it as `llava_next`;
 * the loss never counts an image placeholder or a padding position, whatever the labels say;
 * `supervised_logits_only=True` computes head and loss at the supervised positions alone;
 * a batch without images still puts tower and projector into the graph when they train, so that no rank of a
   distributed run waits for another, and their gradient is zero instead of `None`;
 * an image token id outside the embedding is allowed, as original checkpoints have it.
 
-Legend of the shapes: B rows, T positions (text and image), N images of the batch, P features per image, D text width.
+Legend of the shapes: B rows, T positions (text and image), N images of the batch, C crops of theirs in LLaVA-1.6, P
+features per image, D text width.
 """
 
 from typing import Any
@@ -27,6 +29,7 @@ from transformers.models.llava.modeling_llava import (
 )
 from transformers.models.llava.modeling_llava import LlavaModel as NativeLlavaModel
 
+from .anyres_llava import merged_crops, num_crops
 from .checkpoint_mixin_llava import LlavaCheckpointMixin
 from .configuration_llava import LlavaConfig
 from .projector_llava import LlavaMultiModalProjector
@@ -46,7 +49,35 @@ class LlavaBaseModel(NativeLlavaModel):
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = LlavaMultiModalProjector(config)  # type: ignore[assignment]
         self.language_model = AutoModel.from_config(config.text_config)
+        if config.has_image_newline:
+            width = config.text_config.hidden_size
+            self.image_newline = nn.Parameter(torch.randn(width) * width**-0.5)  # as the original begins with
         self.post_init()
+
+    def get_image_features(self, pixel_values, image_sizes=None, **kwargs):
+        """
+        As in transformers; in LLaVA-1.6, with `image_sizes` `int64[N, 2]`, `pooler_output` holds one tensor
+        `float[features, D]` for each of N pictures.
+
+        Args:
+            pixel_values: `float[N, 3, H, W]`; or, in LLaVA-1.6, the crops of all pictures one after the other,
+                `float[C, 3, H, W]`, or by picture, filled up with blank ones, `float[N, crops, 3, H, W]`.
+        """
+        if self.config.image_aspect_ratio != "anyres" or image_sizes is None:
+            return super().get_image_features(pixel_values=pixel_values, **kwargs)
+        counts = num_crops(image_sizes, self.config)
+        if pixel_values.dim() == 5:
+            pixel_values = torch.cat([crops[:count] for crops, count in zip(pixel_values, counts, strict=True)])
+        if len(pixel_values) != sum(counts):
+            raise ValueError(
+                f"pictures of the sizes given in image_sizes have {sum(counts)} crops, and pixel_values holds "
+                f"{len(pixel_values)}: make both with the same processor."
+            )
+        outputs = super().get_image_features(pixel_values=pixel_values, **kwargs)
+        by_image = torch.stack(tuple(outputs.pooler_output)).split(counts)  # each (crops, P, D)
+        newline = self.image_newline if self.config.has_image_newline else None
+        outputs.pooler_output = merged_crops(by_image, image_sizes, self.config, newline)
+        return outputs
 
     def forward(
         self,
@@ -64,12 +95,15 @@ class LlavaBaseModel(NativeLlavaModel):
         """
         Args:
             input_ids (`int64[B, T]`): with `config.image_token_id` once per image feature, as the processor has it.
-            pixel_values (`float[N, 3, H, W]`, *optional*): all images of the batch, in the order of the placeholders.
+            pixel_values (`float[N, 3, H, W]`, *optional*): all images of the batch, in the order of the placeholders;
+                in LLaVA-1.6 their crops, see `get_image_features`.
+            image_sizes (`int64[N, 2]`, *optional*): height and width of the images, for LLaVA-1.6.
             attention_mask (`int64[B, T]`, *optional*): 1 where there is a token; padding may be left or right.
             inputs_embeds (`float[B, T, D]`, *optional*): instead of `input_ids`.
 
         Raises:
-            ValueError: if placeholders and image features differ in number, naming both.
+            ValueError: if placeholders and image features differ in number, naming both, or `pixel_values` are whole
+                numbers.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
@@ -80,6 +114,11 @@ class LlavaBaseModel(NativeLlavaModel):
 
         image_features = None
         if pixel_values is not None:
+            if not pixel_values.is_floating_point():
+                raise ValueError(
+                    f"pixel_values are {pixel_values.dtype}, levels that nothing has normalised: pass them through "
+                    "normalize_pixels first, or have the collator give floats."
+                )
             outputs = self.get_image_features(
                 pixel_values=pixel_values,
                 vision_feature_layer=vision_feature_layer,
@@ -89,7 +128,8 @@ class LlavaBaseModel(NativeLlavaModel):
             )
             image_features = torch.cat(tuple(outputs.pooler_output), dim=0)  # (N * P, D)
             image_mask = self._image_mask(input_ids, inputs_embeds)
-            inputs_embeds = self._merge(inputs_embeds, image_mask, image_features, num_images=len(pixel_values))
+            num_images = len(pixel_values) if image_sizes is None else len(image_sizes)
+            inputs_embeds = self._merge(inputs_embeds, image_mask, image_features, num_images=num_images)
         elif past_key_values is None or past_key_values.get_seq_length() == 0:
             num_placeholders = 0 if input_ids is None else int((input_ids == self.config.image_token_id).sum())
             if num_placeholders:
@@ -135,8 +175,7 @@ class LlavaBaseModel(NativeLlavaModel):
         if len(positions) != len(image_features):
             raise ValueError(
                 f"the text holds {len(positions)} image placeholders, but {num_images} images give "
-                f"{len(image_features)} features "
-                f"({len(image_features) // max(num_images, 1)} each): the numbers must be equal."
+                f"{len(image_features)} features: the numbers must be equal."
             )
         flat = inputs_embeds.reshape(-1, inputs_embeds.shape[-1])
         # The same result as `masked_scatter`, in a seventh of its time on CPU.
@@ -145,10 +184,10 @@ class LlavaBaseModel(NativeLlavaModel):
 
     def _with_idle_vision(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """Ties tower and projector into the graph of a batch without images where they train or are sharded."""
-        parts = (self.vision_tower, self.multi_modal_projector)
-        trains = (
-            torch.is_grad_enabled() and self.training and any(p.requires_grad for m in parts for p in m.parameters())
-        )
+        parts = [*self.vision_tower.parameters(), *self.multi_modal_projector.parameters()]
+        if self.config.has_image_newline:
+            parts.append(self.image_newline)
+        trains = torch.is_grad_enabled() and self.training and any(part.requires_grad for part in parts)
         if not trains and not is_deepspeed_zero3_enabled():
             return inputs_embeds
         vision = self.config.vision_config
@@ -156,6 +195,8 @@ class LlavaBaseModel(NativeLlavaModel):
         blank = torch.zeros(shape, dtype=self.vision_tower.dtype, device=self.vision_tower.device)
         features = torch.cat(tuple(self.get_image_features(pixel_values=blank, return_dict=True).pooler_output), dim=0)
         # The sum of an empty slice is an exact zero, where `features.sum() * 0` would spread an overflow as NaN.
+        if self.config.has_image_newline:
+            features = torch.cat((features, self.image_newline[None].to(features)))
         return inputs_embeds + features[:0].sum().to(inputs_embeds.device, inputs_embeds.dtype)
 
 

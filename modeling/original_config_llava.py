@@ -4,6 +4,7 @@ The original hangs LLaVA's settings (`mm_*`) into the configuration of the langu
 without describing it. What it wrote is kept whole, so that a model which came in this form goes out in it unchanged.
 """
 
+import json
 import re
 from typing import Any
 
@@ -34,18 +35,6 @@ _LLAVA_FIELD = re.compile(
 def is_original(config: dict[str, Any]) -> bool:
     """Whether a config.json is one of the original: flat, with the fields of LLaVA in it."""
     return "text_config" not in config and any(name.startswith("mm_") for name in config)
-
-
-def refuse_anyres(config: dict[str, Any]) -> None:
-    """
-    Raises:
-        ValueError: for LLaVA-1.6 in either dialect, whose images are cut into several crops.
-    """
-    merges = str(config.get("mm_patch_merge_type", "flat"))
-    if config.get("model_type") == "llava_next" or config.get("image_aspect_ratio") == "anyres" or merges != "flat":
-        raise ValueError(
-            "it is a LLaVA-1.6, whose pictures are cut into several crops (anyres); this package has LLaVA-1.5 so far."
-        )
 
 
 def nested_from_original(flat: dict[str, Any], model_type: str) -> dict[str, Any]:
@@ -92,7 +81,7 @@ def nested_from_original(flat: dict[str, Any], model_type: str) -> dict[str, Any
         "projector_type": flat.get("mm_projector_type") or "linear",
         "vision_feature_layer": flat.get("mm_vision_select_layer", -2),
         "vision_feature_select_strategy": "default" if drops_class_token else "full",
-        "image_aspect_ratio": "pad" if flat.get("image_aspect_ratio") == "pad" else "square",
+        **_image_settings(flat),
         "vision_tower_name": tower_name,
         "image_seq_length": num_patches + (1 if has_class_token and not drops_class_token else 0),
         # The original marks an image by -200, an id no tokenizer has. Here it is the first id after the embedding,
@@ -106,6 +95,23 @@ def nested_from_original(flat: dict[str, Any], model_type: str) -> dict[str, Any
         if flat.get(name) is not None:
             nested[name] = flat[name]
     return nested
+
+
+def _image_settings(flat: dict[str, Any]) -> dict[str, Any]:
+    """How pictures become squares, in our terms; transposes the pinpoints, which are `(width, height)` there."""
+    aspect_ratio = flat.get("image_aspect_ratio") or "square"
+    if aspect_ratio not in ("square", "pad", "anyres"):
+        raise ValueError(f"image_aspect_ratio {aspect_ratio!r} is none of 'square', 'pad' and 'anyres'.")
+    merge_type = flat.get("mm_patch_merge_type") or "flat"
+    if merge_type not in ("flat", "spatial", "spatial_unpad"):
+        raise ValueError(f"mm_patch_merge_type {merge_type!r} is none of 'flat', 'spatial' and 'spatial_unpad'.")
+    settings = {"image_aspect_ratio": aspect_ratio, "patch_merge_type": merge_type}
+    pinpoints = flat.get("image_grid_pinpoints")
+    if aspect_ratio == "anyres" and pinpoints is not None:
+        if isinstance(pinpoints, str):  # as the command line of the original gives it: "[(336, 672), (672, 336)]"
+            pinpoints = json.loads(pinpoints.replace("(", "[").replace(")", "]"))
+        settings["image_grid_pinpoints"] = [[height, width] for width, height in pinpoints]
+    return settings
 
 
 def original_from_nested(config) -> dict[str, Any]:
@@ -143,14 +149,16 @@ def original_from_nested(config) -> dict[str, Any]:
             "mm_vision_select_feature": "patch",
             "mm_use_im_start_end": False,
             "mm_use_im_patch_token": False,
-            "mm_patch_merge_type": "flat",
+            "mm_patch_merge_type": config.patch_merge_type,
         }
+        if config.image_grid_pinpoints is not None:
+            flat["image_grid_pinpoints"] = [[width, height] for height, width in config.image_grid_pinpoints]
         has_class_token = vision_config.model_type == "clip_vision_model"
         if has_class_token and config.vision_feature_select_strategy == "full":
             flat["mm_vision_select_feature"] = "cls_patch"
     flat["mm_vision_tower"] = config.vision_tower_name
     flat["vocab_size"] = text_config.vocab_size
-    if config.image_aspect_ratio == "pad" or flat.get("image_aspect_ratio") == "pad":
+    if {config.image_aspect_ratio, flat.get("image_aspect_ratio")} - {None, "square"}:
         flat["image_aspect_ratio"] = config.image_aspect_ratio or "square"
     if config.dtype is not None:
         flat["torch_dtype"] = str(config.dtype).removeprefix("torch.")

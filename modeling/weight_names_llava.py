@@ -33,6 +33,7 @@ NATIVE_NAMES = (
     (r"^language_model\.model\.", "model.language_model."),
     (r"^vision_tower\.vision_model\.", "model.vision_tower."),
     (r"^multi_modal_projector\.", "model.multi_modal_projector."),
+    (r"^image_newline", "model.image_newline"),
 )
 
 
