@@ -6,6 +6,7 @@ whole text: nothing is tokenised in pieces and nothing is found again by searchi
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import chain
 from typing import Any, cast
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .truncation_llava import num_kept
 from .uint8_pixels_llava import can_hand_over_uint8, uint8_images
 
 IGNORE_INDEX = -100
@@ -29,7 +31,11 @@ class ConversationEncoding(ProcessorMixin):
     image_token_id: int
 
     def encode_conversation(
-        self, messages: list[dict[str, Any]], images: list[Image.Image] | None = None, uint8_pixels: bool = False
+        self,
+        messages: list[dict[str, Any]],
+        images: list[Image.Image] | None = None,
+        uint8_pixels: bool = False,
+        max_length: int | None = None,
     ) -> dict:
         """
         A whole conversation as the model sees it in training.
@@ -40,6 +46,7 @@ class ConversationEncoding(ProcessorMixin):
                 and `{"type": "text", "text": ...}`.
             images (`list[PIL.Image.Image]`, *optional*): in the order of their places in the messages.
             uint8_pixels (`bool`): see `encode_images`.
+            max_length (`int`, *optional*): cut behind so many tokens, images whose places are cut off included.
 
         Returns:
             `input_ids` and `labels`, `int64[T]`, with -100 at every position that is not part of an answer or its stop
@@ -47,6 +54,7 @@ class ConversationEncoding(ProcessorMixin):
 
         Raises:
             ValueError: if image places and images differ in number, or the template marks no answer or no stop token.
+            CannotTruncate: if a cut would go through an image, or leave nothing to learn.
         """
         images = images or []
         text, spans = self.render(messages)
@@ -62,11 +70,16 @@ class ConversationEncoding(ProcessorMixin):
                 f"the numbers must be equal."
             )
         encoded: dict[str, Any] = {}
+        ids, supervised = self._tokenize(text, spans)
+        if max_length is not None:
+            repeats = [self.num_image_tokens_at(image.height, image.width) for image in images]
+            kept = num_kept(ids, supervised, self.image_token_id, repeats, max_length)
+            ids, supervised = ids[:kept], supervised[:kept]
+            images = images[: np.count_nonzero(ids == self.image_token_id)]
         repeats = []
         if images:
             encoded |= self.encode_images(images, uint8_pixels)
             repeats = self.num_placeholders(encoded)
-        ids, supervised = self._tokenize(text, spans)
         counts = np.ones(len(ids), dtype=np.int64)
         counts[ids == self.image_token_id] = repeats
         ids, supervised = np.repeat(ids, counts), np.repeat(supervised, counts)
@@ -241,13 +254,42 @@ class ConversationEncoding(ProcessorMixin):
         return bos is not None and text.startswith(bos)
 
     def _tokenize(self, text: str, spans: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids `int64[K]` of `text`, images not yet expanded, and `bool[K]`: whether a token overlaps one of
-        `spans`."""
-        encoding = self.tokenizer(
-            text, add_special_tokens=not self.begins_with_bos(text), return_offsets_mapping=True, verbose=False
-        )
-        ids = np.array(encoding["input_ids"], dtype=np.int64)
-        offsets = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+        return self.tokenize_rendered([(text, spans)])[0]
+
+    def tokenize_rendered(
+        self, rendered: Sequence[tuple[str, list[tuple[int, int]]]]
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """
+        Ids and supervised positions of several conversations in one call, which is faster than one after the other.
+
+        Args:
+            rendered: what `render` gave for each.
+
+        Returns:
+            For each, ids `int64[K]`, images not yet expanded, and `bool[K]`: whether a token is learned, because it
+            overlaps one of the spans.
+        """
+        tokenized: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        for add_special_tokens in (True, False):
+            places = [
+                place for place, (text, _) in enumerate(rendered) if self.begins_with_bos(text) != add_special_tokens
+            ]
+            if not places:
+                continue
+            encoding = self.tokenizer(
+                [rendered[place][0] for place in places],
+                add_special_tokens=add_special_tokens,
+                return_offsets_mapping=True,
+                verbose=False,
+            )
+            for place, ids, offsets in zip(places, encoding["input_ids"], encoding["offset_mapping"], strict=True):
+                flat = np.fromiter(chain.from_iterable(offsets), dtype=np.int64, count=2 * len(offsets))
+                ids = np.array(ids, dtype=np.int64)
+                tokenized[place] = ids, self._supervised(*rendered[place], ids, flat.reshape(-1, 2))
+        return [tokenized[place] for place in range(len(rendered))]
+
+    def _supervised(self, text: str, spans: list[tuple[int, int]], ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+        """`bool[K]`: whether a token overlaps one of `spans`, from ids `int64[K]` and offsets `int64[K, 2]`."""
         starts, ends = offsets[:, 0].copy(), offsets[:, 1].copy()
         # Where offsets are trimmed (GPT-NeoX), a token of spaces alone is the empty range at its end: it began where
         # the token before it ended.
@@ -264,7 +306,7 @@ class ConversationEncoding(ProcessorMixin):
         supervised = np.zeros(len(ids), dtype=bool)
         for start, end in spans:
             supervised |= (ends > start) & (starts < end) & (ends > starts)
-        return ids, supervised & (ids != self.image_token_id)
+        return supervised & (ids != self.image_token_id)
 
     def _num_placeholders(self, pixels, index: int) -> int:
         return len(self.replace_image_token(pixels, index)) // len(self.image_token)

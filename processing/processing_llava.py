@@ -20,7 +20,7 @@ from transformers.models.llava.processing_llava import LlavaProcessor as NativeL
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor as NativeLlavaNextProcessor
 from transformers.utils import cached_file
 
-from .chat_templates_llava import chat_template_for
+from .chat_templates_llava import chat_template_for, original_version
 from .conversation_llava import ConversationEncoding
 from .image_processing_llava import build_image_processor
 from .tokenizer_llava import IMAGE_START_TOKEN, IMAGE_TOKEN, load_tokenizer, prepare_tokenizer
@@ -94,9 +94,12 @@ class LlavaProcessor(ConversationEncoding, NativeLlavaProcessor):
             kind = LlavaNextProcessor if any(_cuts_into_crops(setting) for setting in settings) else LlavaProcessor
             return super(LlavaProcessor, kind).from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **location)
+        tokenizer = load_tokenizer(pretrained_model_name_or_path, **location)
+        is_original = getattr(config, "original_config", None) is not None
         return cls.build(
-            load_tokenizer(pretrained_model_name_or_path, **location),
+            tokenizer,
             config.vision_config,
+            version=original_version(config.text_config.model_type, tokenizer) if is_original else None,
             image_aspect_ratio=getattr(config, "image_aspect_ratio", None) or "square",
             vision_feature_select_strategy=config.vision_feature_select_strategy,
             tower_name=getattr(config, "vision_tower_name", None),
@@ -154,6 +157,8 @@ class LlavaNextProcessor(LlavaProcessor):
             **kwargs,
         )
         self.patch_merge_type = patch_merge_type
+        if patch_merge_type != "spatial_unpad":
+            self._auto_class = "AutoProcessor"  # is saved with its code: transformers' own would count otherwise
 
     def encode_images(self, images: list[Image.Image], uint8_pixels: bool = False) -> dict[str, torch.Tensor]:
         """`pixel_values` `float32[C, 3, H, W]` of the C crops of all pictures, each picture as a whole first, and

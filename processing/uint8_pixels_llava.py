@@ -11,6 +11,7 @@ processor does.
 """
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,9 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 
 # Those of them that make one square of a picture.
 _SQUARE = (LlavaImageProcessorPil, CLIPImageProcessorPil, SiglipImageProcessorPil)
-# Filters that Pillow applies along rows first and then along columns, with whole numbers between.
+# Filters that Pillow applies in two passes, with whole numbers between.
 _TWO_PASSES = tuple(Image.Resampling[name] for name in ("BOX", "HAMMING", "BILINEAR", "BICUBIC", "LANCZOS"))
-_BAND_ROWS = 256
+_BAND_ROWS = 128
 
 
 def can_hand_over_uint8(image_processor) -> bool:
@@ -59,7 +60,7 @@ def uint8_images(image_processor, images: list[Image.Image], **options) -> Mappi
     if type(image_processor) in _SQUARE and options == {"return_tensors": "pt"}:
         cut = [_cut(image_processor, image) for image in images]
         arrays = [np.asarray(image).transpose(2, 0, 1) for image in cut if image is not None]
-        if len(arrays) == len(images):
+        if arrays and len(arrays) == len(images):
             # Into an array made before: by itself `stack` would keep the channels last.
             stacked = np.empty((len(arrays), *arrays[0].shape), dtype=np.uint8)
             return {"pixel_values": torch.from_numpy(np.stack(arrays, out=stacked))}
@@ -76,7 +77,8 @@ def normalize_pixels(image_processor, pixels: torch.Tensor) -> torch.Tensor:
     table = torch.from_numpy(levels.astype(np.float32).reshape(-1)).to(pixels.device)
     channel = torch.arange(0, 3 * 256, 256, dtype=torch.int32, device=pixels.device).view(3, 1, 1)
     # Not `table[index]`, which takes seven times as long on CPU.
-    return table.index_select(0, (pixels.to(torch.int32) + channel).reshape(-1)).view(pixels.shape)
+    index = pixels.to(torch.int32).add_(channel)
+    return table.index_select(0, index.reshape(-1)).view(pixels.shape)
 
 
 def _cut(image_processor, image: Image.Image) -> Image.Image | None:
@@ -116,16 +118,30 @@ def _resized_size(size, image_size: tuple[int, int]) -> tuple[int, int] | None:
 
 def _padded_and_resized(image: Image.Image, size: tuple[int, int], colour, resample) -> Image.Image:
     """As if `image` stood in the middle of a square of `colour` and that were resized to `size`."""
-    edge = max(image.size)
-    width, height = size
+    edge, width = max(image.size), size[0]
+    if size != (width, width) or not _rows_come_first():
+        square = Image.new("RGB", (edge, edge), colour)
+        square.paste(image, ((edge - image.width) // 2, (edge - image.height) // 2))
+        return square.resize(size, resample)
     rows_done = Image.new("RGB", (width, edge), colour)
     if image.width == edge:
         rows_done.paste(image.resize((width, image.height), resample), (0, (edge - image.height) // 2))
     else:
-        left = (edge - image.width) // 2
-        for top in range(0, edge, _BAND_ROWS):
-            bottom = min(top + _BAND_ROWS, edge)
-            band = Image.new("RGB", (edge, bottom - top), colour)
-            band.paste(image.crop((0, top, image.width, bottom)), (left, 0))
-            rows_done.paste(band.resize((width, bottom - top), resample), (0, top))
-    return rows_done.resize((width, height), resample)
+        # Between the same margins always; what of a picture lies outside of where it is pasted is left out.
+        band = Image.new("RGB", (edge, min(_BAND_ROWS, edge)), colour)
+        for top in range(0, edge, band.height):
+            band.paste(image, ((edge - image.width) // 2, -top))
+            rows_done.paste(band.resize((width, band.height), resample), (0, top))
+    return rows_done.resize(size, resample)
+
+
+@cache
+def _rows_come_first() -> bool:
+    """Whether this Pillow resizes the rows of a square before its columns: Pillow 13 chooses by the shape, and rows
+    where that leaves it open; Pillow 11 knows no other order, which shows in how the numbers between are rounded."""
+    noise = np.random.default_rng(0).integers(0, 256, (61, 61, 3), dtype=np.uint8)
+    square, bicubic = Image.fromarray(noise), Image.Resampling.BICUBIC
+    return all(
+        square.resize((edge, edge), bicubic) == square.resize((edge, 61), bicubic).resize((edge, edge), bicubic)
+        for edge in (29, 97)
+    )
