@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from hf_llava_ft.errors import UserError
 
 
@@ -50,6 +52,27 @@ def staged_files(output_dir: str | Path, last: str) -> Iterator[Path]:
             path.replace(final / path.name)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+@contextmanager
+def told_of_a_full_disk(folder: str | Path) -> Iterator[None]:
+    """Turns what the libraries raise when there is no room for a file into a `UserError`."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not any(sign in str(error) for sign in _NO_ROOM):
+            raise
+        raise UserError(
+            f"there is no room for what is written to {folder}: free some space, or give another --output_dir. "
+            f"Checkpoints that were whole are still there; --resume_from_checkpoint True goes on from the last."
+        ) from error
+
+
+# ENOSPC, EDQUOT and EFBIG as the system, Rust and PyTorch's zip writer say them.
+_NO_ROOM = (
+    *("No space left on device", "Disk quota exceeded", "File too large"),
+    *("PytorchStreamWriter failed writing", "iostream error"),
+)
 
 
 def check_writable(folder: str | Path) -> None:
