@@ -4,7 +4,7 @@ import io
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,28 @@ def open_image(source: str | Path) -> Image.Image:
         raise UserError(f"the image {source} cannot be fetched: {error.reason}.") from error
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"the image {source} cannot be read: {error}.") from error
+
+
+def up_to(stop: str, pieces: Iterable[str]) -> Iterator[str]:
+    """The text of `pieces` in front of the first `stop`; what may be its beginning is held back until it is not."""
+    held, found = "", False
+    for piece in pieces:  # to the end, also behind `stop`: whoever makes them waits for it
+        if found:
+            continue
+        held += piece
+        before, stop_found, _ = held.partition(stop)
+        found = bool(stop_found)
+        size = len(before) if found else len(held) - _shared(held, stop)
+        if size:
+            yield held[:size]
+        held = held[size:]
+    if held and not found:
+        yield held
+
+
+def _shared(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that `stop` begins with."""
+    return next(size for size in range(min(len(text), len(stop)), -1, -1) if text.endswith(stop[:size]))
 
 
 @dataclass
@@ -95,14 +117,19 @@ class Conversation:
         ).to(self.model.device)
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        options: dict[str, Any] = {"do_sample": temperature > 0}
+        if temperature > 0:
+            options["temperature"] = temperature
+        stop = self.processor.stop_string
+        if stop:
+            options |= {"stop_strings": [stop], "tokenizer": self.processor.tokenizer}
         pieces = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failure: list[BaseException] = []
 
         def generate() -> None:
             try:
                 with torch.inference_mode():
-                    self.model.generate(**inputs, **sampling, max_new_tokens=max_new_tokens, streamer=pieces)
+                    self.model.generate(**inputs, **options, max_new_tokens=max_new_tokens, streamer=pieces)
             except BaseException as error:
                 failure.append(error)
                 pieces.end()
@@ -110,7 +137,7 @@ class Conversation:
         worker = threading.Thread(target=generate, daemon=True)
         worker.start()
         answer = []
-        for piece in pieces:
+        for piece in up_to(stop, pieces) if stop else pieces:
             answer.append(piece)
             yield piece
         worker.join()

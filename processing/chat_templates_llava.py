@@ -103,23 +103,23 @@ class ChatTemplate:
     """
     Args:
         source (`str`): the Jinja template, as it is saved with the processor.
-        stop (`str`, *optional*): the text that ends an answer; `None` is the tokenizer's `eos_token`. Where it is no
-            token (`###`), a chat has to cut it from what was generated.
+        stop_token (`str`, *optional*): the token that ends an answer, where it is not the tokenizer's `eos_token`; a
+            tokenizer has to have it.
     """
 
     source: str
-    stop: str | None = None
+    stop_token: str | None = None
 
 
 def _chat_template(prompt: Prompt) -> ChatTemplate:
     content = _CONTENT.replace("IMAGE_MARKUP", prompt.image)
     system = _SYSTEM.replace("DEFAULT_SYSTEM", _quoted(prompt.system))
-    return ChatTemplate(_joined(content, system, prompt.body), prompt.stop)
+    return ChatTemplate(_joined(content, system, prompt.body), prompt.stop_token)
 
 
 CHAT_TEMPLATES = {name: _chat_template(prompt) for name, prompt in ORIGINAL_PROMPTS.items()} | {
-    "chatml": _chat_template(Prompt(_CHATML, stop="<|im_end|>")),
-    "qwen": _chat_template(Prompt(_CHATML, "You are a helpful assistant.", stop="<|im_end|>")),
+    "chatml": _chat_template(Prompt(_CHATML, stop_token="<|im_end|>")),
+    "qwen": _chat_template(Prompt(_CHATML, "You are a helpful assistant.", stop_token="<|im_end|>")),
     "mistral": _chat_template(Prompt(_MISTRAL)),
 }
 
@@ -153,10 +153,10 @@ def chat_template_for(tokenizer, version: str | None = None, image_start_end: bo
         template = own_chat_template(tokenizer) or CHAT_TEMPLATES["chatml" if "<|im_end|>" in vocabulary else "v1"]
     elif version in CHAT_TEMPLATES:
         template = CHAT_TEMPLATES[version]
-        if template.stop and template.stop.startswith("<|") and template.stop not in vocabulary:
+        if template.stop_token and template.stop_token not in vocabulary:
             raise ValueError(
-                f"the chat template {version!r} ends an answer with {template.stop}, which the tokenizer does not "
-                f"have."
+                f"the chat template {version!r} ends an answer with {template.stop_token}, which the tokenizer does "
+                f"not have."
             )
     else:
         raise ValueError(f"unknown chat template {version!r}; known: {', '.join(CHAT_TEMPLATES)}.")
@@ -168,6 +168,23 @@ def chat_template_for(tokenizer, version: str | None = None, image_start_end: bo
             f"{' and '.join(missing)}: add them with tokenizer.add_tokens([...], special_tokens=True)."
         )
     return replace(template, source=_with_image_start_end(template.source))
+
+
+def original_version(text_model_type: str, tokenizer) -> str | None:
+    """
+    The style in which the original asks a checkpoint of its own; `None` leaves it to [`chat_template_for`].
+
+    The original reads it from the folder's name (`mistral`, `v1.6-34b`, `qwen`, `llama_3`); here the language model
+    and its vocabulary say it.
+    """
+    vocabulary = tokenizer.get_vocab()
+    if text_model_type == "mistral":
+        return "mistral_instruct"
+    if "<|eot_id|>" in vocabulary:
+        return "llama_3"
+    if "<|im_end|>" in vocabulary:
+        return "qwen" if text_model_type == "qwen2" else "chatml_direct"
+    return None
 
 
 def _with_image_start_end(source: str) -> str:

@@ -1,15 +1,19 @@
 r"""The prompts of the original LLaVA, one for each name of its `--version`, as parts that chat_templates_llava.py puts
 together.
 
-Facts (system messages, roles, separators) from haotian-liu/LLaVA c121f04, `llava/conversation.py`, and for `llama_3`
-from LLaVA-VL/LLaVA-NeXT. Rendered, they are what `Conversation.get_prompt()` gives there, byte for byte; the image
-stands where `preprocess_multimodal` of its train.py puts it. What differs on purpose is in docs/parity.md.
+Facts (system messages, roles, separators) from haotian-liu/LLaVA c121f04, `llava/conversation.py` and
+`llava/train/train.py`, and for `llama_3` from LLaVA-VL/LLaVA-NeXT. Rendered, they are what the original trains on,
+byte for byte; the image stands where its `preprocess_multimodal` puts it. What differs on purpose is in
+docs/parity.md.
 
 What may surprise:
-* `###` is text, not a token. Every answer ends in it, as in the original, and the last one of a conversation in the
-  tokenizer's end token as well: so generation stops by itself, and the open prompt stays the original's.
+* The `###` prompts are those of its training, lines of `### Human: ...` under a heading. Its chats ask otherwise
+  (`...###Human: ...###Assistant:`), in words that no model of it was trained on; ours ask as they train.
+* `###` is text, not a token: generation has to look for it, see `ConversationEncoding.stop_string`. So is `<|im_end|>`
+  under `mpt` and `chatml_direct` where a tokenizer has no such token.
 * `v0` is Vicuna v0's prompt, the same as `llava_v0`. Under that name the original trains its v1 prompt, without a
   word, and answers with an example about energy in front of every question; neither is done here.
+* A question without words has no space and no separator under `v1` and `mpt`.
 * `mpt` and `chatml_direct` leave the answer as it is, where our own `chatml` trims it.
 """
 
@@ -24,13 +28,13 @@ class Prompt(NamedTuple):
         body (`str`): Jinja for everything but splitting off the system message.
         system (`str`): what stands for a system message where there is none.
         image (`str`): an image with its markup.
-        stop (`str`, *optional*): as in `ChatTemplate`.
+        stop_token (`str`, *optional*): as in `ChatTemplate`.
     """
 
     body: str
     system: str = ""
     image: str = IMAGE
-    stop: str | None = None
+    stop_token: str | None = None
 
 
 _CURIOUS_USER = (
@@ -73,25 +77,26 @@ _TWO = r"""
         {{- 'ASSISTANT:' -}}
         {%- generation -%}{{- ' ' + content_of(message) + eos_token -}}{%- endgeneration -%}
     {%- else -%}
-        {{- 'USER: ' + content_of(message) + ' ' -}}
+        {%- set question = content_of(message) -%}
+        {{- 'USER: ' + question + ' ' if question else 'USER:' -}}
     {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
 """
 
-# SeparatorStyle.SINGLE: one separator after everything. The end token comes last, where the original has none.
+# SeparatorStyle.SINGLE, as `preprocess` of train.py writes it: the `###` that opens a turn ends the one before it.
 _SINGLE = r"""
-{{- system + '###' if system else '' -}}
+{{- system + '\n\n' if system else '' -}}
+{{- '###' -}}
 {%- for message in turns -%}
     {%- if message['role'] == 'assistant' -%}
-        {%- set end = '###' + eos_token if loop.last else '###' -%}
-        {{- 'Assistant:' -}}
-        {%- generation -%}{{- ' ' + content_of(message) + end -}}{%- endgeneration -%}
+        {{- ' Assistant:' -}}
+        {%- generation -%}{{- ' ' + content_of(message) + '\n###' -}}{%- endgeneration -%}
     {%- else -%}
-        {{- 'Human: ' + content_of(message) + '###' -}}
+        {{- ' Human: ' + content_of(message) + '\n###' -}}
     {%- endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{- 'Assistant:' -}}{%- endif -%}
+{{- ' Assistant:' if add_generation_prompt else ' ' -}}
 """
 
 # SeparatorStyle.LLAMA_2; SEPARATOR stands in front of every round but the first.
@@ -116,7 +121,8 @@ _MPT = r"""
         {{- '<|im_start|>assistant\n' -}}
         {%- generation -%}{{- content_of(message) + '<|im_end|>' -}}{%- endgeneration -%}
     {%- else -%}
-        {{- '<|im_start|>user\n' + content_of(message) + '<|im_end|>' -}}
+        {%- set question = content_of(message) -%}
+        {{- '<|im_start|>user\n' + question + ('<|im_end|>' if question else '') -}}
     {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
@@ -158,9 +164,9 @@ _LLAMA_3 = r"""
 """
 
 _V1 = Prompt(_TWO, _CURIOUS_USER)
-_V0 = Prompt(_SINGLE, _CURIOUS_HUMAN, stop="###")
-_CHATML_DIRECT = Prompt(_MPT, "Answer the questions.", stop="<|im_end|>")
-_CAPTION = Prompt(_PLAIN, stop="\n")
+_V0 = Prompt(_SINGLE, _CURIOUS_HUMAN)
+_CHATML_DIRECT = Prompt(_MPT, "Answer the questions.")
+_CAPTION = Prompt(_PLAIN)
 
 ORIGINAL_PROMPTS = {
     "v1": _V1,
@@ -170,13 +176,13 @@ ORIGINAL_PROMPTS = {
     "llava_llama_2": Prompt(_LLAMA_2.replace("SEPARATOR", "bos_token"), _VISION_ASSISTANT),
     "llama_2": Prompt(_LLAMA_2.replace("SEPARATOR", "bos_token"), _LLAMA_2_CHAT),
     "mistral_instruct": Prompt(_LLAMA_2.replace("SEPARATOR", "''")),
-    "mpt": Prompt(_MPT, _MPT_CHAT, stop="<|im_end|>"),
+    "mpt": Prompt(_MPT, _MPT_CHAT),
     "chatml_direct": _CHATML_DIRECT,
     "mistral_direct": _CHATML_DIRECT,
     "v0": _V0,
     "llava_v0": _V0,
-    "v0_mmtag": Prompt(_SINGLE, _MMTAG, _TAGGED_IMAGE, stop="###"),
+    "v0_mmtag": Prompt(_SINGLE, _MMTAG, _TAGGED_IMAGE),
     "llava_v1": Prompt(_TWO, _CURIOUS_HUMAN),
     "v1_mmtag": Prompt(_TWO, _MMTAG, _TAGGED_IMAGE),
-    "llama_3": Prompt(_LLAMA_3, _VISION_ASSISTANT, stop="<|eot_id|>"),
+    "llama_3": Prompt(_LLAMA_3, _VISION_ASSISTANT, stop_token="<|eot_id|>"),
 }

@@ -3,13 +3,20 @@
 import threading
 from functools import partial
 from http.server import HTTPServer, SimpleHTTPRequestHandler
+from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
-from hf_llava_ft.answering import Conversation, load_for_answering, open_image
+from hf_llava_ft.answering import Conversation, load_for_answering, open_image, up_to
+from hf_llava_ft.checkpoints import fit_to_processor
 from hf_llava_ft.data.collator import open_picture
 from hf_llava_ft.errors import UserError
+from hf_llava_ft.processing.processing_llava import LlavaProcessor
+from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
+
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.fixture
@@ -76,3 +83,50 @@ def test_an_orientation_tag_turns_no_picture_in_training_or_answering(tmp_path):
         open_picture({"path": str(tmp_path / "turned.jpg"), "bytes": None}),
     ):
         assert opened.size == (40, 20) and opened.getpixel((5, 10))[2] > 200
+
+
+# ------------------------------------------------------------------ where a text and no token ends the answer
+
+
+@pytest.mark.parametrize(
+    "pieces, shown",
+    [
+        (["A cat.\n", "###"], ["A cat.\n"]),
+        (["A cat.\n#", "##", " Human: x"], ["A cat.\n"]),
+        (["C# ", "and ", "##"], ["C# ", "and ", "##"]),
+        (["a#", "b##", "c"], ["a", "#b", "##c"]),
+        (["a####"], ["a"]),
+        (["###"], []),
+        ([], []),
+    ],
+)
+def test_a_text_is_shown_up_to_its_stop(pieces, shown):
+    assert list(up_to("###", pieces)) == shown
+
+
+def test_a_chat_under_the_oldest_prompt_ends_at_its_stop_and_does_not_show_it(tiny):
+    """The model learns two rounds by heart. Without the stop it goes on with a question of its own."""
+    processor = LlavaProcessor.build(
+        load_tokenizer(GOLDEN / "tokenizer_tiny"), tiny.config().vision_config, version="v0"
+    )
+    model = tiny.model()
+    fit_to_processor(model, processor)
+    turns = [[{"type": "text", "text": text}] for text in ("Hi", "A cat.", "Sure?", "Yes.")]
+    messages = [{"role": "assistant" if i % 2 else "user", "content": turn} for i, turn in enumerate(turns)]
+    row = {name: value[None] for name, value in processor.encode_conversation(messages).items()}
+    row["labels"] = row["input_ids"].clone()  # the questions too, so that it could go on
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(40):
+        optimizer.zero_grad()
+        model(**row).loss.backward()
+        optimizer.step()
+
+    conversation = Conversation(model, processor)
+    assert conversation.ask("Hi", max_new_tokens=40) == "A cat."
+    assert conversation.ask("Sure?", max_new_tokens=40) == "Yes."
+    assert processor.render(conversation.messages) == processor.render(messages)
+
+    prompt = processor.apply_chat_template(messages[:1], add_generation_prompt=True)
+    inputs = processor(text=[prompt], return_tensors="pt")
+    going_on = model.generate(**inputs, do_sample=False, max_new_tokens=40)
+    assert "A cat.\n### Human: Sure?" in processor.decode(going_on[0])

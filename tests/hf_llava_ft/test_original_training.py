@@ -18,8 +18,10 @@ from hf_llava_ft.arguments import LlavaTrainingArguments, TuningArguments
 from hf_llava_ft.checkpoints import load_model, load_processor
 from hf_llava_ft.data.collator import LlavaCollator
 from hf_llava_ft.data.sampler import OriginalOrderSampler, modality_length_grouped_indices
+from hf_llava_ft.errors import UserError
 from hf_llava_ft.modeling.weight_names_llava import ORIGINAL_NAMES
 from hf_llava_ft.train import main as train_main
+from hf_llava_ft.train import parse_arguments
 from hf_llava_ft.trainer import LossOverTokens
 from hf_llava_ft.tuning import (
     LANGUAGE_MODEL,
@@ -123,7 +125,7 @@ def rerun(golden, run: str, output_dir, *, aspect: str | None = None, **more) ->
         args=LlavaTrainingArguments(output_dir=str(output_dir), **(arguments | SETTINGS[run] | more)),
         train_dataset=hf_llava_ft.load_llava_json(golden / run / DATA[run], golden / "b_images/png"),
         processing_class=processor,
-        data_collator=Collator(processor),
+        data_collator=Collator(processor, uint8_pixels=True),
         callbacks=[watch],
     )
     trainer.train()
@@ -137,7 +139,7 @@ def rerun(golden, run: str, output_dir, *, aspect: str | None = None, **more) ->
         rates=watch.rates,
         gradients=watch.gradients,
         rows=[row for rows, _ in seen for row in rows],
-        batches=[batch for _, batch in seen],
+        batches=[trainer._prepare_inputs(batch) for _, batch in seen],
     )
 
 
@@ -273,6 +275,7 @@ def test_gradients_are_those_of_the_plain_computation(golden, tmp_path, normaliz
     run.model.zero_grad()
     sums, numbers = [], []
     for batch in run.batches[:2]:
+        batch = dict(run.trainer._prepare_inputs(batch))  # uint8 pictures become floats there
         targets = batch.pop("labels")[:, 1:].flatten()
         logits = run.model(**batch).logits[:, :-1, :1024].flatten(0, 1)  # the original's vocabulary
         sums.append(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
@@ -321,7 +324,7 @@ def test_the_original_order_is_what_a_seeded_global_generator_gives():
             assert torch.equal(torch.get_rng_state(), state)  # global randomness is not moved
 
 
-def test_micro_batches_that_do_not_fill_a_step_are_left_out(golden, tmp_path):
+def test_micro_batches_that_do_not_fill_a_step_wait_for_the_next_epoch(golden, tmp_path):
     run = rerun(golden, LORA_RUN, tmp_path, gradient_accumulation_steps=2)
     assert run.rows == recorded(golden, LORA_RUN)["dataset_getitem_order"][:8]
     assert [max(rates.values()) for rates in run.rates] == [0.0, 2e-4]  # warmup, and the peak of a run of two steps
@@ -336,6 +339,21 @@ def test_micro_batches_that_do_not_fill_a_step_are_left_out(golden, tmp_path):
     assert num_kept(13, batch_size=2, accumulation_steps=3) == 12
     assert num_kept(3, batch_size=2, accumulation_steps=3) == 3  # the only step of the epoch is taken
     assert num_kept(25, batch_size=2, num_processes=2, accumulation_steps=3) == 24
+
+    def epochs(rows, **step):
+        whole, cut = OriginalOrderSampler(rows, 0), OriginalOrderSampler(rows, 0, **step)
+        orders = []
+        for sampler in (whole, cut):
+            orders.append([])
+            for epoch in range(3):
+                sampler.set_epoch(epoch)
+                orders[-1] += list(sampler)
+        return orders
+
+    whole, cut = epochs(10, batch_size=2, accumulation_steps=2)
+    assert cut == whole[:24]
+    whole, cut = epochs(9, batch_size=2, accumulation_steps=2)  # the last micro-batch is a row too short to wait
+    assert cut == whole[:8] + whole[9:17] + whole[18:26]
 
 
 # ---------------------------------------------------------------------- what trains
@@ -396,8 +414,26 @@ def test_tied_embeddings_train_with_the_language_model_and_stay_with_the_project
     model = tiny.model(tie=tie)
     with_tuning(model, TuningArguments(train_type="freeze_vision"), "base")
     assert model.lm_head.weight.requires_grad and model.get_input_embeddings().weight.requires_grad
-    with_tuning(model, TuningArguments(train_type="projector"), "base")
-    assert not model.lm_head.weight.requires_grad and not model.get_input_embeddings().weight.requires_grad
+    for arguments in (TuningArguments("projector"), TuningArguments("freeze_vision", freeze_backbone=True)):
+        with_tuning(model, arguments, "base")
+        assert not model.get_input_embeddings().weight.requires_grad
+        assert model.lm_head.weight.requires_grad == (arguments.freeze_backbone and not tie)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"train_type": "lora", "freeze_backbone": True}, "freeze_backbone has no meaning with train_type lora"),
+        ({"train_type": "projector", "freeze_backbone": True}, "no meaning with train_type projector"),
+        ({"train_type": "projector", "freeze_mm_mlp_adapter": True}, "leaves train_type projector nothing to train"),
+    ],
+)
+def test_freezing_what_does_not_train_or_all_that_does_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        TuningArguments(**arguments)
+    flags = [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
+    with pytest.raises(UserError, match=message):
+        parse_arguments(["--model_name_or_path", "m", "--data_path", "d", "--output_dir", "o", *flags])
 
 
 @pytest.mark.parametrize("train_type", TRAINED)

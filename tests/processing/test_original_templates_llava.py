@@ -1,10 +1,12 @@
 """The original's prompts: byte for byte what it renders, and supervised where it should have been.
 
 For v1, plain and llava_llama_2 its own records are compared in test_processing_llava.py; here are those with
-`<im_start>`, and the rest written out by hand, from the rules of its `Conversation.get_prompt`.
+`<im_start>`, and the rest written out by hand, from the rules of its `Conversation.get_prompt` and, for the `###`
+prompts, of its `preprocess`. How the original makes ids of them is done over again in test_original_ids_llava.py.
 """
 
 import json
+import shutil
 from copy import copy
 from functools import cache
 from pathlib import Path
@@ -19,8 +21,9 @@ from transformers.models.llava.processing_llava import LlavaProcessor as NativeL
 
 from hf_llava_ft.data.schema import parse_llava_row
 from hf_llava_ft.processing.chat_templates_llava import CHAT_TEMPLATES, chat_template_for
+from hf_llava_ft.processing.conversation_llava import IGNORE_INDEX
 from hf_llava_ft.processing.original_templates_llava import ORIGINAL_PROMPTS
-from hf_llava_ft.processing.processing_llava import IGNORE_INDEX, LlavaProcessor
+from hf_llava_ft.processing.processing_llava import LlavaProcessor
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -89,12 +92,12 @@ LLAVA = (
 )
 MPT = "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
 
-# CHAT under each name, what is supervised in double brackets. `{{eos}}` is what follows get_prompt() in ours.
+# CHAT under each name, what is supervised in double brackets.
 RENDERED = {
-    "v0": f"{CURIOUS_HUMAN}###Human: <image>\nWhat is it?###Assistant:[[ A cat.###]]"
-    "Human: Are you sure?###Assistant:[[ Yes.###{eos}]]",
-    "v0_mmtag": f"{MMTAG}###Human: <Image><image></Image>\nWhat is it?###Assistant:[[ A cat.###]]"
-    "Human: Are you sure?###Assistant:[[ Yes.###{eos}]]",
+    "v0": f"{CURIOUS_HUMAN}\n\n### Human: <image>\nWhat is it?\n### Assistant:[[ A cat.\n###]]"
+    " Human: Are you sure?\n### Assistant:[[ Yes.\n###]] ",
+    "v0_mmtag": f"{MMTAG}\n\n### Human: <Image><image></Image>\nWhat is it?\n### Assistant:[[ A cat.\n###]]"
+    " Human: Are you sure?\n### Assistant:[[ Yes.\n###]] ",
     "llava_v1": f"{CURIOUS_HUMAN} USER: <image>\nWhat is it? ASSISTANT:[[ A cat.</s>]]"
     "USER: Are you sure? ASSISTANT:[[ Yes.</s>]]",
     "v1_mmtag": f"{MMTAG} USER: <Image><image></Image>\nWhat is it? ASSISTANT:[[ A cat.</s>]]"
@@ -126,6 +129,10 @@ ALIASES = {
 }
 # With the original's own records in test_processing_llava.py.
 RECORDED = {"v1", "plain", "llava_llama_2"}
+
+# What ends an answer, where it is not the end token.
+STOP = dict.fromkeys(RENDERED, "</s>") | {"v0": "###", "v0_mmtag": "###", "llama_3": "<|eot_id|>"}
+STOP |= dict.fromkeys(["mpt", "chatml_direct", "qwen"], "<|im_end|>")
 
 MARKUP = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 IMAGE_START_END = ["<im_start>", "<im_end>"]
@@ -186,12 +193,11 @@ def test_every_name_of_the_original_is_here_and_checked():
 @pytest.mark.parametrize("version", RENDERED)
 def test_the_prompt_is_the_originals_and_its_answers_are_supervised(original_processor_for, version):
     processor = original_processor_for("llama", version)
-    assert marked(processor, CHAT) == RENDERED[version].replace("{eos}", "</s>")
+    assert marked(processor, CHAT) == RENDERED[version]
 
 
 @pytest.mark.parametrize("version", RENDERED)
 def test_the_open_prompt_is_the_originals(original_processor_for, version):
-    """No end token anywhere in the `###` prompts: only the row's very last answer has one."""
     whole = RENDERED[version].replace("[[", "").replace("]]", "")
     expected = whole[: whole.rindex(" Yes." if " Yes." in whole else "Yes.")]
     prompt = original_processor_for("llama", version).apply_chat_template(CHAT[:3], add_generation_prompt=True)
@@ -206,7 +212,7 @@ def test_two_names_for_one_template(alias, version):
 @pytest.mark.parametrize(
     "version, beginning",
     [
-        ("v0", "Be brief.###Human: Hi"),
+        ("v0", "Be brief.\n\n### Human: Hi"),
         ("v1_mmtag", "Be brief. USER: Hi"),
         ("llama_2", "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi"),
         ("mistral_instruct", "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi"),
@@ -222,22 +228,85 @@ def test_a_system_message_replaces_the_default_and_an_empty_one_leaves_it_out(
     turns = [user("Hi"), answer("Yo")]
     assert processor.render([brief, *turns])[0].startswith(beginning)
     without = processor.render([silent, *turns])[0]
-    assert without.startswith(("Human: Hi", "USER: Hi", "[INST] Hi", "<|im_start|>user", "<|start_header_id|>user"))
+    assert without.startswith(
+        ("### Human: Hi", "USER: Hi", "[INST] Hi", "<|im_start|>user", "<|start_header_id|>user")
+    )
 
 
 @pytest.mark.parametrize("version", RENDERED)
-def test_generation_stops_on_a_token_that_every_row_teaches(original_processor_for, version):
+def test_generation_stops_on_what_every_answer_teaches(original_processor_for, version):
     processor = original_processor_for("llama", version)
-    stop = CHAT_TEMPLATES[version].stop
-    by_token = stop if stop in MARKUP else "</s>"
-    assert processor.tokenizer.convert_ids_to_tokens(processor.stop_token_id) == by_token
-    assert encoded(processor, CHAT)["labels"].tolist().count(processor.stop_token_id) == (1 if stop == "###" else 2)
+    row = encoded(processor, CHAT)
+    assert [stretch.endswith(STOP[version]) for stretch in supervised_texts(processor, row["labels"])] == [True] * 2
+    if STOP[version] == "###":
+        assert (processor.stop_token_id, processor.stop_string) == (None, "###")
+    else:
+        assert processor.tokenizer.convert_ids_to_tokens(processor.stop_token_id) == STOP[version]
+        assert processor.stop_string is None
+        assert row["labels"].tolist().count(processor.stop_token_id) == 2
 
 
-@pytest.mark.parametrize("version, token", [("mpt", "im_end"), ("qwen", "im_end"), ("llama_3", "eot_id")])
+@pytest.mark.parametrize("version", ["mpt", "chatml_direct"])
+def test_a_stop_token_that_the_tokenizer_has_not_is_text_as_in_the_original(tokenizer_for, vision_config, version):
+    processor = LlavaProcessor.build(tokenizer_for("llama"), vision_config, version=version)
+    assert (processor.stop_token_id, processor.stop_string) == (None, "<|im_end|>")
+    first, last = supervised_texts(processor, encoded(processor, CHAT)["labels"])
+    assert first == "A cat.<|im_end|><"  # in LLaMA's vocabulary `><` is one token
+    assert last == "Yes.<|im_end|>"
+    processor.use_chat_template("v1")
+    assert (processor.stop_token_id, processor.stop_string) == (2, None)
+
+
+def test_a_template_that_marks_no_answer_stops_on_nothing(tokenizer_for, vision_config):
+    processor = LlavaProcessor.build(tokenizer_for("llama"), vision_config, version="v1")
+    processor.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    assert (processor.stop_token_id, processor.stop_string) == (None, None)
+    with pytest.raises(ValueError, match="does not mark what ends an answer"):
+        processor.encode_conversation([{"role": "user", "content": "q"}])
+
+
+@pytest.mark.parametrize("version, token", [("chatml", "im_end"), ("qwen", "im_end"), ("llama_3", "eot_id")])
 def test_a_template_whose_stop_token_is_missing_is_refused(tokenizer_for, version, token):
     with pytest.raises(ValueError, match=rf"'{version}' ends an answer with <\|{token}\|>, which the tokenizer does"):
         chat_template_for(tokenizer_for("llama"), version)
+
+
+@pytest.mark.parametrize(
+    "version, expected",
+    [
+        ("v1", "USER:ASSISTANT:[[ Yo</s>]]"),
+        ("chatml_direct", "<|im_start|>user\n<|im_start|>assistant\n[[Yo<|im_end|>]]"),
+        ("v0", "### Human: \n### Assistant:[[ Yo\n###]] "),
+        ("mistral_instruct", "[INST]  [/INST][[ Yo </s>]]"),
+    ],
+)
+def test_a_question_without_words(original_processor_for, version, expected):
+    silent = {"role": "system", "content": []}
+    assert marked(original_processor_for("llama", version), [silent, user(), answer("Yo")]) == expected
+
+
+@pytest.mark.parametrize(
+    "model_type, tokens, version",
+    [
+        ("llava_llama", [], "v1"),
+        ("llava_mistral", [], "mistral_instruct"),
+        ("llava_llama", ["<|im_start|>", "<|im_end|>"], "chatml_direct"),  # llava-v1.6-34b
+        ("llava_qwen", ["<|im_start|>", "<|im_end|>"], "qwen"),
+        ("llava_llama", ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "llama_3"),
+    ],
+)
+def test_a_checkpoint_of_the_original_is_asked_in_its_style(tmp_path, monkeypatch, model_type, tokens, version):
+    """Also where the tokenizer comes with a template of its own, as those of Mistral and Qwen do."""
+    shutil.copytree(GOLDEN / "c_forward/mlp2x_patch/checkpoint", tmp_path / "m")
+    for name, more in {
+        "config.json": {"model_type": model_type},
+        "tokenizer_config.json": {"additional_special_tokens": tokens}
+        | ({"chat_template": "{{ messages[0]['content'] + eos_token }}"} if version != "v1" else {}),
+    }.items():
+        settings = json.loads((tmp_path / "m" / name).read_text()) | more
+        (tmp_path / "m" / name).write_text(json.dumps(settings))
+    monkeypatch.chdir(GOLDEN)  # the checkpoint names its tower as `tiny-clip`
+    assert LlavaProcessor.from_pretrained(tmp_path / "m").chat_template == CHAT_TEMPLATES[version].source
 
 
 # ------------------------------------------------------------------ any conversation
@@ -275,9 +344,9 @@ each_version = pytest.mark.parametrize("version", RENDERED)
 each_kind = pytest.mark.parametrize("kind", [*SENTENCEPIECE, *BYTE_LEVEL])
 
 
-def learned(kind: str, version: str, value: str, is_last: bool, eos: str) -> str:
+def learned(kind: str, version: str, value: str, eos: str) -> str:
     """What the supervised ids of an answer decode to."""
-    stop = CHAT_TEMPLATES[version].stop
+    stop = STOP[version]
     if version in ("qwen", "llama_3"):
         return value.strip() + stop
     if version in ("mpt", "chatml_direct"):
@@ -285,7 +354,7 @@ def learned(kind: str, version: str, value: str, is_last: bool, eos: str) -> str
     # The template's own space; the decoder of a SentencePiece tokenizer strips one, which is that.
     space = "" if kind in SENTENCEPIECE else " "
     if stop == "###":
-        return space + value + stop + (eos if is_last else "")
+        return space + value + "\n" + stop
     return space + value + (" " if version in ("llama_2", "mistral_instruct") else "") + eos
 
 
@@ -306,8 +375,8 @@ def test_the_supervised_ids_are_the_answers_and_what_ends_them(original_processo
     assume(kind != "legacy" or not any(token in value for token in SPECIAL_TEXTS for value in values))
     found = supervised_texts(processor, encoded(processor, messages)["labels"])
     assert len(found) == len(values)
-    for index, (value, stretch) in enumerate(zip(values, found, strict=True)):
-        expected = learned(kind, version, value, index == len(values) - 1, processor.tokenizer.eos_token)
+    for value, stretch in zip(values, found, strict=True):
+        expected = learned(kind, version, value, processor.tokenizer.eos_token)
         if fuses_with_the_prompt(kind, version, value) and stretch != expected:
             expected = "\n" + expected
         assert stretch == expected
@@ -340,9 +409,8 @@ RECORDS = {
 }
 # Two images in one turn, which the original makes one; and text that it cuts.
 COLLAPSED, CUT = "two_images_one_turn", "long_text_trunc64"
-# Rows that the schema refuses, and one that the original renders as `USER:ASSISTANT:`.
-NOT_EQUAL = {"gpt_first_img_in_skipped", "text_only_with_image_tag", "empty_answer_img", "empty_human_text"}
-COMPARED = [name for name in RECORDS if "error" not in RECORDS[name] and name not in {COLLAPSED, CUT, *NOT_EQUAL}]
+REFUSED = {"gpt_first_img_in_skipped", "text_only_with_image_tag", "empty_answer_img"}  # by the schema
+COMPARED = [name for name in RECORDS if "error" not in RECORDS[name] and name not in {COLLAPSED, CUT, *REFUSED}]
 
 
 def messages_of(name: str):
@@ -384,7 +452,7 @@ def test_the_tokens_have_the_originals_ids(imse_processor):
 
 @pytest.mark.parametrize("name", COMPARED)
 def test_prompt_ids_and_labels_between_start_and_end_are_the_originals(imse_processor, name):
-    assert len(COMPARED) == 12
+    assert len(COMPARED) == 13
     record, messages = RECORDS[name], messages_of(name)
     ids, labels = with_one_id_per_image(imse_processor, encoded(imse_processor, messages))
     assert imse_processor.render(messages)[0] == record["prompt"]
