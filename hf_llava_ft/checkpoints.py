@@ -89,6 +89,14 @@ def inspect_checkpoint(path: str, revision: str | None = None, base: str | None 
     raise UserError(f"{path} is neither a folder nor a model on the Hub that can be reached from here.")
 
 
+def is_language_model(path: str, revision: str | None = None) -> bool:
+    """Whether there is a model at `path` that is no LLaVA, nor a part of one: what a tower can be put in front of."""
+    config = _read_json(path, "config.json", revision)
+    if config is None or is_original(config) or "text_config" in config or _file(path, ADAPTER_CONFIG, revision):
+        return False
+    return any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in config.get("architectures") or ())
+
+
 def _read_json(path: str, name: str, revision: str | None) -> dict[str, Any] | None:
     file = _file(path, name, revision)
     if file is None:

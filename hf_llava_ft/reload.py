@@ -78,15 +78,13 @@ def load(model_dir: str, base: str, loader: Loader) -> tuple[Any, Any]:
     sys.modules["hf_llava_ft"] = None  # type: ignore[assignment]  # from here on, importing it is an error
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    whole = whole_model(model_dir, base)
-    model = AutoModelForImageTextToText.from_pretrained(
-        whole, dtype="auto", trust_remote_code=loader == "trust_remote_code"
-    )
+    whole, trust = whole_model(model_dir, base), loader == "trust_remote_code"
+    model = AutoModelForImageTextToText.from_pretrained(whole, dtype="auto", trust_remote_code=trust)
     if whole != model_dir:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, model_dir)
-    return model, AutoProcessor.from_pretrained(model_dir, trust_remote_code=False)  # always a native one
+    return model, AutoProcessor.from_pretrained(model_dir, trust_remote_code=trust)
 
 
 def main(model_dir: str, base: str, loader: Loader, probe_dir: str, output: str) -> None:

@@ -1,34 +1,68 @@
 """Folders that carry the code of their model, for what transformers' own LLaVA cannot express.
 
-`save_pretrained` writes the code (`checkpoint_mixin_llava.py`). Here is what may be done with it: this package runs no code
-out of a folder, with one exception. When it verifies what it has written, a process without this package runs the code as
-a stranger's would, provided that every file is the same, byte for byte, as ours.
+`save_pretrained` writes the code: that of the model (`checkpoint_mixin_llava.py`), and of the processor where that is
+not a native one either (`LlavaNextProcessor`). Here is what may be done with it: this package runs no code out of a
+folder, with one exception. When it verifies what it has written, a process without this package runs the code as a
+stranger's would, provided that every file is the same, byte for byte, as ours.
 """
 
 import json
+import re
 from pathlib import Path
 
 from hf_llava_ft.modeling import checkpoint_mixin_llava
 from hf_llava_ft.modeling.checkpoint_mixin_llava import AUTO_MAP
+from hf_llava_ft.processing import processing_llava
+
+# The files whose `auto_map` transformers follows.
+_SETTINGS = ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
 
 def carries_our_code(folder: str | Path) -> bool:
-    """Whether `trust_remote_code=True` runs files of this package from `folder`, and nothing else."""
-    folder = Path(folder)
+    """Whether `trust_remote_code=True` loads the model in `folder` by files of this package, and runs nothing else."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        # All of them, not only those that are named: transformers also runs custom_generate/generate.py.
-        found = {path: path.read_bytes() for path in folder.rglob("*.py")}
+        config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    ours = {path.name: path.read_bytes() for path in Path(checkpoint_mixin_llava.__file__).parent.glob("*.py")}
-    needed = {folder / f"{reference.partition('.')[0]}.py" for reference in AUTO_MAP.values()}
+    needed = {f"{reference.partition('.')[0]}.py" for reference in AUTO_MAP.values()}
     return (
         isinstance(config, dict)
         and config.get("auto_map") == AUTO_MAP
-        and needed <= found.keys()
-        and all(content == ours.get(path.name) for path, content in found.items())
+        and all(Path(folder, name).is_file() for name in needed)
+        and runs_only_our_code(folder)
     )
+
+
+def runs_only_our_code(folder: str | Path) -> bool:
+    """Whether all that `trust_remote_code=True` runs from `folder` is files of this package; true if that is none."""
+    folder = Path(folder)
+    sources = [Path(module.__file__).parent for module in (checkpoint_mixin_llava, processing_llava)]
+    ours = {path.name: path.read_bytes() for source in sources for path in source.glob("*.py")}
+    try:
+        # Not only the files that are named: transformers also runs custom_generate/generate.py.
+        found = [*folder.glob("*.py"), *folder.glob("custom_generate/*.py")]
+        if any(path.read_bytes() != ours.get(path.name) for path in found):
+            return False
+        named = [
+            _auto_maps((folder / name).read_text(encoding="utf-8")) for name in _SETTINGS if (folder / name).exists()
+        ]
+    except (OSError, ValueError):
+        return False
+    # "repository--module.Class" is code in another repository, and a path is code in another folder.
+    return not re.search(r"--|/|\\", json.dumps(named))
+
+
+def _auto_maps(text: str) -> list:
+    """Every `auto_map` in a JSON text, at any depth."""
+    found = []
+
+    def look(settings: dict) -> dict:
+        if "auto_map" in settings:
+            found.append(settings["auto_map"])
+        return settings
+
+    json.loads(text, object_hook=look)
+    return found
 
 
 def note_on_code(folder: str | Path) -> str:

@@ -2,8 +2,8 @@
 did.
 
 Every peer's broken upload loaded without an error and spoke nonsense. So the check is on what comes out: the ids and
-pixels that the saved processor makes, the logits, and a greedy answer. Where transformers can load the folder without this
-package, the check is made without it.
+pixels that the saved processor makes, the logits, and a greedy answer. Where transformers can load the folder without
+this package, the check is made without it.
 """
 
 import json
@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from hf_llava_ft import reload
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.reload import Loader
-from hf_llava_ft.remote_code import carries_our_code
+from hf_llava_ft.remote_code import carries_our_code, runs_only_our_code
 
 # Largest difference of two logits, relative to the largest logit: rounding of merged weights in that dtype.
 LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -81,7 +81,8 @@ def loader_for(model_dir: str | Path, base: str | None = None) -> Loader:
     whole = reload.whole_model(model_dir, base)
     if reload.is_native(whole):
         return "transformers"
-    return "trust_remote_code" if carries_our_code(whole) else "hf_llava_ft"
+    # An adapter has a processor of its own.
+    return "trust_remote_code" if carries_our_code(whole) and runs_only_our_code(model_dir) else "hf_llava_ft"
 
 
 def reloaded_outputs(

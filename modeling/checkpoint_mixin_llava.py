@@ -90,9 +90,9 @@ class LlavaCheckpointMixin(PreTrainedModel):
         Args:
             checkpoint_format (`str`, *optional*):
                 `"llava-hf"`, which transformers and servers read without this package; `"llava"`, that of
-                haotian-liu/LLaVA; `"nested"`, our own for what native LLaVA cannot express, which carries the code that
-                reads it. By default the one the model came in, and for a new model `"llava-hf"` whenever the
-                architecture allows it.
+                haotian-liu/LLaVA; `"nested"`, our own for what native LLaVA cannot express, with the code that reads
+                it. By default the one the model came in, and for a new model `"llava-hf"` whenever the architecture
+                allows it.
 
         Raises:
             ValueError: if the format cannot express the model.

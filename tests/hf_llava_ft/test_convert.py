@@ -149,7 +149,7 @@ def test_every_projector_has_the_originals_names(tiny, tmp_path, projector_type)
 
 def test_a_model_there_and_back(tmp_path):
     converted = convert(ORIGINAL, tmp_path / "hf", "llava-hf")
-    assert converted.verification.ok and converted.kind == "model"
+    assert converted.verification.ok and converted.kind == "model" and converted.verification.loader == "transformers"
     native = AutoModelForImageTextToText.from_pretrained(tmp_path / "hf")
     assert type(native) is LlavaForConditionalGeneration
     processor = AutoProcessor.from_pretrained(tmp_path / "hf")
@@ -170,6 +170,7 @@ def test_an_adapter_there_and_back(tmp_path):
     convert(ORIGINAL, tmp_path / "base", "llava-hf")
     converted = convert(LORA, tmp_path / "peft", "llava-hf", base=str(tmp_path / "base"))
     assert converted.kind == "original_lora" and converted.verification.ok
+    assert converted.verification.loader == "transformers"  # with PEFT
     native = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
     alone = PeftModel.from_pretrained(native, tmp_path / "peft").merge_and_unload()
     assert not any("lora" in name for name in alone.state_dict())
