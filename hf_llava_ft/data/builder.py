@@ -3,29 +3,33 @@
 What may surprise:
 * The cache holds paths of images, never their pixels. It is used again only while the files are what they were: the
   data files' contents and every named image's size and modification time are part of the cache's name.
-* So making the builder already reads the data files, unless this very version of them was seen before: a small list of
-  the images they name is kept beside the cache, and opening a known set costs one `stat` per image.
+* So making the builder already reads the data files, unless this very version of them was seen before
+  (`file_index.py`); opening a known set costs one `stat` per image.
+* A large file is read by several processes, a part each. What they write and the first error are those of one process.
 * A set with a wrong row or an unreadable image has no cache at all, half or whole.
 * `datasets.Image` turns a picture the way its EXIF orientation says, which the original LLaVA does not. So
   `load_llava_json` leaves the images undecoded, and the collator opens them.
 """
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 from datasets import Features, Image, List, Value
 from datasets.data_files import DataFilesDict, DataFilesList
 from datasets.exceptions import DatasetGenerationError
-from filelock import FileLock
 
-from hf_llava_ft.data.llava_json import ImageFolder, iter_json_rows, iter_llava_json, unreadable_images
+from hf_llava_ft.data.file_index import content_fingerprint, file_index
+from hf_llava_ft.data.garbage import garbage_collection_paused
+from hf_llava_ft.data.json_parts import JsonPart, iter_part
+from hf_llava_ft.data.llava_json import ImageFolder, checked_row, iter_json_rows, unreadable_images
 from hf_llava_ft.data.schema import parse_llava_row, row_place
+from hf_llava_ft.data.worker_pool import num_workers, results_in_order
 from hf_llava_ft.errors import UserError
 
 FEATURES = Features(
@@ -40,6 +44,10 @@ FEATURES = Features(
     }
 )
 
+# As `load_llava_json` gives them: the collator opens a picture as the original does, without its EXIF orientation.
+_UNDECODED = Features({**FEATURES, "images": List(Image(decode=False))})
+
+_TABLE_ROWS = 1000
 _NUM_NAMED = 3  # unreadable images that a message names besides the first
 
 
@@ -58,7 +66,7 @@ class LlavaConversationsConfig(datasets.BuilderConfig):
     content_fingerprint: str | None = None
 
 
-class LlavaConversations(datasets.GeneratorBasedBuilder):
+class LlavaConversations(datasets.ArrowBasedBuilder):
     """
     The `datasets` builder of LLaVA JSON and JSONL files, with one split, `train`.
 
@@ -82,6 +90,7 @@ class LlavaConversations(datasets.GeneratorBasedBuilder):
 
     VERSION = datasets.Version("1.0.0")  # raise it when the same files give other rows
     BUILDER_CONFIG_CLASS = LlavaConversationsConfig
+    DEFAULT_WRITER_BATCH_SIZE = _TABLE_ROWS  # `datasets` takes 100 where there are images, but here are only paths
 
     def __init__(
         self,
@@ -93,9 +102,12 @@ class LlavaConversations(datasets.GeneratorBasedBuilder):
         paths = _absolute_paths(data_files)
         if image_folder is not None:
             image_folder = os.path.abspath(os.path.expanduser(image_folder))
+        root = Path(os.path.expanduser(cache_dir or datasets.config.HF_DATASETS_CACHE))
+        indexes = [file_index(path, root) for path in paths]
+        # All rows, in parts of some megabytes that can be read each on its own.
+        self.parts: list[JsonPart] = [part for index in indexes for part in index.parts]
         if kwargs.get("content_fingerprint") is None:
-            root = os.path.expanduser(cache_dir or datasets.config.HF_DATASETS_CACHE)
-            kwargs["content_fingerprint"] = _content_fingerprint(paths, image_folder, Path(root))
+            kwargs["content_fingerprint"] = content_fingerprint(indexes, image_folder)
         kwargs.setdefault("dataset_name", "llava_conversations")
         super().__init__(
             cache_dir=cache_dir,
@@ -110,26 +122,37 @@ class LlavaConversations(datasets.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
         # A list in gen_kwargs is what `datasets` divides among processes.
-        files = list(self.config.data_files["train"])
-        return [datasets.SplitGenerator(name=datasets.Split.TRAIN, gen_kwargs={"files": files})]
+        return [datasets.SplitGenerator(name=datasets.Split.TRAIN, gen_kwargs={"parts": self.parts})]
 
-    def _generate_examples(self, files: list[str]) -> Iterator[tuple[str, dict]]:
+    def _generate_tables(self, parts: list[JsonPart]) -> Iterator[tuple[str, pa.Table]]:
         images = ImageFolder(self.config.image_folder)
-        for path in files:
-            for number, row in enumerate(iter_llava_json(path, images), start=1):
-                yield f"{path}:{number}", row
+        for part in parts:
+            rows = (checked_row(value, part.path, number, images) for number, value in iter_part(part))
+            number = 0
+            while table := _next_table(rows):
+                yield f"{part.path}:{part.first_row}:{number}", table
+                number += 1
 
-    def download_and_prepare(self, *args, **kwargs) -> None:
-        """As in `datasets.DatasetBuilder`, except that a `UserError` arrives as one."""
+    def download_and_prepare(self, *args, num_proc: int | None = None, **kwargs) -> None:
+        """As in `datasets.DatasetBuilder`, except that a `UserError` arrives as one, and is that of the first wrong
+        row."""
         try:
-            super().download_and_prepare(*args, **kwargs)
+            super().download_and_prepare(*args, num_proc=num_proc, **kwargs)
         except DatasetGenerationError as error:
+            if num_proc and num_proc > 1:
+                # Another process has met it, and there may be one before it.
+                for _ in results_in_order(self._read_to_the_end, self.parts, num_proc):
+                    pass
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, UserError):
                 cause = cause.__cause__ or cause.__context__
             if cause is None:
                 raise
             raise cause from None
+
+    def _read_to_the_end(self, part: JsonPart) -> None:
+        for _ in self._generate_tables([part]):
+            pass
 
     def _download_and_prepare(self, *args, **kwargs) -> None:
         super()._download_and_prepare(*args, **kwargs)
@@ -138,10 +161,13 @@ class LlavaConversations(datasets.GeneratorBasedBuilder):
 
     def _refuse_unreadable_images(self) -> None:
         files, images = self.config.data_files["train"], ImageFolder(self.config.image_folder)
-        named = [(file, name) for file in files for name in _contents(file, Path(self._cache_dir_root))[1]]
-        unreadable = unreadable_images(images.resolve(name, file) for file, name in named)
+        indexes = [file_index(file, Path(self._cache_dir_root)) for file in files]
+        named = dict.fromkeys(name for index in indexes for name in index.images)
+        # All of them are inside the folder, links followed: the rows have been read. So no need to do it again.
+        unreadable = unreadable_images(os.path.join(images.real_path or "", name) for name in named)
         if not unreadable:
             return
+        unreadable = {os.path.realpath(path): reason for path, reason in unreadable.items()}
         for file in files:
             for number, raw in iter_json_rows(file):
                 row, place = parse_llava_row(raw, file, number), row_place(file, number, raw.get("id"))
@@ -163,7 +189,7 @@ def load_llava_json(
     """
     Open LLaVA JSON or JSONL as a data set on disk, after checking all of it, images included.
 
-    The first time costs a full read and a full decode of each image; after that, one `stat` per image.
+    The first time costs a full read and a full decode of each image, on all cores; after that, one `stat` per image.
 
     Args:
         data_path (`str` or `list[str]`):
@@ -182,9 +208,12 @@ def load_llava_json(
     builder = LlavaConversations(
         cache_dir=None if cache_dir is None else os.fspath(cache_dir), data_files=data_path, image_folder=image_folder
     )
-    builder.download_and_prepare()
-    # Undecoded: the collator opens a picture as the original does, without its EXIF orientation.
-    return builder.as_dataset(split="train").cast_column("images", List(Image(decode=False)))
+    builder.download_and_prepare(num_proc=max(1, min(num_workers(), len(builder.parts))))
+    prepared = builder.as_dataset(split="train")
+    # Said of the rows as they lie on the disk; cast_column would write them all a second time.
+    info = prepared.info.copy()
+    info.features = _UNDECODED
+    return datasets.Dataset(prepared.data, info=info, split=prepared.split, fingerprint=prepared._fingerprint)
 
 
 def modality_lengths(dataset: datasets.Dataset) -> np.ndarray:
@@ -199,6 +228,17 @@ def modality_lengths(dataset: datasets.Dataset) -> np.ndarray:
     """
     columns = dataset.select_columns(["num_words", "num_images"]).with_format("numpy")[:]
     return np.where(columns["num_images"] > 0, 1, -1) * columns["num_words"].astype(np.int64)
+
+
+def _next_table(rows: Iterator[dict]) -> pa.Table | None:
+    """The next rows of `checked_row` in the layout of [`FEATURES`]; None at the end."""
+    with garbage_collection_paused():
+        batch = list(islice(rows, _TABLE_ROWS))
+        if not batch:
+            return None
+        columns: dict[str, list] = {name: [row[name] for row in batch] for name in FEATURES}
+        columns["images"] = [[{"bytes": None, "path": path} for path in paths] for paths in columns["images"]]
+        return pa.table(columns, schema=FEATURES.arrow_schema)
 
 
 def _nor_can(names: list[str]) -> str:
@@ -216,63 +256,3 @@ def _absolute_paths(data_files) -> list[str]:
     if not data_files:
         raise UserError("no data file is given; give the path of a LLaVA JSON or JSONL file.")
     return [os.path.abspath(os.path.expanduser(path)) for path in data_files]
-
-
-def _content_fingerprint(paths: list[str], image_folder: str | None, cache_root: Path) -> str:
-    """Digest of the data files' contents, of the folder, and each named image's path, size and modification time."""
-    folder = ImageFolder(image_folder).real_path or ""
-    digest = blake2b(os.fsencode(folder), digest_size=16)
-    names: dict[str, None] = {}
-    for path in paths:
-        contents, named = _contents(path, cache_root)
-        digest.update(contents.encode())
-        names.update(dict.fromkeys(named))
-    states = []
-    for name in names:
-        try:
-            status = os.stat(f"{folder}/{name}")
-            states.append(f"{name}\t{status.st_size}\t{status.st_mtime_ns}")
-        except (OSError, ValueError):  # what is wrong with it is said with its row, when rows are read
-            states.append(f"{name}\tmissing")
-    digest.update("\n".join(states).encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
-
-
-def _contents(path: str, cache_root: Path) -> tuple[str, list[str]]:
-    """Digest of a data file's bytes and the image names in it, remembered for as long as the file is the same."""
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror}); check the path.") from None
-    # With ctime, which no program can set: a file that another of equal size and time was copied over is noticed too.
-    identity = [path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-    kept = (
-        cache_root
-        / "llava_conversations_files"
-        / f"{blake2b(repr(identity).encode(), digest_size=16).hexdigest()}.json"
-    )
-    if not kept.exists():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{kept}.lock"):  # one process of many reads the file
-            if not kept.exists():
-                names: dict[str, None] = {}
-                for _, row in iter_json_rows(path):
-                    names.update(dict.fromkeys(_image_names(row)))
-                digest = blake2b(digest_size=16)
-                with open(path, "rb") as file:
-                    while chunk := file.read(2**20):
-                        digest.update(chunk)
-                unfinished = kept.with_suffix(".incomplete")
-                unfinished.write_text(
-                    json.dumps({"digest": digest.hexdigest(), "images": list(names)}), encoding="utf-8"
-                )
-                unfinished.replace(kept)
-    known = json.loads(kept.read_text(encoding="utf-8"))
-    return known["digest"], known["images"]
-
-
-def _image_names(row) -> list[str]:
-    """Names of images in a row that has not been checked yet."""
-    values = [row.get("image"), row.get("images")] if isinstance(row, dict) else []
-    names = [name for value in values for name in (value if isinstance(value, list) else [value])]
-    return [name for name in names if isinstance(name, str)]

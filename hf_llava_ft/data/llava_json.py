@@ -18,18 +18,20 @@ import re
 import stat
 import warnings
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TextIO
 
-from PIL import Image, UnidentifiedImageError
-
+from hf_llava_ft.data.pictures import decode_failure
 from hf_llava_ft.data.schema import count_words, json_type, parse_llava_row, row_place
+from hf_llava_ft.data.worker_pool import results_in_order
 from hf_llava_ft.errors import UserError
 
 # A row longer than this is no conversation, and would have to fit in memory as a whole.
 MAX_ROW_CHARS = 64 * 2**20
 
 _CHUNK_CHARS = 2**20
+# By one of these an object is a row, in any of the dialects of data/formats/.
+_ROW_KEYS = {"conversations", "messages", "prompt", "file_name", "image"}
+_DECODED_AT_ONCE = 64
 _WHITESPACE = re.compile(r"[ \t\n\r]*")
 # Where a number, a word or an escape (\ud83d\ude00) is cut by the buffer's end, the decoder stops this near to it.
 _LONGEST_CUT = 16
@@ -46,17 +48,28 @@ def iter_llava_json(path: str, images: "ImageFolder") -> Iterator[dict[str, Any]
             Where its image paths lead.
 
     Yields:
-        [`parse_llava_row`]'s `Row` with absolute `images`; besides, `num_words` ([`count_words`]) and `num_images`.
+        What [`checked_row`] returns.
 
     Raises:
         `UserError`: at the first row that is wrong.
     """
     for number, value in iter_json_rows(path):
-        row = parse_llava_row(value, path, number)
-        if row["images"]:
-            place = row_place(path, number, value.get("id"))
-            row["images"] = [images.resolve(name, place) for name in row["images"]]
-        yield {**row, "num_words": count_words(value), "num_images": len(row["images"])}
+        yield checked_row(value, path, number, images)
+
+
+def checked_row(value: Any, path: str, number: int, images: "ImageFolder") -> dict[str, Any]:
+    """
+    Returns:
+        [`parse_llava_row`]'s `Row` with absolute `images`; besides, `num_words` ([`count_words`]) and `num_images`.
+
+    Raises:
+        `UserError`: if the row is wrong.
+    """
+    row = parse_llava_row(value, path, number)
+    if row["images"]:
+        place = row_place(path, number, value.get("id"))
+        row["images"] = [images.resolve(name, place) for name in row["images"]]
+    return {**row, "num_words": count_words(value), "num_images": len(row["images"])}
 
 
 def iter_json_rows(path: str) -> Iterator[tuple[int, Any]]:
@@ -107,7 +120,7 @@ def _json_rows(stream: "_JsonStream") -> Iterator[Any]:
     elif start:
         value = stream.value()
         # One object is a one-row JSONL file only if it is a row.
-        if not isinstance(value, dict) or ("conversations" not in value and not stream.peek()):
+        if not isinstance(value, dict) or (_ROW_KEYS.isdisjoint(value) and not stream.peek()):
             raise UserError(
                 f"{stream.name}: the top level is {json_type(value)}, not a list of rows; "
                 'write [{"id": ..., "conversations": [...]}, ...], or one such row per line.'
@@ -183,6 +196,14 @@ class _JsonStream:
         self._text, self._position, self._ended = rest + more, 0, not more
 
 
+class ImageAddressError(UserError):
+    """An image is given by an address, of the web or one that holds the picture itself, where a path is read."""
+
+
+class MissingImageError(UserError):
+    """An image's file is not there."""
+
+
 class ImageFolder:
     """
     The folder that image paths of a data file are relative to.
@@ -218,11 +239,16 @@ class ImageFolder:
         """
         image = f"{place}: image {name!r}"
         if "://" in name or name.startswith("data:"):
-            raise UserError(f"{image} is an address; download the file into the image folder and write its path.")
+            raise ImageAddressError(
+                f"{image} is an address; download the file into the image folder and write its path."
+            )
         if self.real_path is None:
             raise UserError(f"{image} has no folder to be looked up in; give the image folder.")
         if os.path.isabs(name):
-            raise UserError(f"{image} is an absolute path; write it relative to the image folder {self.folder}.")
+            raise UserError(
+                f"{image} is an absolute path; write it relative to the image folder {self.folder}, "
+                "or allow it with --allow_images_outside."
+            )
         try:
             directory, base = os.path.split(os.path.join(self.real_path, name))
             if directory not in self._real_directories:
@@ -234,11 +260,14 @@ class ImageFolder:
             if not path.startswith(os.path.join(self.real_path, "")):
                 raise UserError(
                     f"{image} leaves the image folder {self.folder} (through '..' or a link); "
-                    "copy the file into it, or give the folder that holds all images."
+                    "copy the file into it, give the folder that holds all images, or allow it with "
+                    "--allow_images_outside."
                 )
             mode = os.stat(path).st_mode
         except FileNotFoundError:
-            raise UserError(f"{image} is missing from {self.folder}; add the file or remove the row.") from None
+            raise MissingImageError(
+                f"{image} is missing from {self.folder}; add the file or remove the row."
+            ) from None
         except OSError as error:
             raise UserError(f"{image} can't be opened in {self.folder} ({error.strerror}); check it.") from None
         if not stat.S_ISREG(mode):
@@ -248,7 +277,7 @@ class ImageFolder:
 
 def unreadable_images(paths: Iterable[str]) -> dict[str, str]:
     """
-    Decode every distinct image completely and keep those that fail, in a thread pool behind a progress bar.
+    Decode every distinct image completely and keep those that fail, on all cores, behind a progress bar.
 
     A picture of more than `PIL.Image.MAX_IMAGE_PIXELS` pixels counts as unreadable: kilobytes can unpack to gigabytes.
 
@@ -261,37 +290,17 @@ def unreadable_images(paths: Iterable[str]) -> dict[str, str]:
     from datasets.utils import tqdm  # the bar that datasets' disable_progress_bars() silences
 
     paths = list(dict.fromkeys(paths))
-    # One future per path would hold a kilobyte for each of 340,000 images.
-    groups = [paths[start : start + 32] for start in range(0, len(paths), 32)]
-    num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    groups = [paths[start : start + _DECODED_AT_ONCE] for start in range(0, len(paths), _DECODED_AT_ONCE)]
     unreadable: dict[str, str] = {}
-    with (
-        warnings.catch_warnings(),
-        ThreadPoolExecutor(num_threads) as pool,
-        tqdm(total=len(paths), desc="Checking images", unit=" images") as bar,
-    ):
-        warnings.simplefilter("ignore")  # what Pillow only warns of, _decode_failure reports or the picture survives
-        for failures in pool.map(lambda group: [(path, _decode_failure(path)) for path in group], groups):
-            unreadable.update((path, reason) for path, reason in failures if reason is not None)
-            bar.update(len(failures))
+    with tqdm(total=len(paths), desc="Checking images", unit=" images") as bar:
+        for group, failures in zip(groups, results_in_order(_decode_failures, groups), strict=True):
+            unreadable.update(failures)
+            bar.update(len(group))
     return unreadable
 
 
-def _decode_failure(path: str) -> str | None:
-    """Why Pillow can't decode the image, or None."""
-    limit = Image.MAX_IMAGE_PIXELS
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            if limit is not None and width * height > limit:
-                return f"{width} x {height} pixels are more than the {limit} that are safe to decode"
-            image.load()
-    except UnidentifiedImageError:
-        return "no image format that Pillow knows" if os.path.getsize(path) else "the file is empty"
-    except Image.DecompressionBombError:
-        return f"more than the {limit} pixels that are safe to decode"
-    # OSError and SyntaxError are usual, but a damaged header may surface as nearly anything (struct.error, ValueError,
-    # KeyError, zlib.error, MemoryError), and each means the same to the user.
-    except Exception as error:
-        return " ".join(str(error).split()) or type(error).__name__
-    return None
+def _decode_failures(paths: list[str]) -> dict[str, str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what Pillow only warns of, decode_failure reports or the picture survives
+        reasons = ((path, decode_failure(path)) for path in paths)
+        return {path: reason for path, reason in reasons if reason is not None}

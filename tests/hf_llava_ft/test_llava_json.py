@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 
 import datasets
 import numpy as np
@@ -10,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hf_llava_ft.data import llava_json
+from hf_llava_ft.data import builder, json_parts, llava_json
 from hf_llava_ft.data.builder import LlavaConversations, load_llava_json, modality_lengths
 from hf_llava_ft.data.collator import open_picture
+from hf_llava_ft.data.json_parts import index_json, iter_part
 from hf_llava_ft.data.llava_json import ImageFolder, iter_json_rows, iter_llava_json, unreadable_images
+from hf_llava_ft.data.worker_pool import results_in_order
 from hf_llava_ft.errors import UserError
 
 
@@ -138,6 +141,126 @@ def test_a_row_longer_than_any_conversation_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(llava_json, "MAX_ROW_CHARS", 2**21)
     path = write(tmp_path, [row(), row(answer="a" * 2**23)])
     assert "a row is longer than 2097152 characters" in sentence(iter_json_rows, path)
+
+
+# Parts
+
+
+def many_rows(count=400):
+    """Rows of a kilobyte, with text that looks like the beginning of a row."""
+    for number in range(count):
+        answer = f'Bär {number}: }}, {{"id": 3}}\n{{"id": "r0"}} ' + "word " * (number % 300)
+        yield row(number, ["a.jpg", None, "sub/b.png"][number % 3], answer)
+
+
+FORMS = {
+    "list": lambda rows: json.dumps(rows),
+    "indented": lambda rows: json.dumps(rows, indent=2, ensure_ascii=False) + "\n",
+    "lines": lambda rows: "\n".join(json.dumps(item) for item in rows),
+    "lines with blanks": lambda rows: "\ufeff \n" + "\r\n \n".join(json.dumps(item) for item in rows) + "\n\n",
+}
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(json_parts, "_PART_BYTES", 16 * 2**10)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_parts_hold_the_rows_of_the_whole(folder, small_parts, form):
+    path = folder / "many.json"
+    path.write_text(FORMS[form](list(many_rows())))
+    whole, parts = index_json(str(path), num_proc=1), index_json(str(path), num_proc=2)
+    assert len(whole.parts) == 1 and len(parts.parts) > 10
+    assert parts.images == whole.images == ["a.jpg", "sub/b.png"]
+    expected = list(iter_json_rows(str(path)))
+    assert [numbered for part in parts.parts for numbered in iter_part(part)] == expected
+    assert [part.first_row for part in parts.parts][1:] == [
+        list(iter_part(part))[-1][0] + 1 for part in parts.parts[:-1]
+    ]
+
+
+@pytest.mark.parametrize("rows", [[{"id": {"id": number}, "more": [{"id": {}}] * 400} for number in range(60)]])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_cut_that_is_not_between_rows_is_noticed(folder, small_parts, rows, form):
+    """Here nearly everything that looks like a row is inside one."""
+    path = folder / "nested.json"
+    path.write_text(FORMS[form](rows))
+    parts = index_json(str(path), num_proc=2).parts
+    assert [numbered for part in parts for numbered in iter_part(part)] == list(enumerate(rows, start=1))
+    if form == "list":
+        assert len(json_parts._guessed_parts(str(path))) > 5 and len(parts) == 1
+
+
+def test_several_processes_write_what_one_writes(folder, small_parts, monkeypatch):
+    (folder / "data.json").write_text(json.dumps(list(many_rows())))
+    parallel = load(folder)
+    monkeypatch.setattr(json_parts, "num_workers", lambda: 1)
+    monkeypatch.setattr(builder, "num_workers", lambda: 1)
+    serial = load_llava_json(folder / "data.json", folder / "images", cache_dir=folder / "other cache")
+    assert len(LlavaConversations(str(folder / "cache"), str(folder / "data.json"), str(folder / "images")).parts) > 10
+    assert len(parallel.cache_files) > 1 and len(serial.cache_files) == 1
+    assert parallel._fingerprint == serial._fingerprint and parallel.features == serial.features
+    assert parallel.data.to_pylist() == serial.data.to_pylist()
+    assert parallel["id"][:] == [f"r{number}" for number in range(400)]
+
+
+def break_row(rows, number, how):
+    rows[number] = {
+        "empty answer": row(number, answer=" "),
+        "missing image": row(number, "no.jpg"),
+        "not a row": 7,
+        "no id": {"conversations": [{"from": "cat", "value": "meow"}]},
+    }[how]
+
+
+@pytest.mark.parametrize("first", ["empty answer", "missing image", "not a row", "no id"])
+@pytest.mark.parametrize("later", ["empty answer", "missing image"])
+def test_the_first_wrong_row_is_named_however_many_processes_read(folder, small_parts, monkeypatch, first, later):
+    rows = list(many_rows())
+    break_row(rows, 150, first)
+    for number in (151, 210, 399):
+        break_row(rows, number, later)
+    write(folder, rows)
+    message = sentence(load, folder)
+    assert "data.json: row 151" in message
+    assert finished_caches(folder) == []
+    monkeypatch.setattr(json_parts, "num_workers", lambda: 1)
+    monkeypatch.setattr(builder, "num_workers", lambda: 1)
+    assert sentence(load_llava_json, folder / "data.json", folder / "images", folder / "other cache") == message
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"id": "r150"', '"id" "r150"'),
+        ('"id": "r399"', '"id": "r399'),
+        ('}, {"id": "r150"', '}  {"id": "r150"'),
+        ('}, {"id": "r150"', '},, {"id": "r150"'),
+        ('}, {"id": "r150"', '}], {"id": "r150"'),
+        ('}, {"id": "r150"', '}\u00a0, {"id": "r150"'),
+        ('"id": "r150"', '"id": ' + "9" * 5000),
+    ],
+)
+def test_broken_json_is_placed_however_many_processes_read(folder, small_parts, monkeypatch, old, new):
+    text = json.dumps(list(many_rows()))
+    assert text.count(old) == 1
+    (folder / "data.json").write_text(text.replace(old, new))
+    message = sentence(load, folder)
+    assert "not valid JSON at line 1, column " in message
+    assert message == sentence(iter_json_rows, str(folder / "data.json"))
+
+
+def test_a_file_that_grows_while_it_is_read(folder, small_parts):
+    (folder / "data.json").write_text(json.dumps(list(many_rows())))
+    parts = index_json(str(folder / "data.json"), num_proc=2).parts
+    (folder / "data.json").write_text(json.dumps(list(many_rows()), indent=1))
+    assert "data.json changed while it was read" in sentence(iter_part, parts[3])
+
+
+def test_a_process_that_is_killed_ends_with_a_sentence():
+    killed = results_in_order(lambda item: os.kill(os.getpid(), signal.SIGKILL) if item == 3 else item, range(9), 2)
+    assert "a process that read the data was killed" in sentence(lambda: killed)
 
 
 # Image paths

@@ -176,7 +176,7 @@ def test_a_wrong_number_of_images_names_both_numbers(values, fields, numbers):
         (row("a", "b", id=True), 'the "id" is true or false'),
         (row("a", "b", id=1.5), 'the "id" is a number; make it text or a whole number'),
         (row("<image>", "b", image=5), '"image" holds a number'),
-        (row("<image>", "b", images=[{"path": "1.jpg"}]), '"images" holds an object'),
+        (row("<image>", "b", images=[{"file": "1.jpg"}]), '"images" holds an object'),
         (row("<image>", "b", image="1\0.jpg"), '"image" holds a NUL character'),
         (row("<image>", "b", image=""), '"image" holds an empty path'),
         (row("<image>", "b", image="1.jpg", images=["2.jpg"]), "they differ"),

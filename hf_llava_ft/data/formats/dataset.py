@@ -1,0 +1,245 @@
+"""Sources of any format as one `datasets.Dataset`: checked as a whole once, then memory-mapped from the cache.
+
+What may surprise:
+* LLaVA JSON that only names files goes to `LlavaConversations` of `data/builder.py`, which is made for its size.
+* The cache of every other source is named by the state (size and times) of its files. It is used again only while the
+  image files that its rows name are what they were, too.
+* Embedded pictures are copied into the cache, once.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow.compute as pc
+from datasets import Image, List
+from datasets.exceptions import DatasetGenerationError
+from filelock import FileLock
+
+from hf_llava_ft.data.builder import FEATURES, load_llava_json
+from hf_llava_ft.data.formats.checked_rows import SkippedRows, checked_rows
+from hf_llava_ft.data.formats.containers import JsonFile
+from hf_llava_ft.data.formats.dialects import LLAVA, SHAREGPT
+from hf_llava_ft.data.formats.mixture import draw_rows
+from hf_llava_ft.data.formats.source import Source, open_source
+from hf_llava_ft.data.llava_json import ImageAddressError
+from hf_llava_ft.errors import UserError
+
+_ROWS_LOOKED_AT = 32
+
+
+@dataclass
+class SourceConfig(datasets.BuilderConfig):
+    """
+    Args:
+        source (`Source`): what is read.
+        state (`str`): stands for the contents of its files and images, as `datasets` stands by it.
+    """
+
+    source: Source | None = None
+    state: str = ""
+
+    def create_config_id(self, config_kwargs, custom_features=None) -> str:
+        return f"{self.name}-{self.state}"
+
+
+class SourceRows(datasets.GeneratorBasedBuilder):
+    """
+    The `datasets` builder of a [`Source`] of any format, with one split, `train`, and the rows of
+    `LlavaConversations`. Every image is decoded once, on as many threads as there are cores.
+
+    Args:
+        source (`Source`): see `open_source`.
+        state (`str`): other contents have another one.
+        skipped (`SkippedRows`, *optional*): see [`checked_rows`].
+        kwargs: for `datasets.DatasetBuilder`.
+
+    Raises:
+        `UserError`: from `download_and_prepare`, at the first row or image that is wrong; no cache is left then.
+    """
+
+    VERSION = datasets.Version("1.0.0")  # raise it when the same files give other rows
+    BUILDER_CONFIG_CLASS = SourceConfig
+
+    def __init__(
+        self,
+        source: Source,
+        state: str = "",
+        cache_dir: str | None = None,
+        skipped: SkippedRows | None = None,
+        **kwargs,
+    ):
+        self.skipped = skipped
+        super().__init__(cache_dir=cache_dir, dataset_name="llava_rows", source=source, state=state, **kwargs)
+
+    def _info(self) -> datasets.DatasetInfo:
+        return datasets.DatasetInfo(features=FEATURES)
+
+    def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
+        return [datasets.SplitGenerator(name=datasets.Split.TRAIN, gen_kwargs={"source": self.config.source})]
+
+    def _generate_examples(self, source: Source) -> Iterator[tuple[int, dict]]:
+        yield from checked_rows(source, self.skipped)
+
+    def download_and_prepare(self, *args, **kwargs) -> None:
+        """As in `datasets.DatasetBuilder`, except that a `UserError` arrives as one."""
+        try:
+            super().download_and_prepare(*args, **kwargs)
+        except DatasetGenerationError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, UserError):
+                cause = cause.__cause__ or cause.__context__
+            if cause is None:
+                raise
+            raise cause from None
+
+
+def load_data(
+    data_path: str | os.PathLike | Sequence[str | os.PathLike],
+    image_folder: str | os.PathLike | None = None,
+    *,
+    allow_outside: bool = False,
+    allow_urls: bool = False,
+    seed: int = 42,
+    cache_dir: str | os.PathLike | None = None,
+    skipped: list[str] | None = None,
+) -> datasets.Dataset:
+    """
+    Open data of any format as one data set on disk, after checking all of it, images included.
+
+    Args:
+        data_path, image_folder, allow_outside, allow_urls, cache_dir: see [`open_source`].
+        seed (`int`, defaults to 42): decides which rows a weight below 1 draws.
+        skipped (`list[str]`, *optional*):
+            Given one, rows that are wrong are left out and said here, a sentence for each. A weight is then a share of
+            the sound ones.
+
+    Returns:
+        `datasets.Dataset`, memory-mapped, with `FEATURES` of `data/builder.py`, images undecoded. The sets of a
+        mixture follow one another in the order given, rows in the order of their files.
+
+    Raises:
+        `UserError`: at the first thing that is wrong; with `skipped`, only if a file can't be read or no row is sound.
+    """
+    sources = open_source(
+        data_path, image_folder, allow_outside=allow_outside, allow_urls=allow_urls, cache_dir=cache_dir
+    )
+    root = os.path.expanduser(cache_dir or datasets.config.HF_DATASETS_CACHE)
+    parts = []
+    for position, source in enumerate(sources):
+        part = load_source(source, root, skipped)
+        if source.weight != 1:
+            part = part.select(draw_rows(len(part), source.weight, seed, position))
+        parts.append(part)
+    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+
+
+def load_source(source: Source, cache_dir: str | os.PathLike, skipped: list[str] | None = None) -> datasets.Dataset:
+    """One source as [`load_data`] gives it, whatever its weight."""
+    if _only_names_files(source):
+        try:
+            return load_llava_json(source.where, source.images.folder, cache_dir)
+        except ImageAddressError:
+            pass  # a later row holds a picture after all, or its sentence is for the store of images to say
+        except UserError:
+            if skipped is None:
+                raise
+    root = Path(cache_dir) / "llava_rows_states"
+    files = _files_state(source) + ("" if skipped is None else " skipping")
+    files = blake2b(files.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    known = root / f"{files}.json"
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{known}.lock"):  # one process of many builds
+        state = f"{files}-new"
+        if known.exists():
+            kept = json.loads(known.read_text(encoding="utf-8"))
+            builder = SourceRows(source, kept["state"], os.fspath(cache_dir))
+            if os.path.isdir(builder.cache_dir):
+                dataset = builder.as_dataset(split="train")
+                images = _images_state(dataset, kept["skipped_images"])
+                if images == kept["images"]:
+                    if skipped is not None:
+                        skipped += kept["skipped"]
+                    return _undecoded(dataset)
+                state = f"{files}-{images}"
+        left_out = None if skipped is None else SkippedRows([], [])
+        builder = SourceRows(source, state, os.fspath(cache_dir), left_out)
+        builder.download_and_prepare()
+        dataset = builder.as_dataset(split="train")
+        sentences, paths = left_out or ([], [])
+        kept = {"state": state, "images": _images_state(dataset, paths), "skipped": sentences, "skipped_images": paths}
+        unfinished = known.with_suffix(".incomplete")
+        unfinished.write_text(json.dumps(kept), encoding="utf-8")
+        unfinished.replace(known)
+    if skipped is not None:
+        skipped += sentences
+    return _undecoded(dataset)
+
+
+def _only_names_files(source: Source) -> bool:
+    """Whether a source is LLaVA JSON of the plain kind, as far as its first rows tell."""
+    if not isinstance(source.container, JsonFile) or source.dialect not in (LLAVA, SHAREGPT):
+        return False
+    if source.images.allow_outside or source.images.allow_urls:
+        return False
+    for number, raw in islice(source.iter_raw(), _ROWS_LOOKED_AT):
+        try:
+            images = source.parse(raw, number)["images"]
+        except UserError:
+            continue  # said when all rows are read
+        written = raw.get("images", raw.get("image"))
+        in_objects = isinstance(written, dict) or (
+            isinstance(written, list) and any(isinstance(i, dict) for i in written)
+        )
+        if in_objects or any(isinstance(image, str) and image.startswith(("data:", "file:")) for image in images):
+            return False
+    return True
+
+
+def _files_state(source: Source) -> str:
+    """What the cache of a source depends on, apart from the images: its files, and how it is read."""
+    states: list[Any] = [source.container.fingerprint]
+    for path in source.container.files:
+        status = os.stat(path)
+        # With ctime, which no program can set.
+        states.append([path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino])
+    images = source.images
+    folder = None if images.folder is None else os.path.realpath(images.folder)
+    return json.dumps([source.where, source.format, states, folder, images.allow_outside, images.allow_urls])
+
+
+def _images_state(dataset: datasets.Dataset, others: Sequence[str] = ()) -> str:
+    """Digest of path, size and time of every image file that the rows name, and of some others."""
+    digest = blake2b(digest_size=16)
+
+    def add(path: str) -> None:
+        try:
+            status = os.stat(path)
+            state = f"{path}\t{status.st_size}\t{status.st_mtime_ns}\n"
+        except (OSError, ValueError):
+            state = f"{path}\tmissing\n"
+        digest.update(state.encode("utf-8", "surrogatepass"))
+
+    for chunk in dataset.data.column("images").chunks:
+        # Only files: an embedded picture's path is a name that it once had.
+        images = pc.list_flatten(chunk)
+        names = images.filter(pc.is_null(pc.struct_field(images, "bytes"))).field("path")
+        for path in pc.unique(names).to_pylist():
+            add(path)
+    for path in others:
+        add(path)
+    return digest.hexdigest()
+
+
+def _undecoded(dataset: datasets.Dataset) -> datasets.Dataset:
+    # The collator opens a picture as the original does, without its EXIF orientation. Said of the rows as they lie on
+    # the disk: cast_column would write them all a second time, embedded pictures included.
+    info = dataset.info.copy()
+    info.features = datasets.Features({**FEATURES, "images": List(Image(decode=False))})
+    return datasets.Dataset(dataset.data, info=info, split=dataset.split, fingerprint=dataset._fingerprint)

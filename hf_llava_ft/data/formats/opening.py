@@ -1,0 +1,149 @@
+"""From a file, a folder or a Hub id to what holds its rows.
+
+What may surprise:
+* Files are told apart by their first bytes, folders by what lies in them.
+* Splits of a folder of Parquet are those that `datasets` would find: by the `configs` of its README, or by file names.
+  `train` is taken unless another is asked for.
+"""
+
+import os
+import stat
+from typing import Any
+
+import datasets
+
+from hf_llava_ft.data.formats.containers import (
+    ArrowRows,
+    Container,
+    CsvFile,
+    ImageFolderMetadata,
+    JsonFile,
+    ParquetFiles,
+    one_line,
+)
+from hf_llava_ft.errors import UserError
+
+_METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of `imagefolder` in `datasets`
+
+
+def open_container(path: str, split: str | None = None) -> Container:
+    """
+    Args:
+        path (`str`): a file or a folder.
+        split (`str`, *optional*): of a folder with several; `train` if there is one by default.
+
+    Raises:
+        `UserError`: if it holds nothing that can be read as rows.
+    """
+    if os.path.isdir(path):
+        return _open_folder(path, split)
+    if split is not None:
+        raise UserError(f"{path} is a file and has no split {split!r}; leave it out.")
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(f"{path} is neither a file nor a folder; give one that holds a data set.")
+        with open(path, "rb") as file:
+            head = file.read(2**16)
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error.strerror or error}); check the path.") from None
+    if head[:4] == b"PAR1":
+        return ParquetFiles(path, [path])
+    if head.startswith(b"version https://git-lfs.github.com/spec"):
+        raise UserError(f"{path} is the pointer of Git LFS to a file, and not the file; fetch it with git lfs pull.")
+    if head[:2] in (b"PK", b"\x1f\x8b"):
+        raise UserError(f"{path} is an archive; unpack it and give what was in it.")
+    if head[:8] == b"ARROW1\0\0":
+        raise UserError(f"{path} is an Arrow file; give the folder that save_to_disk wrote, or Parquet.")
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    first_line = text.splitlines()[0] if text else b""
+    # A table has at least two columns; anything else is left to the JSON reader, which says what is wrong and where.
+    if text[:1] not in (b"[", b"{", b'"', b"") and b"," in first_line and b"\0" not in first_line:
+        return CsvFile(path)
+    if text[:1] == b'"' and b'","' in first_line:
+        return CsvFile(path)
+    return JsonFile(path, text[:1])
+
+
+def load_hub_dataset(name: str, split: str | None) -> Container:
+    """
+    A data set of the Hub, downloaded into the cache of `datasets`; code of the Hub is never run.
+
+    Args:
+        name (`str`): `user/name`.
+        split (`str`, *optional*): `train` by default, or the only one.
+    """
+    try:
+        loaded = datasets.load_dataset(name, split=split)
+    except Exception as error:  # of datasets, huggingface_hub, httpx and fsspec; all mean the same here
+        raise UserError(
+            f"{name} is no file here and can't be loaded from the Hub ({one_line(error)}); "
+            "check the name, the split and the network."
+        ) from error
+    return ArrowRows("Hub data set", name if split is None else f"{name}:{split}", _one_split(loaded, name, None))
+
+
+def _open_folder(folder: str, split: str | None) -> Container:
+    if any(os.path.isfile(os.path.join(folder, name)) for name in ("dataset_dict.json", "state.json")):
+        try:
+            loaded = datasets.load_from_disk(folder)
+        except Exception as error:  # pyarrow, json and datasets each have their own
+            raise UserError(f"{folder} can't be loaded from disk ({one_line(error)}); save it again.") from None
+        where = folder if split is None else f"{folder}:{split}"
+        return ArrowRows("save_to_disk folder", where, _one_split(loaded, folder, split))
+
+    for place in filter(None, (split and os.path.join(folder, split), folder, os.path.join(folder, "train"))):
+        for name in _METADATA_NAMES:
+            if os.path.isfile(os.path.join(place, name)):
+                return ImageFolderMetadata(place, open_container(os.path.join(place, name)))
+
+    parquet, others = [], []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if name.endswith(".parquet"):
+                parquet.append(os.path.join(parent, name))
+            elif name.endswith((".json", ".jsonl")) and parent == folder:
+                others.append(os.path.join(parent, name))
+    if parquet:
+        return ParquetFiles(folder if split is None else f"{folder}:{split}", _split_files(folder, split))
+    if len(others) == 1 and split is None:
+        return open_container(others[0])
+    held = f"{len(others)} JSON files" if others else "no data file"
+    raise UserError(
+        f"{folder} holds {held}, no Parquet, no metadata.csv and nothing that save_to_disk wrote; "
+        "give the data file itself."
+    )
+
+
+def _split_files(folder: str, split: str | None) -> list[str]:
+    try:
+        # By the rules of `datasets` for names and READMEs. Nothing is read but the README.
+        data_files = datasets.load_dataset_builder(folder).config.data_files or {}
+    except Exception as error:
+        raise UserError(
+            f"{folder}: its data files can't be told ({one_line(error)}); give a Parquet file itself."
+        ) from None
+    splits = {str(name): [str(path) for path in paths] for name, paths in data_files.items()}
+    files = splits[_split_name(list(splits), folder, split)]
+    root = os.path.join(os.path.abspath(folder), "")
+    outside = next((path for path in files if not os.path.abspath(path).startswith(root)), None)
+    if outside is not None:
+        raise UserError(f"{folder}: its README names the data file {outside!r}, outside the folder; correct it.")
+    return files
+
+
+def _one_split(loaded: Any, where: str, split: str | None) -> datasets.Dataset:
+    if isinstance(loaded, dict):
+        return loaded[_split_name(list(loaded), where, split)]
+    if split is not None and str(loaded.split) != split:
+        raise UserError(f"{where} has no split {split!r}; leave it out.")
+    return loaded
+
+
+def _split_name(names: list[str], where: str, split: str | None) -> str:
+    if split is None:
+        split = "train" if "train" in names or not names else names[0] if len(names) == 1 else None
+    if split not in names:
+        wanted = "which is not told" if split is None else f"not {split!r}"
+        raise UserError(f"{where} has the splits {', '.join(names) or 'none'}, {wanted}; write {where}:SPLIT.")
+    return split

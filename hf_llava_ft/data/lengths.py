@@ -1,0 +1,199 @@
+"""How many tokens each row has, and how many of them are learned: for the whole set, on all cores, kept on disk.
+
+The numbers are those of `LlavaProcessor.encode_conversation`, from text alone. A picture takes as many tokens as the
+processor says for its size, which stands in the file's header: no pixel is decoded, and under LLaVA-1.5, where all
+pictures take the same, no file is opened.
+
+What may surprise: the numbers are found again only for the same rows, tokenizer, chat template and image settings.
+Rows are known by the data set's fingerprint, which `load_llava_json` makes from the contents of the files; so a set
+that is only in memory is counted each time.
+"""
+
+import io
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import tokenizers
+import transformers
+from datasets import Dataset
+from filelock import FileLock
+from PIL import Image
+
+from hf_llava_ft.data.garbage import garbage_collection_paused
+from hf_llava_ft.data.worker_pool import results_in_order
+from hf_llava_ft.errors import UserError
+from hf_llava_ft.processing.processing_llava import LlavaProcessor
+
+_VERSION = 1  # raise it when the same rows give other numbers
+_ROWS_AT_ONCE = 256
+
+
+@dataclass
+class TokenCounts:
+    """
+    Args:
+        num_tokens (`int64[N]`): length of each row, image tokens included; 0 for a refused one.
+        num_supervised (`int64[N]`): how many of these tokens are learned.
+        refused (`dict[int, str]`): row (from 0) -> why it can't be encoded: the chat template does not take it, its
+            `<image>` places and images differ in number, or an image's header can't be read.
+    """
+
+    num_tokens: np.ndarray
+    num_supervised: np.ndarray
+    refused: dict[int, str] = field(default_factory=dict)
+
+
+def token_counts(dataset: Dataset, processor: LlavaProcessor, num_proc: int | None = None) -> TokenCounts:
+    """
+    Args:
+        dataset (`datasets.Dataset`): with the columns `messages` and `images`.
+        processor (`LlavaProcessor`): encodes the rows.
+        num_proc (`int`, *optional*): processes; by default one for each core.
+
+    Of several processes that ask for the same at once, as the ranks of a run do, one counts and the others wait.
+    """
+    if not dataset.cache_files:
+        return _count(dataset, processor, num_proc)
+    folder = Path(dataset.cache_files[0]["filename"]).parent
+    if not os.access(folder, os.W_OK):  # a cache that is shared for reading
+        return _count(dataset, processor, num_proc)
+    kept = folder / f"token-counts-{_key(dataset, processor)}.npy"
+    with FileLock(f"{kept}.lock"):
+        if kept.exists():
+            return TokenCounts(*np.load(kept, allow_pickle=False))
+        counts = _count(dataset, processor, num_proc)
+        if not counts.refused:
+            unfinished = kept.with_suffix(".incomplete")
+            with open(unfinished, "wb") as file:
+                np.save(file, np.stack([counts.num_tokens, counts.num_supervised]))
+            unfinished.replace(kept)
+        return counts
+
+
+def token_lengths(
+    dataset: Dataset, processor: LlavaProcessor, where: str = "the data set", num_proc: int | None = None
+) -> np.ndarray:
+    """
+    The rows' lengths in tokens.
+
+    Args:
+        dataset, processor, num_proc: as in [`token_counts`].
+        where (`str`): what messages call the data set.
+
+    Returns:
+        `int64[N]`, for each row what `processor.num_tokens` gives.
+
+    Raises:
+        `UserError`: naming the first row that can't be encoded.
+    """
+    counts = token_counts(dataset, processor, num_proc)
+    for index, reason in counts.refused.items():
+        raise UserError(f"{where}: row {index + 1} (id {dataset[index].get('id')!r}): {reason}")
+    return counts.num_tokens
+
+
+def _count(dataset: Dataset, processor: LlavaProcessor, num_proc: int | None) -> TokenCounts:
+    from datasets.utils import tqdm  # the bar that datasets' disable_progress_bars() silences
+
+    # As it lies on the disk: no image is decoded, and where their sizes do not matter none is read.
+    rows = dataset.select_columns(["messages", "images"]).with_format("arrow")
+    if not processor.depends_on_image_size:
+        _ = processor.num_image_tokens  # before processes fork: it takes an image processor, which takes torch
+    counts = TokenCounts(np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows), dtype=np.int64))
+    starts = range(0, len(rows), _ROWS_AT_ONCE)
+    with tqdm(total=len(rows), desc="Counting tokens", unit=" rows") as bar, _one_tokenizer_thread():
+        found = results_in_order(
+            lambda start: _count_some(rows[start : start + _ROWS_AT_ONCE], processor), starts, num_proc
+        )
+        for start, (num_tokens, num_supervised, refused) in zip(starts, found, strict=True):
+            stop = start + len(num_tokens)
+            counts.num_tokens[start:stop] = num_tokens
+            counts.num_supervised[start:stop] = num_supervised
+            counts.refused.update((start + place, reason) for place, reason in refused.items())
+            bar.update(len(num_tokens))
+    return counts
+
+
+def _count_some(rows, processor: LlavaProcessor) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+    """Of a `pyarrow.Table` of R rows, `num_tokens` and `num_supervised` `int64[R]` and `refused` by place in it."""
+    num_tokens, num_supervised = np.zeros((2, len(rows)), dtype=np.int64)
+    refused: dict[int, str] = {}
+    with garbage_collection_paused():
+        num_images = pc.list_value_length(rows["images"]).fill_null(0).to_pylist()
+        images = rows["images"].to_pylist() if processor.depends_on_image_size else [None] * len(rows)
+        places, rendered = [], []
+        for place, messages in enumerate(rows["messages"].to_pylist()):
+            try:
+                rendered.append(processor.render(messages))
+                places.append(place)
+            except ValueError as error:
+                refused[place] = str(error)
+        for place, (ids, supervised) in zip(places, processor.tokenize_rendered(rendered), strict=True):
+            num_places = np.count_nonzero(ids == processor.image_token_id)
+            if num_places != num_images[place]:
+                refused[place] = (
+                    f"the conversation has {num_places} {processor.image_token} and there are {num_images[place]} "
+                    "images: the numbers must be equal."
+                )
+                continue
+            try:
+                num_image_tokens = _num_image_tokens(processor, num_places, images[place])
+            except (OSError, ValueError, SyntaxError) as error:  # a header that Pillow can't read
+                refused[place] = f"the size of an image can't be read ({error}); replace the file or remove the row."
+                continue
+            num_tokens[place] = len(ids) - num_places + num_image_tokens
+            num_supervised[place] = np.count_nonzero(supervised)
+    return num_tokens, num_supervised, dict(sorted(refused.items()))
+
+
+def _num_image_tokens(processor: LlavaProcessor, num_images: int, images: list[dict[str, Any]] | None) -> int:
+    """Tokens of all images of a row together; `images` is needed only where their sizes matter."""
+    if images is None:
+        return num_images * processor.num_image_tokens if num_images else 0
+    total = 0
+    for image in images:
+        # Not turned the way EXIF says, as in `open_picture`.
+        with Image.open(io.BytesIO(image["bytes"]) if image.get("bytes") else image["path"]) as opened:
+            total += processor.num_image_tokens_at(opened.height, opened.width)
+    return total
+
+
+def _key(dataset: Dataset, processor: LlavaProcessor) -> str:
+    """Digest of everything that the numbers follow from."""
+    tokenizer = processor.tokenizer.backend_tokenizer.to_str()
+    # In front of the tokens stands what the last call with padding or truncation has left; each call sets its own.
+    tokenizer = tokenizer[max(0, tokenizer.find('"added_tokens"')) :]
+    parts = [
+        _VERSION,
+        transformers.__version__,
+        tokenizers.__version__,
+        dataset._fingerprint,
+        tokenizer,
+        processor.tokenizer.special_tokens_map,
+        processor.chat_template,
+        type(processor).__name__,
+        processor.to_dict(),
+    ]
+    return blake2b(json.dumps(parts, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+
+
+@contextmanager
+def _one_tokenizer_thread() -> Iterator[None]:
+    # Our processes are as many as there are cores. And the library warns of every fork where this is not set.
+    name = "TOKENIZERS_PARALLELISM"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        del os.environ[name]
