@@ -14,7 +14,9 @@ from transformers import TrainingArguments
 class ModelArguments:
     """Which model is trained, and how it reads."""
 
-    model_name_or_path: str = field(metadata={"help": "LLaVA folder or Hub id, original or llava-hf."})
+    model_name_or_path: str = field(
+        metadata={"help": "LLaVA folder or Hub id, original or llava-hf; or a language model, with --vision_tower."}
+    )
     revision: str | None = field(default=None, metadata={"help": "Revision of the model on the Hub."})
     version: str | None = field(
         default=None,
@@ -26,17 +28,73 @@ class ModelArguments:
     )
     attn_implementation: str = field(default="sdpa", metadata={"help": "sdpa, eager, flash_attention_2, ..."})
     dtype: str = field(default="auto", metadata={"help": "dtype of the weights: auto (as saved), float32, bfloat16."})
+    vision_tower: str | None = field(
+        default=None,
+        metadata={
+            "help": "CLIP or SigLIP model to put in front of a language model. This and the next seven make a "
+            "new LLaVA of one; of a LLaVA they may only say what it is, but for pretrain_mm_mlp_adapter."
+        },
+    )
+    mm_projector_type: str | None = field(
+        default=None, metadata={"help": "linear, mlp{N}x_gelu or identity; default: mlp2x_gelu."}
+    )
+    pretrain_mm_mlp_adapter: str | None = field(
+        default=None,
+        metadata={"help": "Projector to start from: mm_projector.bin, or the folder that stage 1 left."},
+    )
+    mm_vision_select_layer: int | None = field(
+        default=None, metadata={"help": "The tower's hidden state that the projector reads; default: -2."}
+    )
+    mm_vision_select_feature: Literal["patch", "cls_patch"] | None = field(
+        default=None, metadata={"help": "Without the tower's class token or with it; default: patch."}
+    )
+    mm_use_im_start_end: bool | None = field(
+        default=None, metadata={"help": "<im_start> and <im_end> around each picture; default: False."}
+    )
+    mm_patch_merge_type: Literal["flat", "spatial", "spatial_unpad"] | None = field(
+        default=None, metadata={"help": "Of LLaVA-1.6: how the features of the crops become one sequence."}
+    )
+    image_grid_pinpoints: str | None = field(
+        default=None, metadata={"help": "Of LLaVA-1.6: the sizes a picture is fitted into, '[(336, 672), ...]'."}
+    )
+    # Names of the settings above that are defaults of the original's: they hold for a new LLaVA, and a LLaVA that is
+    # given may differ.
+    assumed: frozenset[str] = field(default=frozenset(), init=False, repr=False)
 
 
 @dataclass
 class DataArguments:
     """What it is trained on."""
 
-    data_path: str = field(metadata={"help": "LLaVA JSON or JSONL file."})
+    data_path: str = field(
+        metadata={"help": "Data of any format (docs/data.md): a file, a folder, a Hub id, several with weights."}
+    )
     image_folder: str = field(default=".", metadata={"help": "Folder the image paths in the data are relative to."})
     model_max_length: int | None = field(
         default=None,
         metadata={"help": "Longest row in tokens, image included; default: what the language model takes."},
+    )
+    on_bad_row: Literal["raise", "skip"] = field(
+        default="raise",
+        metadata={
+            "help": "A row that can't be trained on: raise ends with its name before anything is trained. skip leaves "
+            "such rows out, or cuts them where they are only too long, and lists them in skipped_rows.jsonl."
+        },
+    )
+    preview: int = field(
+        default=0, metadata={"help": "Print so many rows before training, with what is learned marked."}
+    )
+    allow_images_outside: bool = field(
+        default=False, metadata={"help": "Take image paths that leave the image folder: absolute, '..', links."}
+    )
+    allow_image_urls: bool = field(default=False, metadata={"help": "Fetch images from http and https addresses."})
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read the rows from their files while training, with no check of the whole set before."},
+    )
+    shuffle_buffer_size: int = field(
+        default=1000,
+        metadata={"help": "With streaming: rows that each worker holds and draws from; 0: the order of the files."},
     )
 
 
@@ -44,16 +102,71 @@ class DataArguments:
 class TuningArguments:
     """Which weights are trained."""
 
-    train_type: Literal["lora", "projector", "freeze_vision", "full"] = field(
+    train_type: Literal["lora", "qlora", "projector", "freeze_vision", "full", "use_lora"] = field(
         default="lora",
         metadata={
-            "help": "lora: LoRA on the language model, and the projector. projector: the projector alone (stage 1). "
-            "freeze_vision: language model and projector (stage 2). full: these and the vision tower."
+            "help": "lora: LoRA on the language model, and the projector. qlora: the same over a quantised language "
+            "model. projector: the projector alone (stage 1). freeze_vision: language model and projector (stage 2). "
+            "full: these and the vision tower. use_lora: lora, as yjin07/train-llava has it."
         },
+    )
+    freeze_backbone: bool = field(
+        default=False,
+        metadata={
+            "help": "With freeze_vision or full: of the language model only its head trains, as in the original."
+        },
+    )
+    freeze_mm_mlp_adapter: bool = field(
+        default=False, metadata={"help": "With lora, freeze_vision or full: the projector stays as it is."}
     )
     lora_r: int = field(default=128, metadata={"help": "LoRA rank."})
     lora_alpha: int = field(default=256, metadata={"help": "LoRA scaling numerator."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the LoRA layers."})
+    lora_bias: Literal["none", "all", "lora_only"] = field(
+        default="none",
+        metadata={"help": "Which biases of the language model train with LoRA: none, all, or those of LoRA's layers."},
+    )
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Linear layers of the language model to put LoRA on, q_proj v_proj ...; default: all."},
+    )
+    lora_vision_tower: bool = field(
+        default=False, metadata={"help": "LoRA on the linear layers of the vision tower too."}
+    )
+    use_dora: bool = field(default=False, metadata={"help": "DoRA: magnitude and direction apart (2402.09353)."})
+    use_rslora: bool = field(
+        default=False, metadata={"help": "Scale by alpha / sqrt(r) instead of alpha / r (2312.03732)."}
+    )
+    bits: Literal[4, 8, 16] = field(
+        default=16, metadata={"help": "Of qlora: bits of the language model's weights, 4 if nothing is said."}
+    )
+    double_quant: bool = field(default=True, metadata={"help": "Of 4 bits: quantise the scales too (2305.14314)."})
+    quant_type: Literal["nf4", "fp4"] = field(default="nf4", metadata={"help": "Of 4 bits: the kind of number."})
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether what trains becomes an adapter."""
+        return self.train_type in ("lora", "qlora")
+
+    def __post_init__(self):
+        if self.train_type == "use_lora":
+            self.train_type = "lora"
+        if self.train_type == "lora" and self.bits < 16:
+            self.train_type = "qlora"
+        if self.train_type == "qlora" and self.bits == 16:
+            self.bits = 4
+        if self.bits < 16 and not self.is_lora:
+            raise ValueError(
+                f"bits {self.bits} needs LoRA, because quantised weights cannot be trained themselves: use train_type "
+                f"qlora (the original's --lora_enable True), or leave bits out."
+            )
+        if self.freeze_backbone and (self.is_lora or self.train_type == "projector"):
+            raise ValueError(
+                f"freeze_backbone has no meaning with train_type {self.train_type}, which does not train the language "
+                f"model's own weights: leave it out."
+            )
+        if self.freeze_mm_mlp_adapter and self.train_type == "projector":
+            raise ValueError("freeze_mm_mlp_adapter leaves train_type projector nothing to train: leave one out.")
 
 
 @dataclass
@@ -64,6 +177,8 @@ class LlavaTrainingArguments(TrainingArguments):
     Args:
         mm_projector_lr (`float`, *optional*):
             Learning rate of the projector; by default `learning_rate`.
+        mm_vision_tower_lr (`float`, *optional*):
+            Learning rate of what trains in the vision tower; by default `learning_rate`.
         group_by_modality_length (`bool`):
             Batches of rows with images or without, each of similar length (LLaVA-1.5).
         sampler_order (`"default"` or `"original"`):
@@ -83,6 +198,7 @@ class LlavaTrainingArguments(TrainingArguments):
     warmup_steps: float = field(default=0.03, metadata={"help": "Steps of warmup, or below 1 the share of all steps."})
     logging_steps: float = field(default=1, metadata={"help": "Steps between two logs."})
     mm_projector_lr: float | None = field(default=None, metadata={"help": "Learning rate of the projector."})
+    mm_vision_tower_lr: float | None = field(default=None, metadata={"help": "Learning rate of the vision tower."})
     group_by_modality_length: bool = field(
         default=False, metadata={"help": "Batches of one modality and similar length."}
     )

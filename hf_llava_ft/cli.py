@@ -22,6 +22,10 @@ BaseOption = Annotated[str | None, typer.Option("--base", help="Base of an adapt
 AttentionOption = Annotated[str, typer.Option("--attn_implementation", help="sdpa, eager, flash_attention_2, ...")]
 MaxNewTokensOption = Annotated[int, typer.Option("--max_new_tokens", min=1, help="Longest answer in tokens.")]
 TemperatureOption = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]
+_FORMAT_HELP = (
+    "llava: that of haotian-liu/LLaVA. llava-hf: transformers' own; a model that it cannot express is written with "
+    "its code, and others load it with trust_remote_code=True."
+)
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
 
 
@@ -70,6 +74,7 @@ def compose(
             seed=seed,
         )
         typer.echo(f"The new LLaVA is at {folder}.", err=True)
+        _print_note_on_code(folder)
 
 
 @app.command(
@@ -81,6 +86,60 @@ def train(context: typer.Context) -> None:
     from hf_llava_ft.train import main as train_main
 
     train_main(context.args)
+
+
+@app.command()
+def check(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Data of any format; as --data_path in training.")],
+    image_folder: Annotated[str, typer.Option("--image_folder", help="Folder the image paths are relative to.")] = ".",
+    model: Annotated[
+        str | None, typer.Option("--model", help="Folder or Hub id that is to be trained; without it, no tokens.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Revision of the model on the Hub.")] = None,
+    version: Annotated[str | None, typer.Option("--version", help="Chat template; default: the model's.")] = None,
+    model_max_length: Annotated[
+        int | None,
+        typer.Option("--model_max_length", min=1, help="Longest row in tokens; default: what the model takes."),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch_size", min=1, help="Rows in a forward pass, for padding and steps.")
+    ] = 16,
+    samples_per_second: Annotated[
+        float | None, typer.Option("--samples_per_second", min=1e-9, help="Of a run before; for the time of an epoch.")
+    ] = None,
+    allow_images_outside: Annotated[
+        bool, typer.Option("--allow_images_outside", help="Take image paths that leave the folder.")
+    ] = False,
+    allow_image_urls: Annotated[bool, typer.Option("--allow_image_urls", help="Fetch images from the web.")] = False,
+    num_proc: Annotated[
+        int | None, typer.Option("--num_proc", min=1, help="Processes; default: one for each core.")
+    ] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Look at a whole data set before training: rows, images, tokens, and everything that training would refuse.
+
+    Ends with 0 if every row can be trained on, 1 if some can't, 2 if data or model can't be opened.
+    """
+    with exit_on_user_error():
+        from hf_llava_ft.checking import run_check
+
+        result = run_check(
+            data,
+            image_folder,
+            model,
+            revision=revision,
+            version=version,
+            model_max_length=model_max_length,
+            batch_size=batch_size,
+            samples_per_second=samples_per_second,
+            allow_outside=allow_images_outside,
+            allow_urls=allow_image_urls,
+            num_proc=num_proc,
+        )
+        if json_file is not None:
+            _write_json(json_file, result.to_json())
+        if not result.trainable:
+            raise typer.Exit(1)
 
 
 @app.command()
@@ -100,15 +159,17 @@ def merge(
         merged = merge_adapter(adapter, output_dir, base=base, dtype=dtype)
         difference = merged.verification.logit_difference
         typer.echo(f"Merged and verified: {merged.output_dir} (largest logit difference {difference:.1e}).", err=True)
+        _print_note_on_code(output_dir)
         if json_file is not None:
-            _write_json(json_file, {"output_dir": str(output_dir), "verified": True, "logit_difference": difference})
+            result = {"output_dir": str(output_dir), "verified": True, "loader": merged.verification.loader}
+            _write_json(json_file, result | {"logit_difference": difference})
 
 
 @app.command()
 def convert(
     model: ModelOption,
     output_dir: Annotated[Path, typer.Option("--output_dir", help="Where the new folder is written.")],
-    checkpoint_format: Annotated[str, typer.Option("--format", help="llava-hf, or llava: that of haotian-liu/LLaVA.")],
+    checkpoint_format: Annotated[str, typer.Option("--format", help=_FORMAT_HELP)],
     base: BaseOption = None,
     vision_tower: Annotated[
         str | None, typer.Option("--vision_tower", help="Name of the tower for the format llava.")
@@ -127,9 +188,10 @@ def convert(
         )
         difference = done.verification.logit_difference
         typer.echo(f"Converted and verified: {done.output_dir} (largest logit difference {difference:.1e}).", err=True)
+        _print_note_on_code(output_dir)
         if json_file is not None:
             result = {"output_dir": str(output_dir), "kind": done.kind, "verified": True}
-            _write_json(json_file, result | {"logit_difference": difference})
+            _write_json(json_file, result | {"loader": done.verification.loader, "logit_difference": difference})
 
 
 @app.command()
@@ -190,6 +252,13 @@ def chat(
                 typer.echo("model: ", nl=False)
                 _print_stream(conversation, line, pending, max_new_tokens=max_new_tokens, temperature=temperature)
                 pending = []
+
+
+def _print_note_on_code(folder: Path) -> None:
+    from hf_llava_ft.remote_code import carries_our_code, note_on_code
+
+    if carries_our_code(folder):
+        typer.echo(note_on_code(folder), err=True)
 
 
 def _print_stream(conversation, question: str, images: list, **generation) -> str:

@@ -13,6 +13,7 @@ from hf_llava_ft.embeddings import grow_embeddings
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.modeling.configuration_llava import LlavaConfig
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
+from hf_llava_ft.original_folders import load_projector
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
 
@@ -27,12 +28,16 @@ def compose_llava(
     version: str | None = None,
     projector_type: str = "mlp2x_gelu",
     vision_feature_layer: int = -2,
+    vision_feature_select_strategy: str | None = None,
     image_aspect_ratio: str = "pad",
+    image_start_end: bool = False,
+    projector: dict[str, torch.Tensor] | None = None,
+    revision: str | None = None,
     dtype: str = "auto",
     seed: int = 42,
 ) -> Path:
     """
-    Writes a LLaVA made of the tower at `vision`, the language model at `language` and a fresh projector.
+    Writes a LLaVA made of the tower at `vision`, the language model at `language` and a projector, fresh or given.
 
     Args:
         vision (`str`): folder or Hub id of a CLIP or SigLIP model.
@@ -40,6 +45,11 @@ def compose_llava(
         version (`str`, *optional*): chat template; by default the tokenizer's own, or what suits it.
         projector_type (`str`): see `LlavaConfig`.
         vision_feature_layer (`int`): the tower's hidden state that the projector reads.
+        vision_feature_select_strategy (`"default"` or `"full"`, *optional*): without the tower's class token or with
+            it; by default without, where it has one.
+        image_start_end (`bool`): put `<im_start>` and `<im_end>` around each image.
+        projector (`dict[str, torch.Tensor]`, *optional*): its weights, by their names in memory.
+        revision (`str`, *optional*): of the language model.
         seed (`int`): governs the fresh projector and the new embedding rows.
 
     Returns:
@@ -50,18 +60,22 @@ def compose_llava(
     if vision_config.model_type not in VISION_KINDS:
         raise UserError(f"{vision} is a {vision_config.model_type}, not a vision tower of the CLIP or SigLIP kind.")
     tower = AutoModel.from_config(vision_config).from_pretrained(vision, dtype=dtype)
-    language_model = AutoModelForCausalLM.from_pretrained(language, dtype=dtype)
+    language_model = AutoModelForCausalLM.from_pretrained(language, revision=revision, dtype=dtype)
     model, processor = compose_from_parts(
         tower,
         language_model,
-        load_tokenizer(language),
+        load_tokenizer(language, revision=revision),
         version=version,
         projector_type=projector_type,
         vision_feature_layer=vision_feature_layer,
+        vision_feature_select_strategy=vision_feature_select_strategy,
         image_aspect_ratio=image_aspect_ratio,
+        image_start_end=image_start_end,
         tower_name=vision,
         seed=seed,
     )
+    if projector is not None:
+        load_projector(model, projector)
     return save_composed(model, processor, output_dir)
 
 
@@ -73,7 +87,9 @@ def compose_from_parts(
     version: str | None = None,
     projector_type: str = "mlp2x_gelu",
     vision_feature_layer: int = -2,
+    vision_feature_select_strategy: str | None = None,
     image_aspect_ratio: str = "pad",
+    image_start_end: bool = False,
     tower_name: str | None = None,
     seed: int = 42,
 ) -> tuple[LlavaForCausalLM, LlavaProcessor]:
@@ -83,7 +99,9 @@ def compose_from_parts(
         tower.config,
         version=version,
         image_aspect_ratio=image_aspect_ratio,
+        vision_feature_select_strategy=vision_feature_select_strategy,
         tower_name=tower_name,
+        image_start_end=image_start_end,
     )
     set_seed(seed)
     grow_embeddings(language_model, max(len(processor.tokenizer), processor.image_token_id + 1))

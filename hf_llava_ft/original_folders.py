@@ -6,6 +6,7 @@ projector, and with added image tokens the embeddings), and the flat config.json
 """
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -52,6 +53,41 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 def read_projector(folder: Path) -> dict[str, torch.Tensor]:
     """The weights of a stage-1 folder, by their names in memory."""
     return read_weights(folder / PROJECTOR_FILE)
+
+
+def load_projector(model: LlavaForCausalLM, weights: dict[str, torch.Tensor]) -> None:
+    """
+    Puts the weights of a projector, by their names in memory, into `model`, which ZeRO-3 may have divided.
+
+    Raises:
+        UserError: if they are not those of this model's projector.
+    """
+    prefix = f"model.{PROJECTOR}."
+    own = {name: p for name, p in model.named_parameters() if name.startswith(prefix)}
+    with gathered(list(own.values())):
+        shapes = {name: tuple(parameter.shape) for name, parameter in own.items()}
+        given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        if shapes != given:
+            raise UserError(
+                f"the projector does not fit the model: its weights are {_listed(given, prefix)}, and the model's "
+                f"{_listed(shapes, prefix)}; see --mm_projector_type and --vision_tower."
+            )
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(weights[name])
+
+
+def _listed(shapes: dict[str, tuple[int, ...]], prefix: str) -> str:
+    return ", ".join(f"{name.removeprefix(prefix)} {list(shape)}" for name, shape in sorted(shapes.items())) or "none"
+
+
+def gathered(parameters: list[torch.nn.Parameter]) -> AbstractContextManager:
+    """Inside the block, parameters that ZeRO-3 has divided are whole, and what the first rank writes is kept."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
 
 
 def read_non_lora(folder: Path) -> dict[str, torch.Tensor]:

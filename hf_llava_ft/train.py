@@ -7,26 +7,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
-from transformers import HfArgumentParser, set_seed
+from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME
 
 from hf_llava_ft.arguments import DataArguments, LlavaTrainingArguments, ModelArguments, TuningArguments
-from hf_llava_ft.artifact import check_writable, staged_files
+from hf_llava_ft.artifact import check_writable, staged_files, told_of_a_full_disk
 from hf_llava_ft.checkpoints import ADAPTER_CONFIG, check_attention, load_model, load_processor
-from hf_llava_ft.data.builder import load_llava_json
+from hf_llava_ft.data.bad_rows import SoundRows, sound_rows, told_of_skipped
+from hf_llava_ft.data.collator import LlavaCollator
+from hf_llava_ft.data.formats import open_source
+from hf_llava_ft.data.stream_loader import refuse_grouping
+from hf_llava_ft.data.streaming import LlavaStream
+from hf_llava_ft.data.token_limit import TokenLimit
 from hf_llava_ft.errors import UserError, exit_on_user_error
-from hf_llava_ft.presets import PRESETS, preset_flags
+from hf_llava_ft.interruption import Interruption, TrainingInterrupted
+from hf_llava_ft.machine import is_first_process
+from hf_llava_ft.parsing import parse_arguments as parse_arguments
+from hf_llava_ft.parsing import resolve
+from hf_llava_ft.preview import first_rows, print_preview
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.progress import LiveProgress
+from hf_llava_ft.quantization import loading_in_few_bits
 from hf_llava_ft.remote_code import carries_our_code, note_on_code
+from hf_llava_ft.resume import checkpoint_to_resume
+from hf_llava_ft.starting_point import starting_point
 from hf_llava_ft.trainer import LlavaTrainer
-from hf_llava_ft.tuning import PROJECTOR, TrainedPart, trained_parts, with_tuning
+from hf_llava_ft.tuning import PROJECTOR, VISION_TOWER, TrainedPart, trained_parts, with_tuning
 
 
 @dataclass(frozen=True)
@@ -45,40 +57,6 @@ class TrainingResult:
     seconds: float
 
 
-def parse_arguments(argv: Sequence[str]):
-    """
-    Raises:
-        UserError: for an unknown flag.
-    """
-    classes: Any = (ModelArguments, DataArguments, TuningArguments, LlavaTrainingArguments)
-    parser = HfArgumentParser(
-        classes,
-        prog="llava-ft train",
-        description="Fine-tune a LLaVA on images with conversations. --preset NAME sets a recipe, which the flags "
-        f"that follow may change: {', '.join(PRESETS)}.",
-        allow_abbrev=False,
-    )
-    argv = _with_preset(list(argv))
-    try:
-        *parsed, unknown = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True)
-    except ValueError as error:
-        raise UserError(str(error).splitlines()[0]) from error
-    if unknown:
-        raise UserError(f"unknown argument {unknown[0]}; llava-ft train --help lists them all.")
-    return parsed
-
-
-def _with_preset(argv: list[str]) -> list[str]:
-    """`argv` with `--preset NAME` replaced by its flags, in front, so that the user's own flags win."""
-    for index, argument in enumerate(argv):
-        name, _, value = argument.partition("=")
-        if name == "--preset":
-            rest = argv[:index] + argv[index + (1 if value else 2) :]
-            preset = value or (argv[index + 1] if index + 1 < len(argv) else "")
-            return [*preset_flags(preset), *rest]
-    return argv
-
-
 def train(
     model_args: ModelArguments,
     data_args: DataArguments,
@@ -87,15 +65,18 @@ def train(
     console: Console | None = None,
 ) -> TrainingResult:
     """Trains as told and leaves adapter or whole model at `training_args.output_dir`, checkpoints below it."""
-    console = console or Console(stderr=True)
+    console = console or Console(stderr=True, quiet=training_args.process_index != 0)
     output_dir = Path(str(training_args.output_dir))
     check_writable(output_dir)
     check_attention(model_args.attn_implementation)
-    checkpoint = _checkpoint_to_resume(training_args)
+    checkpoint, passed_over = checkpoint_to_resume(training_args.resume_from_checkpoint, output_dir)
+    for sentence in passed_over:
+        console.print(sentence, highlight=False)
     # Before anything is initialised: LoRA's matrices and the order of the data follow from --seed alone.
     set_seed(training_args.seed)
 
-    processor = load_processor(model_args.model_name_or_path, model_args.revision)
+    start = starting_point(model_args, tuning_args, training_args)
+    processor = load_processor(start.name, start.revision)
     if model_args.version is not None:
         try:
             processor.use_chat_template(model_args.version)
@@ -108,58 +89,91 @@ def train(
         )
     if model_args.image_aspect_ratio is not None:
         _use_aspect_ratio(processor, model_args)
-    dataset = load_llava_json(data_args.data_path, data_args.image_folder)
+    rows = _open_stream(data_args, training_args) if data_args.streaming else _open_rows(data_args, training_args)
     model: Any = load_model(
-        model_args.model_name_or_path,
+        start.name,
         processor,
-        revision=model_args.revision,
+        revision=start.revision,
         dtype=model_args.dtype,
         attn_implementation=model_args.attn_implementation,
+        **loading_in_few_bits(tuning_args, training_args),
     )
+    start.put_projector_into(model)
     longest = data_args.model_max_length or model.config.text_config.max_position_embeddings
-    check_lengths(dataset, processor, longest, data_args.data_path)
+    skips = data_args.on_bad_row == "skip"
+    dataset: Dataset | LlavaStream
+    if isinstance(rows, LlavaStream):
+        rows.row_check = TokenLimit(processor, longest, takes_longer=skips)
+        dataset = rows
+    else:
+        dataset = rows.that_fit(processor, longest)
+        told = told_of_skipped(rows, longest, output_dir) if training_args.process_index == 0 else None
+        if told is not None:
+            console.print(told, highlight=False)
+    if data_args.preview:
+        first = rows.first(data_args.preview) if isinstance(rows, SoundRows) else None
+        shown = first or first_rows(rows.sources, data_args.preview)
+        print_preview(console, processor, shown)
 
     set_seed(training_args.seed)
-    model = with_tuning(model, tuning_args, model_args.model_name_or_path, model_args.revision)
+    model = with_tuning(model, tuning_args, start.name, start.revision)
     trained = trained_parts(model)
     progress = LiveProgress(console)
+    interruption = Interruption(lambda sentence: console.print(sentence, highlight=False))
     training_args.disable_tqdm = True  # one bar, ours
     trainer = LlavaTrainer(
         model=model,
         args=training_args,
         train_dataset=dataset,
         processing_class=processor,
-        callbacks=[progress],
+        data_collator=LlavaCollator(processor, uint8_pixels=True, max_length=longest if skips else None),
+        callbacks=[progress, interruption],
     )
     _without_printed_logs(trainer)
     if trainer.is_world_process_zero():
         console.print(_table(trained, training_args))
-    output = trainer.train(resume_from_checkpoint=checkpoint)
+    with told_of_a_full_disk(output_dir):
+        output = trainer.train(resume_from_checkpoint=checkpoint)
+    if interruption.signal_number is not None:
+        raise TrainingInterrupted(trainer.state.global_step, output_dir, interruption.signal_number)
     is_adapter = isinstance(model, PeftModel)
     if not is_adapter:
         model.config.use_cache = True  # the Trainer has switched it off
-    with staged_files(output_dir, last=ADAPTER_CONFIG if is_adapter else CONFIG_NAME) as staged:
+    last = ADAPTER_CONFIG if is_adapter else CONFIG_NAME
+    with told_of_a_full_disk(output_dir), staged_files(output_dir, last=last) as staged:
         trainer.save_model(str(staged))
     trainer.save_state()
+    if not is_adapter and trainer.is_world_process_zero():
+        start.remove_composed()  # an adapter goes on needing it
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return TrainingResult(output_dir, losses, trained, seconds=float(output.metrics["train_runtime"]))
 
 
-def check_lengths(dataset: Dataset, processor: LlavaProcessor, longest: int, data_path: str) -> None:
-    """
-    Raises:
-        UserError: naming the first row that is longer than `longest` tokens: nothing is cut in silence.
-    """
-    for number, (row_id, messages) in enumerate(zip(dataset["id"], dataset["messages"], strict=True), start=1):
-        try:
-            length = processor.num_tokens(messages)
-        except ValueError as error:
-            raise UserError(f"{data_path}: row {number} (id {row_id!r}): {error}") from error
-        if length > longest:
-            raise UserError(
-                f"{data_path}: row {number} (id {row_id!r}) has {length} tokens and the limit is {longest}: "
-                f"shorten it, or raise --model_max_length up to what the language model takes."
-            )
+def _open_rows(data_args: DataArguments, args: LlavaTrainingArguments) -> SoundRows:
+    return sound_rows(
+        data_args.data_path,
+        data_args.image_folder,
+        on_bad_row=data_args.on_bad_row,
+        allow_outside=data_args.allow_images_outside,
+        allow_urls=data_args.allow_image_urls,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+    )
+
+
+def _open_stream(data_args: DataArguments, args: LlavaTrainingArguments) -> LlavaStream:
+    refuse_grouping(args)
+    sources = open_source(
+        data_args.data_path,
+        data_args.image_folder,
+        allow_outside=data_args.allow_images_outside,
+        allow_urls=data_args.allow_image_urls,
+    )
+    return LlavaStream(
+        sources,
+        shuffle_buffer_size=data_args.shuffle_buffer_size,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        on_bad_row=data_args.on_bad_row,
+    )
 
 
 def _use_aspect_ratio(processor: LlavaProcessor, model_args: ModelArguments) -> None:
@@ -172,21 +186,6 @@ def _use_aspect_ratio(processor: LlavaProcessor, model_args: ModelArguments) -> 
         )
     if not cuts_into_crops:
         processor.image_processor.do_pad = wanted == "pad"
-
-
-def _checkpoint_to_resume(args: LlavaTrainingArguments) -> str | None:
-    wanted = args.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() == "false":
-        return None
-    if str(wanted).lower() != "true":
-        if not Path(wanted, "trainer_state.json").is_file():
-            raise UserError(f"{wanted} is not a checkpoint to resume from: it has no trainer_state.json.")
-        return str(wanted)
-    output_dir = str(args.output_dir)
-    last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-    if last is None:
-        raise UserError(f"--resume_from_checkpoint: {args.output_dir} holds no checkpoint.")
-    return last
 
 
 def _without_printed_logs(trainer: LlavaTrainer) -> None:
@@ -210,14 +209,28 @@ def learning_rate_of(part: TrainedPart, args: LlavaTrainingArguments) -> str:
     """Peak learning rate of a part as text; a dash for a frozen one."""
     if not part.num_trainable:
         return "-"
-    return f"{args.mm_projector_lr if part.part == PROJECTOR and args.mm_projector_lr else args.learning_rate:g}"
+    own = {PROJECTOR: args.mm_projector_lr, VISION_TOWER: args.mm_vision_tower_lr}.get(part.part)
+    return f"{args.learning_rate if own is None else own:g}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parses `argv`, trains, and prints where the adapter is; exits with 2 on bad input."""
+    """Parses `argv`, trains, and prints where the adapter is; exits with 2 on bad input. With `--dry_run`, prints the
+    settings as JSON instead."""
     with exit_on_user_error():
-        result = train(*parse_arguments(sys.argv[1:] if argv is None else argv))
-        console = Console(stderr=True)
+        settings = resolve(sys.argv[1:] if argv is None else argv)
+        if settings.dry_run:
+            if is_first_process():
+                print(settings.to_json())
+            return
+        if is_first_process():
+            for note in settings.notes:
+                print(note, file=sys.stderr)
+        try:
+            result = train(*settings.build())
+        except TrainingInterrupted as interrupted:
+            print(interrupted, file=sys.stderr)
+            sys.exit(interrupted.exit_code)
+        console = Console(stderr=True, quiet=not PartialState().is_main_process)
         console.print(
             f"The result is at {result.adapter_dir}. Ask it: llava-ft chat --model {result.adapter_dir}",
             highlight=False,

@@ -1,8 +1,8 @@
 """`LlavaTrainer`: transformers' Trainer with what LLaVA needs and it lacks.
 
-A learning rate of its own for the projector; batches by modality and length; head and loss at the supervised positions
-only; checkpoints in the layout that the model is read from. The loss is the mean over the supervised tokens of the
-whole optimiser step, over accumulation and ranks; the original's mean of the means of the micro-batches is
+Learning rates of their own for projector and tower; batches by modality and length; head and loss at the supervised
+positions only; checkpoints in the layout that the model is read from. The loss is the mean over the supervised tokens
+of the whole optimiser step, over accumulation and ranks; the original's mean of the means of the micro-batches is
 `loss_normalization="micro_batch"`.
 
 What may surprise: rows of the head that stand for no token, and that of `<image>`, have no part in the loss. They were
@@ -11,25 +11,33 @@ ever holds them. With them in the sum, every probability would be a little too s
 """
 
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from hf_llava_ft.arguments import LlavaTrainingArguments
 from hf_llava_ft.data.builder import modality_lengths
 from hf_llava_ft.data.collator import LlavaCollator
 from hf_llava_ft.data.sampler import ModalityLengthSampler, OriginalOrderSampler
+from hf_llava_ft.data.stream_loader import StreamPosition, refuse_grouping, stream_dataloader
+from hf_llava_ft.data.streaming import LlavaStream
 from hf_llava_ft.modeling.weight_names_llava import name_in_memory
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
-from hf_llava_ft.tuning import PROJECTOR, part_of
+from hf_llava_ft.processing.uint8_pixels_llava import can_hand_over_uint8, normalize_pixels
+from hf_llava_ft.resume import SEAL, seal
+from hf_llava_ft.tuning import PROJECTOR, VISION_TOWER, part_of
 
 # Steps whose rows are sorted by length together, as transformers' own LengthGroupedSampler has it. The original sorts
 # within one step, which balances the ranks but saves no padding.
@@ -51,8 +59,12 @@ class LlavaTrainer(Trainer):
     def __init__(self, model=None, args: LlavaTrainingArguments | None = None, data_collator=None, **kwargs):
         processor = kwargs.get("processing_class")
         if data_collator is None and isinstance(processor, LlavaProcessor):
-            data_collator = LlavaCollator(processor)
+            data_collator = LlavaCollator(processor, uint8_pixels=True)
+        # First, so that what it refuses is said before a progress bar is up.
+        kwargs["callbacks"] = [StreamPosition(), *(kwargs.get("callbacks") or [])]
         super().__init__(model=model, args=args or LlavaTrainingArguments(), data_collator=data_collator, **kwargs)
+        if isinstance(self.train_dataset, LlavaStream):
+            refuse_grouping(self.args)
         if isinstance(processor, LlavaProcessor):
             unwrapped = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
             unwrapped.loss_function = LossOverTokens(
@@ -63,6 +75,17 @@ class LlavaTrainer(Trainer):
             # In transformers 5.17 as in 5.23.
             self.model_accepts_loss_kwargs = False
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """As in transformers, and pictures that the collator handed over as uint8 become floats on the device."""
+        inputs = super()._prepare_inputs(inputs)
+        pixels = inputs.get("pixel_values")
+        if pixels is None or pixels.dtype != torch.uint8 or not isinstance(self.processing_class, LlavaProcessor):
+            return inputs
+        if can_hand_over_uint8(self.processing_class.image_processor):
+            pixels = normalize_pixels(self.processing_class.image_processor, pixels)
+            inputs["pixel_values"] = self._prepare_input(pixels)  # to what DeepSpeed computes in
+        return inputs
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if model.training and not return_outputs and self.label_smoother is None and self.compute_loss_func is None:
             inputs = {**inputs, "supervised_logits_only": True}
@@ -71,11 +94,21 @@ class LlavaTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         is_new = self.optimizer is None
         optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
-        if is_new and self.args.mm_projector_lr is not None:
-            named = (self.model if model is None else model).named_parameters()
-            projector = {parameter for name, parameter in named if part_of(name) == PROJECTOR}
-            _split_off(optimizer, projector, self.args.mm_projector_lr)
+        rates = {PROJECTOR: self.args.mm_projector_lr, VISION_TOWER: self.args.mm_vision_tower_lr}
+        for part, rate in rates.items():
+            if is_new and rate is not None:
+                named = (self.model if model is None else model).named_parameters()
+                _split_off(optimizer, {parameter for name, parameter in named if part_of(name) == part}, rate)
         return optimizer
+
+    def get_train_dataloader(self) -> DataLoader:
+        if isinstance(self.train_dataset, LlavaStream):
+            return stream_dataloader(self.train_dataset, self.data_collator, self.args, self._train_batch_size)
+        return super().get_train_dataloader()
+
+    def num_examples(self, dataloader: DataLoader) -> int:
+        dataset = dataloader.dataset
+        return dataset.num_rows if isinstance(dataset, LlavaStream) else super().num_examples(dataloader)
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -102,6 +135,22 @@ class LlavaTrainer(Trainer):
             seed=seed,
             pool_steps=LENGTH_POOL_STEPS,
         )
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As in transformers, and sealed when all processes have written their part; older ones go after that."""
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save and folder.is_dir() and not (folder / SEAL).is_file():
+            shutil.rmtree(folder)  # what a run left that was killed here
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal(folder)
+            rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)

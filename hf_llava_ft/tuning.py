@@ -9,6 +9,7 @@ them. It stays frozen in every mode, so that what is said to train is what moves
 
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from hf_llava_ft.arguments import TuningArguments
+from hf_llava_ft.errors import UserError
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
+from hf_llava_ft.quantization import is_quantized, prepare_quantized
 
 LANGUAGE_MODEL, PROJECTOR, VISION_TOWER, LM_HEAD = "language_model", "multi_modal_projector", "vision_tower", "lm_head"
 PARTS = (VISION_TOWER, PROJECTOR, LANGUAGE_MODEL, LM_HEAD)
@@ -28,35 +31,71 @@ def part_of(parameter_name: str) -> str:
     return next((part for part in PARTS if f".{part}." in f".{parameter_name}"), OTHER)
 
 
-def lora_target_pattern(model: LlavaForCausalLM) -> str:
+def lora_target_pattern(model: LlavaForCausalLM, names: list[str] | None = None, *, vision_tower: bool = False) -> str:
     """
-    A regular expression that matches every linear layer of the language model and nothing of tower, projector and
-    head.
+    A regular expression that matches linear layers of the language model, by default all, and with `vision_tower`
+    those of the tower that a gradient reaches; nothing of projector and head.
 
-    Bare names such as `q_proj` would also match CLIP. Source of the set: haotian-liu/LLaVA, `find_all_linear_names`.
+    Bare names such as `q_proj` would also match CLIP. Source of the default: haotian-liu/LLaVA,
+    `find_all_linear_names`.
+
+    Args:
+        names (`list[str]`, *optional*): of layers of the language model, such as `q_proj`.
+
+    Raises:
+        UserError: if the language model has no layer of one of the `names`.
     """
-    names = {
-        name.rsplit(".", 1)[-1]
-        for name, module in model.get_submodule(f"model.{LANGUAGE_MODEL}").named_modules()
-        if isinstance(module, nn.Linear)
-    }
-    return rf"model\.{LANGUAGE_MODEL}\..*\.({'|'.join(sorted(map(re.escape, names)))})"
+    known = {name.rsplit(".", 1)[-1] for name in _linear_layers(model, LANGUAGE_MODEL)}
+    for name in names or ():
+        if name not in known:
+            raise UserError(
+                f"--lora_target_modules {name}: the language model has no linear layer of that name; it has "
+                f"{', '.join(sorted(known))}."
+            )
+    pattern = rf"model\.{LANGUAGE_MODEL}\..*\.({_any_of(names or known)})"
+    if not vision_tower:
+        return pattern
+    idle = tuple(f"{name}." for name in idle_tower_modules(model))
+    layers, leaves = set(), set()
+    for name in _linear_layers(model, VISION_TOWER):
+        in_layer = re.search(r"\.layers\.(\d+)\.(?:.*\.)?(\w+)$", name)
+        if in_layer and not name.startswith(idle):
+            layers.add(in_layer[1])
+            leaves.add(in_layer[2])
+    return rf"(?:{pattern}|model\.{VISION_TOWER}\..*\.layers\.({_any_of(layers)})\..*\.({_any_of(leaves)}))"
+
+
+def _linear_layers(model: LlavaForCausalLM, part: str) -> list[str]:
+    """Full names of the linear layers of a part."""
+    modules = model.get_submodule(f"model.{part}").named_modules(prefix=f"model.{part}")
+    return [name for name, module in modules if isinstance(module, nn.Linear)]
+
+
+def _any_of(words: Iterable[str]) -> str:
+    return "|".join(sorted(map(re.escape, words)))
 
 
 def with_lora(
     model: LlavaForCausalLM, arguments: TuningArguments, base: str, revision: str | None = None
 ) -> PeftModel:
     """
-    Wraps `model` for LoRA training.
+    Wraps `model`, which may be quantised, for LoRA training.
 
     Args:
         base (`str`): the folder or Hub id the adapter will name as its base.
     """
+    if is_quantized(model):
+        prepare_quantized(model)
     config = LoraConfig(
         r=arguments.lora_r,
         lora_alpha=arguments.lora_alpha,
         lora_dropout=arguments.lora_dropout,
-        target_modules=lora_target_pattern(model),
+        bias=arguments.lora_bias,
+        use_dora=arguments.use_dora,
+        use_rslora=arguments.use_rslora,
+        target_modules=lora_target_pattern(
+            model, arguments.lora_target_modules, vision_tower=arguments.lora_vision_tower
+        ),
         modules_to_save=[PROJECTOR],
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
@@ -67,7 +106,18 @@ def with_lora(
     peft_model = get_peft_model(model, config)
     peft_model.peft_config["default"].base_model_name_or_path = base  # get_peft_model takes it from the loaded model
     _with_float32_projector(peft_model)
+    _only_biases_of_the_language_model(peft_model, arguments)
     return peft_model
+
+
+def _only_biases_of_the_language_model(model: PeftModel, arguments: TuningArguments) -> None:
+    """PEFT's `bias="all"` would train the tower's, and those of its untouched copy of the projector."""
+    if arguments.lora_bias != "all":
+        return
+    for name, parameter in model.named_parameters():
+        untouched = part_of(name) == VISION_TOWER or ".original_module." in name
+        if untouched and "lora_" not in name:
+            parameter.requires_grad_(False)
 
 
 def _with_float32_projector(model: nn.Module) -> None:
@@ -88,15 +138,24 @@ WHOLE_PARTS = {
     "freeze_vision": (PROJECTOR, LANGUAGE_MODEL, LM_HEAD, OTHER),
     "full": (*PARTS, OTHER),
 }
+# Of the original's `freeze_backbone`: all that its language model holds but the head, and a head tied to it with it.
+FROZEN_BACKBONE: tuple[str, ...] = (LANGUAGE_MODEL, OTHER)
 
 
 def with_tuning(
     model: LlavaForCausalLM, arguments: TuningArguments, base: str, revision: str | None = None
 ) -> LlavaForCausalLM | PeftModel:
-    """`model` with exactly those weights trainable that `arguments.train_type` names; for LoRA see [`with_lora`]."""
-    if arguments.train_type == "lora":
-        return with_lora(model, arguments, base, revision)
-    return with_whole_parts(model, WHOLE_PARTS[arguments.train_type])
+    """`model` with exactly those weights trainable that `arguments` name; for LoRA see [`with_lora`]."""
+    if arguments.is_lora:
+        tuned: LlavaForCausalLM | PeftModel = with_lora(model, arguments, base, revision)
+    else:
+        tuned = with_whole_parts(model, WHOLE_PARTS[arguments.train_type])
+    frozen = FROZEN_BACKBONE if arguments.freeze_backbone else ()
+    frozen += (PROJECTOR,) if arguments.freeze_mm_mlp_adapter else ()
+    for name, parameter in tuned.named_parameters():
+        if part_of(name) in frozen:
+            parameter.requires_grad_(False)
+    return tuned
 
 
 def with_whole_parts(model: LlavaForCausalLM, parts: tuple[str, ...]) -> LlavaForCausalLM:
@@ -148,8 +207,9 @@ def trained_parts(model: nn.Module) -> list[TrainedPart]:
         if ".original_module." in name:
             continue  # PEFT's untouched copy of what is in modules_to_save
         part = part_of(name)
-        counts[part][0] += parameter.numel() * parameter.requires_grad
-        counts[part][1] += parameter.numel()
+        size = _num_weights(parameter)
+        counts[part][0] += size * parameter.requires_grad
+        counts[part][1] += size
         dtypes[part].add(parameter.dtype)
     return [
         TrainedPart(
@@ -161,3 +221,9 @@ def trained_parts(model: nn.Module) -> list[TrainedPart]:
         for part in (*PARTS, OTHER)
         if part in counts
     ]
+
+
+def _num_weights(parameter: torch.Tensor) -> int:
+    """Number of weights, of which bitsandbytes packs two 4-bit ones into an element."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()

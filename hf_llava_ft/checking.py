@@ -1,0 +1,88 @@
+"""`llava-ft check`: opens what is to be checked, with the eyes of the model that is to be trained on it."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from hf_llava_ft.checkpoints import inspect_checkpoint, load_config, load_processor
+from hf_llava_ft.data.check import check_data
+from hf_llava_ft.data.check_result import CheckResult
+from hf_llava_ft.data.check_summary import print_summary
+from hf_llava_ft.data.formats import open_source
+from hf_llava_ft.errors import UserError
+from hf_llava_ft.processing.processing_llava import LlavaProcessor
+
+
+def processor_for_training(
+    model: str, revision: str | None = None, version: str | None = None, base: str | None = None
+) -> LlavaProcessor:
+    """
+    The processor of a model, with the chat template that it is trained under.
+
+    Args:
+        model (`str`): folder or Hub id.
+        version (`str`, *optional*): name of a chat template, instead of the model's.
+        base (`str`, *optional*): of an adapter.
+
+    Raises:
+        UserError: if there is none, or its template does not mark what ends an answer.
+    """
+    processor = load_processor(model, revision, base=base)
+    if version is not None:
+        try:
+            processor.use_chat_template(version)
+        except ValueError as error:
+            raise UserError(f"--version: {error}") from error
+    if processor.stop_token_id is None and processor.stop_string is None:
+        raise UserError(
+            f"{model}: its chat template does not mark what ends an answer, so the "
+            f"model would never learn to stop: choose one of ours, --version v1 for LLaVA-1.5."
+        )
+    return processor
+
+
+def run_check(
+    data_path: str,
+    image_folder: str | None = ".",
+    model: str | None = None,
+    *,
+    revision: str | None = None,
+    version: str | None = None,
+    model_max_length: int | None = None,
+    batch_size: int = 1,
+    samples_per_second: float | None = None,
+    preview: int = 0,
+    report: Path | None = None,
+    allow_outside: bool = False,
+    allow_urls: bool = False,
+    num_proc: int | None = None,
+    console: Console | None = None,
+) -> CheckResult:
+    """
+    Check a data set, print what was found, and write the report.
+
+    Args:
+        data_path, image_folder, allow_outside, allow_urls: see `open_source`.
+        model (`str`, *optional*): folder or Hub id; without it nothing is said of tokens.
+        version (`str`, *optional*): chat template, instead of the model's.
+        model_max_length (`int`, *optional*): tokens that a row may have; by default what the language model takes.
+        batch_size (`int`): rows in a forward pass.
+        samples_per_second (`float`, *optional*): measured in a run before, for the time of an epoch.
+        preview (`int`): rows to print with what is learned marked; the same number are in the report.
+        report (`Path`, *optional*): HTML file to write.
+        console (`rich.console.Console`, *optional*): where the result is printed; stdout by default.
+
+    Raises:
+        UserError: if data or model can't be opened. What is wrong with a row is in the result.
+    """
+    console = console or Console()
+    sources = open_source(data_path, image_folder, allow_outside=allow_outside, allow_urls=allow_urls)
+    processor = None
+    if model is not None:
+        processor = processor_for_training(model, revision, version)
+        if model_max_length is None:
+            checkpoint = inspect_checkpoint(model, revision)
+            model_max_length = load_config(checkpoint.base, checkpoint.revision).text_config.max_position_embeddings
+    result = check_data(sources, processor, longest=model_max_length, batch_size=batch_size, num_proc=num_proc)
+    print_summary(result, console, samples_per_second)
+    return result

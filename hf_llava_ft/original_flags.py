@@ -1,0 +1,283 @@
+"""The flags of the original LLaVA's train.py, in the words of `llava-ft train`.
+
+Source: haotian-liu/LLaVA c121f04, `llava/train/train.py`, and the TrainingArguments of the transformers 4.37 that it
+runs on. A flag that means the same here and there is an argument of ours (arguments.py) and needs no translation. The
+others have a new name, say together with others what trains, or have no meaning here: those are dropped with a note
+where that changes nothing, and refused where it would.
+
+What the original does when a flag is left out is part of what a command line means. So a command line in its words,
+which says neither `--train_type` nor `--preset`, gets the original's defaults.
+"""
+
+from argparse import ArgumentParser
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.hf_argparser import string_to_bool
+
+from hf_llava_ft.errors import UserError
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """A flag under a new name.
+
+    Args:
+        name (`str`): ours.
+        kind (`type`): of the value.
+    """
+
+    name: str
+    kind: type = str
+
+
+@dataclass(frozen=True)
+class NoMeaning:
+    """A flag that does nothing here.
+
+    Args:
+        kind (`type`): of the value.
+        why (`str`): why not, for the note.
+        harmless (`tuple`, *optional*): the values whose effect is what happens anyway; default: all.
+        instead (`str`): for the error that any other value is.
+    """
+
+    kind: type
+    why: str
+    harmless: tuple[Any, ...] | None = None
+    instead: str = ""
+
+
+_OLD_GPU_ONLY = "transformers 5 has no such switch"
+
+FLAGS: dict[str, Renamed | NoMeaning] = {
+    # transformers renamed them.
+    "evaluation_strategy": Renamed("eval_strategy"),
+    "warmup_ratio": Renamed("warmup_steps", float),
+    "no_cuda": Renamed("use_cpu", bool),
+    "per_gpu_train_batch_size": Renamed("per_device_train_batch_size", int),
+    "per_gpu_eval_batch_size": Renamed("per_device_eval_batch_size", int),
+    "push_to_hub_token": Renamed("hub_token"),
+    "push_to_hub_model_id": Renamed("hub_model_id"),
+    # The original's own.
+    "lazy_preprocess": NoMeaning(bool, "pictures are always opened when their row is due"),
+    "is_multimodal": NoMeaning(bool, "it follows from the data"),
+    "mm_use_im_patch_token": NoMeaning(bool, "no text ever holds the token <im_patch>, so none is added"),
+    "mpt_attn_impl": NoMeaning(str, "it speaks of MPT models alone, which are not trained here"),
+    "lora_weight_path": NoMeaning(
+        str,
+        "the original never reads it",
+        ("",),
+        "to go on from an adapter, merge it (llava-ft merge) and train from the result",
+    ),
+    "cache_dir": NoMeaning(
+        str, "the cache is the Hub library's", ("", "None"), "set the environment variable HF_HUB_CACHE"
+    ),
+    # Those of transformers that are gone.
+    "save_safetensors": NoMeaning(
+        bool,
+        "weights are always saved as safetensors",
+        (True,),
+        "leave it out: no tool needs pickled weights any more",
+    ),
+    "overwrite_output_dir": NoMeaning(bool, "nothing is deleted from the output folder, there as here"),
+    "group_by_length": NoMeaning(
+        bool,
+        "rows are grouped by --group_by_modality_length",
+        (False,),
+        "use --group_by_modality_length True, which batches rows of similar length, with pictures and without apart",
+    ),
+    "adafactor": NoMeaning(bool, "the optimizer is --optim", (False,), "use --optim adafactor"),
+    "half_precision_backend": NoMeaning(
+        str, "it is PyTorch's own", ("auto", "cuda_amp", "cpu_amp"), "leave it out: apex is no longer there"
+    ),
+    "fp16_backend": NoMeaning(
+        str, "it is PyTorch's own", ("auto", "cuda_amp", "cpu_amp"), "leave it out: apex is no longer there"
+    ),
+    "fp16_opt_level": NoMeaning(str, "it speaks of apex, which is no longer there"),
+    "split_batches": NoMeaning(
+        bool, "batch sizes are per device", (False,), """use --accelerator_config '{"split_batches": true}'"""
+    ),
+    "dispatch_batches": NoMeaning(
+        bool, "each process reads its own rows", (False,), """use --accelerator_config '{"dispatch_batches": true}'"""
+    ),
+    "fsdp_min_num_params": NoMeaning(int, "it is part of --fsdp_config", (0,), "use --fsdp_config"),
+    "fsdp_transformer_layer_cls_to_wrap": NoMeaning(str, "it is part of --fsdp_config", (), "use --fsdp_config"),
+    "include_tokens_per_second": NoMeaning(
+        bool, "see --include_num_input_tokens_seen", (False,), "use --include_num_input_tokens_seen"
+    ),
+    "include_inputs_for_metrics": NoMeaning(
+        bool, "see --include_for_metrics", (False,), "use --include_for_metrics inputs"
+    ),
+    "logging_dir": NoMeaning(
+        str, "TensorBoard's folder is set elsewhere", (), "set the environment variable TENSORBOARD_LOGGING_DIR"
+    ),
+    "push_to_hub_organization": NoMeaning(str, "the name says it", ("",), "use --hub_model_id ORGANIZATION/NAME"),
+    "torchdynamo": NoMeaning(str, "see --torch_compile", ("",), "use --torch_compile_backend"),
+    "use_mps_device": NoMeaning(bool, "an Apple GPU is used where there is one"),
+    "use_ipex": NoMeaning(bool, _OLD_GPU_ONLY, (False,), "leave it out"),
+    "jit_mode_eval": NoMeaning(bool, _OLD_GPU_ONLY, (False,), "leave it out, or use --torch_compile True"),
+    "use_legacy_prediction_loop": NoMeaning(bool, _OLD_GPU_ONLY, (False,), "leave it out"),
+    "past_index": NoMeaning(int, _OLD_GPU_ONLY, (-1,), "leave it out"),
+    "tpu_num_cores": NoMeaning(int, _OLD_GPU_ONLY, (), "leave it out"),
+    "tpu_metrics_debug": NoMeaning(bool, _OLD_GPU_ONLY, (False,), "leave it out"),
+    "ray_scope": NoMeaning(str, "it speaks of searches with Ray, which are not done here"),
+    "mp_parameters": NoMeaning(str, _OLD_GPU_ONLY, ("",), "leave it out"),
+}
+# Say together what trains.
+SWITCHES = ("lora_enable", "tune_mm_mlp_adapter")
+
+# A command line with one of these is in the original's words. Those of ours that it has too are not among them.
+MARKERS = frozenset(
+    (*SWITCHES, "freeze_backbone", "freeze_mm_mlp_adapter", "vision_tower", "pretrain_mm_mlp_adapter")
+    + ("mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature", "mm_use_im_start_end")
+    + ("mm_use_im_patch_token", "mm_patch_merge_type", "image_grid_pinpoints", "lazy_preprocess", "is_multimodal")
+    + ("mpt_attn_impl", "lora_weight_path", "cache_dir", "lora_bias", "bits", "double_quant", "quant_type")
+)
+
+# What the original does where ours differs, when nothing is said. Its default template is called v0 and trains v1.
+ORIGINAL_DEFAULTS: dict[str, Any] = {
+    "train_type": "freeze_vision",
+    "version": "v1",
+    "image_aspect_ratio": "square",
+    "mm_projector_type": "linear",
+    "mm_vision_select_layer": -1,
+    "mm_vision_select_feature": "patch",
+    "model_max_length": 512,
+    "lora_r": 64,
+    "lora_alpha": 16,
+    "lora_dropout": 0.05,
+    "learning_rate": 5e-5,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0.0,
+    "logging_steps": 500.0,
+    "optim": "adamw_torch",
+    "loss_normalization": "micro_batch",
+    "sampler_order": "original",
+}
+# They describe a new LLaVA; one that is given may differ.
+OF_A_NEW_LLAVA = frozenset(("mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature"))
+
+# `--train_type use_lora` of yjin07/train-llava, `utils/model.py`; what that leaves to PEFT and transformers, their
+# defaults. Its LoRA also falls on layers of CLIP that are called alike; ours keeps to the language model.
+USE_LORA_DEFAULTS: dict[str, Any] = {
+    "lora_r": 32,
+    "lora_alpha": 8,
+    "lora_dropout": 0.05,
+    "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "dtype": "bfloat16",
+    "learning_rate": 5e-5,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0.0,
+    "logging_steps": 500.0,
+}
+
+
+@dataclass(frozen=True)
+class Translation:
+    """
+    Args:
+        values (`dict`): by our names.
+        sources (`dict[str, str]`): the original's flag that a value comes from, by our names; the rest were ours.
+        notes (`list[str]`): one line for each flag that is called otherwise here, or does nothing.
+    """
+
+    values: dict[str, Any]
+    sources: dict[str, str]
+    notes: list[str]
+
+
+def add_original_flags(parser: ArgumentParser, known: set[str]) -> None:
+    """Teaches `parser` the flags that are not among the `known`, as strings, numbers and truth values."""
+    group = parser.add_argument_group("flags of the original LLaVA", "Translated, or named in an error.")
+    kinds = {name: flag.kind for name, flag in FLAGS.items()} | dict.fromkeys(SWITCHES, bool)
+    for name, kind in kinds.items():
+        if name in known:
+            continue  # an older transformers that still has it
+        if kind is bool:
+            group.add_argument(f"--{name}", type=string_to_bool, nargs="?", const=True)
+        else:
+            group.add_argument(f"--{name}", type=kind)
+
+
+def translate(given: dict[str, Any]) -> Translation:
+    """
+    Args:
+        given (`dict`): values by the names they were given under, of one command line or one recipe.
+
+    Raises:
+        UserError: for a flag that would change something and has no meaning here, or flags that contradict each other.
+    """
+    values, sources, notes = dict(given), {}, []
+    for name, flag in FLAGS.items():
+        if name not in given or name in _fields_of_transformers():
+            continue
+        value = values.pop(name)
+        if isinstance(flag, NoMeaning):
+            if flag.harmless is not None and value not in flag.harmless:
+                raise UserError(f"--{name} {value} has no meaning here, because {flag.why}: {flag.instead}.")
+            notes.append(f"--{name} {value}: without effect; {flag.why}.")
+        elif name == "warmup_ratio" and not 0 <= value < 1:
+            raise UserError(f"--warmup_ratio {value} is no share of the steps: give a number from 0 to below 1.")
+        elif name == "warmup_ratio" and values.get("warmup_steps"):
+            notes.append(f"--warmup_ratio {value}: without effect; --warmup_steps goes before it.")
+        elif given.get(flag.name, value) != value:
+            raise UserError(f"--{name} {value} is --{flag.name} now, which is {given[flag.name]}: leave one out.")
+        else:
+            values[flag.name], sources[flag.name] = value, name
+            share = ", where a number below 1 is the share of all steps" if name == "warmup_ratio" else ""
+            notes.append(f"--{name} {value}: now --{flag.name} {value}{share}.")
+    _translate_switches(values, sources, notes)
+    if "gradient_checkpointing" in given and "activation_checkpointing" in _fields_of_transformers():
+        # transformers still takes the old name, and warns.
+        values.setdefault("activation_checkpointing", given["gradient_checkpointing"])
+        sources["activation_checkpointing"] = "gradient_checkpointing"
+        notes.append(
+            f"--gradient_checkpointing {given['gradient_checkpointing']}: now --activation_checkpointing too."
+        )
+    return Translation(values, sources, notes)
+
+
+def _translate_switches(values: dict[str, Any], sources: dict[str, str], notes: list[str]) -> None:
+    """`lora_enable` and `tune_mm_mlp_adapter` become `train_type`."""
+    switches = {name: values.pop(name) for name in SWITCHES if name in values}
+    if not switches:
+        return
+    chosen = [name for name, value in switches.items() if value]
+    if len(chosen) > 1:
+        raise UserError("--lora_enable and --tune_mm_mlp_adapter name two kinds of training: choose one of them.")
+    allowed = {"lora_enable": ("lora", "qlora"), "tune_mm_mlp_adapter": ("projector",)}
+    if asked := values.get("train_type"):
+        agrees = asked in allowed[chosen[0]] if chosen else not any(asked in allowed[name] for name in switches)
+        if not agrees:
+            name = chosen[0] if chosen else next(name for name in switches if asked in allowed[name])
+            raise UserError(
+                f"--train_type {asked} and --{name} {switches[name]} contradict each other: leave one out."
+            )
+        return
+    name = chosen[0] if chosen else next(iter(switches))
+    kind = allowed[name][0] if chosen else ORIGINAL_DEFAULTS["train_type"]
+    if chosen == ["lora_enable"] and values.get("bits", 16) < 16:
+        kind = "qlora"
+    values["train_type"], sources["train_type"] = kind, name
+    notes.append(f"--{name} {switches[name]}: --train_type {kind}.")
+    if chosen and values.pop("freeze_backbone", False):
+        notes.append(f"--freeze_backbone True: without effect; --train_type {kind} does so anyway.")
+
+
+def original_dtype(values: dict[str, Any]) -> str:
+    """The dtype in which the original holds the weights: that of the computation for LoRA and for all that bf16 runs.
+
+    One exception: the whole language model in bf16 without DeepSpeed, whose float32 copy of the weights would be
+    missing. Steps of 2e-5 vanish in the rounding of bfloat16, so the weights are float32 then, and computed in bf16.
+    """
+    is_lora = values["train_type"] in ("lora", "qlora")
+    if values.get("bf16"):
+        keeps_copy = is_lora or values["train_type"] == "projector" or values.get("deepspeed")
+        return "bfloat16" if keeps_copy else "float32"
+    return "float16" if values.get("fp16") and is_lora else "float32"
+
+
+def _fields_of_transformers() -> set[str]:
+    return set(TrainingArguments.__dataclass_fields__)

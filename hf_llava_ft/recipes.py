@@ -1,0 +1,65 @@
+"""A recipe: the settings of a run in a YAML file, under the names that the command line has."""
+
+import difflib
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_llava_ft.errors import UserError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, which takes a key that stands there twice for a mistake."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands there twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_recipe(path: str | Path, known: Collection[str]) -> dict[str, list[str]]:
+    """
+    The settings in the file, each as the words that would stand behind its flag: `{"learning_rate": ["1e-3"]}`. A
+    setting without a value, or `null`, is left to its default.
+
+    Args:
+        known (`Collection[str]`): the names a recipe may hold.
+
+    Raises:
+        UserError: if the file cannot be read, is no mapping of names to values, or holds an unknown name.
+    """
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the recipe {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"the recipe {path}{place}: {getattr(error, 'problem', None) or error}.") from error
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise UserError(f"the recipe {path} holds a {type(content).__name__} and not lines of the form name: value.")
+    for name in content:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {close[0]}?" if close else "llava-ft train --help lists all names."
+            raise UserError(f"the recipe {path} holds {name!r}, which is no setting: {hint}")
+    return {name: _words(name, value) for name, value in content.items() if value is not None}
+
+
+def _words(name: str, value: Any) -> list[str]:
+    if value is False and name.endswith("_strategy"):
+        return ["no"]  # which YAML takes for false
+    if isinstance(value, dict):
+        return [json.dumps(value)]
+    if isinstance(value, list):
+        return [str(item) for item in value]
+    return [str(value)]
