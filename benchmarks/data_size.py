@@ -196,7 +196,7 @@ def plot(results: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (time_axes, memory_axes) = plt.subplots(1, 2, figsize=(11, 4.2))
+    figure, (time_axes, memory_axes) = plt.subplots(1, 2, figsize=(11, 5.2))
     for title, part, name, style in [
         ("token lengths, first time", "tokens", "tokens_first", "o-C4"),
         ("open, first time", "first", "first", "o-C0"),
@@ -219,10 +219,9 @@ def plot(results: list[dict], path: Path) -> None:
         ("ours, opened and read", "again", "o-C2"),
     ]:
         memory_axes.plot(rows, [result[part]["peak_mb"] for result in results], style, label=title)
-    memory_axes.axhline(300, color="grey", linewidth=0.8, linestyle=":")
-    memory_axes.set(xscale="log", xlabel="rows", ylabel="MB over baseline, at the peak", title="Memory")
+    memory_axes.set(xscale="log", yscale="log", xlabel="rows", ylabel="MB at the peak", title="Memory of the process")
     for axes in (time_axes, memory_axes):
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
         axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

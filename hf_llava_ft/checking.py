@@ -1,15 +1,20 @@
 """`llava-ft check`: opens what is to be checked, with the eyes of the model that is to be trained on it."""
 
+from itertools import islice
 from pathlib import Path
 
 from rich.console import Console
 
 from hf_llava_ft.checkpoints import inspect_checkpoint, load_config, load_processor
 from hf_llava_ft.data.check import check_data
+from hf_llava_ft.data.check_report import write_check_report
 from hf_llava_ft.data.check_result import CheckResult
+from hf_llava_ft.data.check_rows import Sample
 from hf_llava_ft.data.check_summary import print_summary
-from hf_llava_ft.data.formats import open_source
+from hf_llava_ft.data.formats import Source, open_source
+from hf_llava_ft.data.pictures import decode_failure
 from hf_llava_ft.errors import UserError
+from hf_llava_ft.preview import first_rows, print_preview
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 
 
@@ -77,6 +82,8 @@ def run_check(
     """
     console = console or Console()
     sources = open_source(data_path, image_folder, allow_outside=allow_outside, allow_urls=allow_urls)
+    if preview and model is None:
+        raise UserError("--preview shows what a model learns; give it with --model.")
     processor = None
     if model is not None:
         processor = processor_for_training(model, revision, version)
@@ -84,5 +91,25 @@ def run_check(
             checkpoint = inspect_checkpoint(model, revision)
             model_max_length = load_config(checkpoint.base, checkpoint.revision).text_config.max_position_embeddings
     result = check_data(sources, processor, longest=model_max_length, batch_size=batch_size, num_proc=num_proc)
+    if processor is not None and preview:
+        print_preview(console, processor, first_rows(sources, preview))
     print_summary(result, console, samples_per_second)
+    if report is not None:
+        samples = {**_first_samples(sources, preview), **result.samples}
+        write_check_report(report, result, processor, samples, samples_per_second)
     return result
+
+
+def _first_samples(sources: list[Source], number: int) -> dict[str, Sample]:
+    """The first rows that nothing is wrong with, among the first `number`."""
+    samples = {}
+    for source in sources:
+        for row_number, raw in islice(source.iter_raw(), max(0, number - len(samples))):
+            try:
+                row = source.parse(raw, row_number)
+                images = [source.locate(image, "") for image in row["images"]]
+            except UserError:
+                continue
+            if all(decode_failure(image["bytes"] or str(image["path"])) is None for image in images):
+                samples[f"number {len(samples) + 1}"] = Sample(row_number, row, images)
+    return samples

@@ -114,6 +114,10 @@ def check(
     num_proc: Annotated[
         int | None, typer.Option("--num_proc", min=1, help="Processes; default: one for each core.")
     ] = None,
+    preview: Annotated[
+        int, typer.Option("--preview", min=0, help="Print so many rows with what is learned marked.")
+    ] = 0,
+    report: Annotated[Path | None, typer.Option("--report", help="Also write the result as an HTML page.")] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Look at a whole data set before training: rows, images, tokens, and everything that training would refuse.
@@ -135,6 +139,8 @@ def check(
             allow_outside=allow_images_outside,
             allow_urls=allow_image_urls,
             num_proc=num_proc,
+            preview=preview,
+            report=report,
         )
         if json_file is not None:
             _write_json(json_file, result.to_json())

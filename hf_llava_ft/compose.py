@@ -55,12 +55,14 @@ def compose_llava(
     Returns:
         `output_dir`.
     """
-    tower_config = AutoConfig.from_pretrained(vision)
+    tower_config = AutoConfig.from_pretrained(vision, trust_remote_code=False)
     vision_config = getattr(tower_config, "vision_config", tower_config)
     if vision_config.model_type not in VISION_KINDS:
         raise UserError(f"{vision} is a {vision_config.model_type}, not a vision tower of the CLIP or SigLIP kind.")
     tower = AutoModel.from_config(vision_config).from_pretrained(vision, dtype=dtype)
-    language_model = AutoModelForCausalLM.from_pretrained(language, revision=revision, dtype=dtype)
+    language_model = AutoModelForCausalLM.from_pretrained(
+        language, revision=revision, dtype=dtype, trust_remote_code=False
+    )
     model, processor = compose_from_parts(
         tower,
         language_model,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available, is_torch_xla_available
 
 from hf_llava_ft.checkpoints import check_attention
 from hf_llava_ft.errors import UserError
@@ -22,7 +22,7 @@ def machine_problems(settings: dict[str, Any]) -> list[str]:
     """
     problems = []
     on_gpu = not settings["use_cpu"]
-    if settings["bf16"] and on_gpu and not is_torch_bf16_gpu_available():
+    if settings["bf16"] and on_gpu and not is_torch_bf16_gpu_available() and not is_torch_xla_available():
         problems.append(
             "--bf16 True needs a GPU that computes in bfloat16 (NVIDIA: Ampere or newer) and there is none here: use "
             "--fp16 True on an older one, or --use_cpu True."
@@ -30,7 +30,7 @@ def machine_problems(settings: dict[str, Any]) -> list[str]:
     deepspeed = settings["deepspeed"]
     if isinstance(deepspeed, str) and deepspeed and not deepspeed.startswith("{"):
         if not Path(deepspeed).is_file():
-            problems.append(f"--deepspeed {deepspeed}: there is no such file; leave the flag out to do without.")
+            problems.append(f"--deepspeed {deepspeed}: there is no such file; ready ones are in examples/deepspeed.")
     if deepspeed and importlib.util.find_spec("deepspeed") is None:
         problems.append("--deepspeed needs the package: pip install 'hf-llava-ft[deepspeed]'.")
     if settings["bits"] < 16 and importlib.util.find_spec("bitsandbytes") is None:

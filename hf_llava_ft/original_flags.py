@@ -128,12 +128,12 @@ FLAGS: dict[str, Renamed | NoMeaning] = {
 # Say together what trains.
 SWITCHES = ("lora_enable", "tune_mm_mlp_adapter")
 
-# A command line with one of these is in the original's words. Those of ours that it has too are not among them.
+# A command line with one of these is in the original's words. Those that only say how LoRA is done are not among them.
 MARKERS = frozenset(
     (*SWITCHES, "freeze_backbone", "freeze_mm_mlp_adapter", "vision_tower", "pretrain_mm_mlp_adapter")
     + ("mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature", "mm_use_im_start_end")
     + ("mm_use_im_patch_token", "mm_patch_merge_type", "image_grid_pinpoints", "lazy_preprocess", "is_multimodal")
-    + ("mpt_attn_impl", "lora_weight_path", "cache_dir", "lora_bias", "bits", "double_quant", "quant_type")
+    + ("mpt_attn_impl", "lora_weight_path", "cache_dir")
 )
 
 # What the original does where ours differs, when nothing is said. Its default template is called v0 and trains v1.
@@ -214,6 +214,7 @@ def translate(given: dict[str, Any]) -> Translation:
         if name not in given or name in _fields_of_transformers():
             continue
         value = values.pop(name)
+        shown = "(hidden)" if name.endswith("token") else value
         if isinstance(flag, NoMeaning):
             if flag.harmless is not None and value not in flag.harmless:
                 raise UserError(f"--{name} {value} has no meaning here, because {flag.why}: {flag.instead}.")
@@ -223,11 +224,11 @@ def translate(given: dict[str, Any]) -> Translation:
         elif name == "warmup_ratio" and values.get("warmup_steps"):
             notes.append(f"--warmup_ratio {value}: without effect; --warmup_steps goes before it.")
         elif given.get(flag.name, value) != value:
-            raise UserError(f"--{name} {value} is --{flag.name} now, which is {given[flag.name]}: leave one out.")
+            raise UserError(f"--{name} is called --{flag.name} now, which says something else: leave one of them out.")
         else:
             values[flag.name], sources[flag.name] = value, name
             share = ", where a number below 1 is the share of all steps" if name == "warmup_ratio" else ""
-            notes.append(f"--{name} {value}: now --{flag.name} {value}{share}.")
+            notes.append(f"--{name} {shown}: now --{flag.name} {shown}{share}.")
     _translate_switches(values, sources, notes)
     if "gradient_checkpointing" in given and "activation_checkpointing" in _fields_of_transformers():
         # transformers still takes the old name, and warns.

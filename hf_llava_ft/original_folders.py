@@ -151,8 +151,25 @@ def write_projector(model: LlavaForCausalLM, folder: Path) -> None:
     model.config.save_original(folder)
 
 
+def _check_plain(model: PeftModel) -> None:
+    config: Any = model.peft_config["default"]
+    kind = "DoRA" if config.use_dora else "rank-stabilised LoRA" if config.use_rslora else None
+    if kind is None and any("lora_" in name and ".vision_tower." in name for name, _ in model.named_parameters()):
+        kind = "LoRA on the vision tower"
+    if kind is not None:
+        raise UserError(
+            f"the format of haotian-liu/LLaVA has no {kind}: merge the adapter (llava-ft merge) and convert the result."
+        )
+
+
 def write_original_lora(model: PeftModel, base: str, folder: Path) -> None:
-    """Writes the LoRA folder of a PEFT model: adapter, `non_lora_trainables.bin` and config.json."""
+    """
+    Writes the LoRA folder of a PEFT model: adapter, `non_lora_trainables.bin` and config.json.
+
+    Raises:
+        UserError: for an adapter that the original, which has plain LoRA on the language model, cannot express.
+    """
+    _check_plain(model)
     own: Any = model.get_base_model()
     kind = own.config.projector_type
     lora: dict[str, torch.Tensor] = {}

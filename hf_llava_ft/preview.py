@@ -18,7 +18,7 @@ from hf_llava_ft.processing.processing_llava import LlavaProcessor
 LEARNED_STYLE = "bold green"
 _IMAGE_STYLE = "cyan"
 _PLACE_STYLE = "bold"
-_MAX_CHARS = 4000  # of a row; one of a hundred pages is no preview
+MAX_CHARS = 4000  # of a row; one of a hundred pages is no preview
 
 
 class Piece(NamedTuple):
@@ -89,14 +89,14 @@ def preview_text(pieces: Iterable[Piece], in_colour: bool) -> Text:
     shown = Text()
     length = 0
     for piece in pieces:
-        text = f"{piece.text} x {piece.image_tokens}" if piece.image_tokens else _visible(piece.text)
-        text = text[: max(0, _MAX_CHARS - length)]
+        text = f"{piece.text} x {piece.image_tokens}" if piece.image_tokens else visible(piece.text)
+        text = text[: max(0, MAX_CHARS - length)]
         length += len(text)
         if not in_colour:
             shown.append(f"[[{text}]]" if piece.learned else text)
         else:
             shown.append(text, LEARNED_STYLE if piece.learned else _IMAGE_STYLE if piece.image_tokens else "")
-        if length >= _MAX_CHARS:
+        if length >= MAX_CHARS:
             shown.append(" ... (the rest is not shown)")
             break
     return shown
@@ -114,19 +114,20 @@ def print_preview(
     marks = "in green" if in_colour else "between [[ and ]]"
     console.print(f"What is learned stands {marks}.", highlight=False, markup=False)
     for place, row in rows:
-        console.print(f"\n{place}", style=_PLACE_STYLE, highlight=False, markup=False)
+        console.print(f"\n{visible(place)}", style=_PLACE_STYLE, highlight=False, markup=False, soft_wrap=True)
         try:
             if isinstance(row, UserError):
                 raise row
             pieces = marked_pieces(processor, row["messages"], stored_sizes(processor, row["images"]))
         except ValueError as error:
-            console.print(str(error).removeprefix(place).lstrip(": "), highlight=False, markup=False)
+            what = visible(str(error).removeprefix(place).lstrip(": "))
+            console.print(what, highlight=False, markup=False, soft_wrap=True)
             continue
         console.print(preview_text(pieces, in_colour), soft_wrap=True, highlight=False)
     console.print()
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     """Without the characters that steer a terminal: data from elsewhere must not."""
     return "".join(
         character if character.isprintable() or character in "\n\t" else f"\\x{ord(character):02x}"

@@ -28,6 +28,8 @@ def push_dataset(
     with exit_on_user_error():
         if output_dir is None and repo_id is None:
             raise UserError("nowhere to write to: give --output_dir, --repo_id, or both.")
+        if repo_id is not None:
+            _check_upload(repo_id)
         from hf_llava_ft.data.export import export_dataset
         from hf_llava_ft.data.formats import open_source
 
@@ -49,6 +51,18 @@ def push_dataset(
                 typer.echo(f"Uploaded: {_upload(folder, repo_id, private)}", err=True)
 
 
+def _check_upload(repo_id: str) -> None:
+    """Refuses a name or a login that the Hub will not take, before anything is read."""
+    import huggingface_hub
+
+    try:
+        huggingface_hub.utils.validate_repo_id(repo_id)
+        huggingface_hub.whoami()
+    # Of the Hub's answers, the network, a token that is not there, and names that are none.
+    except (huggingface_hub.errors.HfHubHTTPError, OSError, ValueError) as error:
+        raise _refused(repo_id, error) from error
+
+
 def _upload(folder: Path, repo_id: str, private: bool) -> str:
     """One commit, so that nobody ever loads half of it; the address of the data set."""
     import huggingface_hub
@@ -59,13 +73,16 @@ def _upload(folder: Path, repo_id: str, private: bool) -> str:
         api.upload_folder(
             repo_id=repo_id, repo_type="dataset", folder_path=folder, commit_message="Upload a data set for LLaVA"
         )
-    # Of the Hub's answers, the network, and the names that the Hub does not take.
     except (huggingface_hub.errors.HfHubHTTPError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"{repo_id} can't be uploaded ({reason}); log in with `hf auth login`, or check the name."
-        ) from (error)
+        raise _refused(repo_id, error) from error
     return str(url)
+
+
+def _refused(repo_id: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:300].rstrip(".")
+    return UserError(
+        f"{repo_id} can't be uploaded to ({reason}); log in with `hf auth login`, or check name and network."
+    )
 
 
 def main() -> None:

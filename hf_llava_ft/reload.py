@@ -79,7 +79,7 @@ def load(model_dir: str, base: str, loader: Loader) -> tuple[Any, Any]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     whole, trust = whole_model(model_dir, base), loader == "trust_remote_code"
-    model = AutoModelForImageTextToText.from_pretrained(whole, dtype="auto", trust_remote_code=trust)
+    model: Any = AutoModelForImageTextToText.from_pretrained(whole, dtype="auto", trust_remote_code=trust)
     if whole != model_dir:
         from peft import PeftModel
 

@@ -36,7 +36,7 @@ def carries_our_code(folder: str | Path) -> bool:
 def runs_only_our_code(folder: str | Path) -> bool:
     """Whether all that `trust_remote_code=True` runs from `folder` is files of this package; true if that is none."""
     folder = Path(folder)
-    sources = [Path(module.__file__).parent for module in (checkpoint_mixin_llava, processing_llava)]
+    sources = [Path(file).parent for file in (checkpoint_mixin_llava.__file__, processing_llava.__file__)]
     ours = {path.name: path.read_bytes() for source in sources for path in source.glob("*.py")}
     try:
         # Not only the files that are named: transformers also runs custom_generate/generate.py.

@@ -74,7 +74,7 @@ def write_report(
     page = PAGE.format(title=escape(title), style=STYLE, body="\n".join(filter(None, sections)))
     # A byte-level tokenizer can leave half of a character behind; that must not cost the user the report.
     content = page.encode("utf-8", errors="replace")
-    _write_atomically(Path(path), lambda temporary: temporary.write_bytes(content))
+    write_atomically(Path(path), lambda temporary: temporary.write_bytes(content))
 
 
 def answers_picture(answers: list[AnsweredPhoto], losses: list[float], path: Path) -> None:
@@ -123,7 +123,7 @@ def answers_picture(answers: list[AnsweredPhoto], losses: list[float], path: Pat
         )
         figure.savefig(plot, format="png")
         picture.paste(Image.open(plot), (margin, y + 20))
-    _write_atomically(Path(path), lambda temporary: picture.save(temporary, format="PNG", optimize=True))
+    write_atomically(Path(path), lambda temporary: picture.save(temporary, format="PNG", optimize=True))
 
 
 def _verdict(answers: list[AnsweredPhoto]) -> str:
@@ -238,7 +238,7 @@ def _wrapped(text: str, font, width: int, max_lines: int) -> list[str]:
     return [*lines[: max_lines - 1], last.rstrip() + "\u2026"]
 
 
-def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Nobody ever reads half a file: it is written beside its place and moved there whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -50,7 +50,8 @@ def checkpoint_to_resume(wanted: str | bool | None, output_dir: str | Path) -> t
     The checkpoint that `--resume_from_checkpoint` means.
 
     Args:
-        wanted: a folder; `True` for the last whole checkpoint in `output_dir`; `False` or `None` for none.
+        wanted: a folder; `True` for the last whole checkpoint in `output_dir`; `auto` for the same if there is one, else
+            for a new run, which suits jobs that a cluster starts again; `False` or `None` for none.
 
     Returns:
         The folder, or `None` to begin anew, and one sentence for each later checkpoint that was passed over.
@@ -60,7 +61,7 @@ def checkpoint_to_resume(wanted: str | bool | None, output_dir: str | Path) -> t
     """
     if wanted is None or str(wanted).lower() == "false":
         return None, []
-    if str(wanted).lower() != "true":
+    if str(wanted).lower() not in ("true", "auto"):
         named = Path(str(wanted))
         if not (named / TRAINER_STATE_NAME).is_file():
             raise UserError(f"{wanted} is not a checkpoint to resume from: it has no {TRAINER_STATE_NAME}.")
@@ -76,6 +77,8 @@ def checkpoint_to_resume(wanted: str | bool | None, output_dir: str | Path) -> t
         if missing is None:
             return str(folder), passed_over
         passed_over.append(f"{folder} is passed over: {missing}.")
+    if str(wanted).lower() == "auto":
+        return None, passed_over
     found = " ".join(["", *passed_over])
     raise UserError(f"--resume_from_checkpoint: {output_dir} holds no whole checkpoint.{found}")
 

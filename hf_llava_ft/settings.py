@@ -16,7 +16,7 @@ from hf_llava_ft.machine import machine_problems, without_missing_tf32
 from hf_llava_ft.processing.chat_templates_llava import CHAT_TEMPLATES
 from hf_llava_ft.starting_point import check_starting_point
 
-ARGUMENT_CLASSES = (ModelArguments, DataArguments, TuningArguments, LlavaTrainingArguments)
+ARGUMENT_CLASSES: tuple[Any, ...] = (ModelArguments, DataArguments, TuningArguments, LlavaTrainingArguments)
 _SECRET = re.compile(r"token$|password|secret")
 
 
@@ -72,7 +72,7 @@ class Settings:
 
     def to_json(self) -> str:
         """
-        The settings as JSON: `settings` (`value` and `from` of each), `translated` (the notes), and
+        The settings as JSON, one on a line: `settings` (`value` and `from` of each), `translated` (the notes), and
         `missing_on_this_machine` (what would stop the run here). Secrets are left out.
 
         Raises:
@@ -91,8 +91,9 @@ class Settings:
                 value = "(hidden)"
             settings[name] = {"value": value.value if isinstance(value, Enum) else value, "from": origin}
         problems = machine_problems({name: setting["value"] for name, setting in settings.items()})
-        content = {"settings": settings, "translated": self.notes, "missing_on_this_machine": problems}
-        return json.dumps(content, indent=2, ensure_ascii=False, default=str)
+        lines = ",\n".join(f'    "{name}": {_json(setting)}' for name, setting in settings.items())
+        others = {"translated": self.notes, "missing_on_this_machine": problems}
+        return f'{{\n  "settings": {{\n{lines}\n  }},{_json(others, indent=2)[1:]}'
 
     def _checked(self) -> tuple[ModelArguments, DataArguments, TuningArguments]:
         for name, setting in self.by_name.items():
@@ -109,6 +110,10 @@ class Settings:
 
     def _of(self, kind: type) -> dict[str, Any]:
         return {field.name: self.by_name[field.name].value for field in dataclasses.fields(kind) if field.init}
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, indent=indent, ensure_ascii=False, default=str)
 
 
 def default_of(field: dataclasses.Field) -> Any:

@@ -9,6 +9,8 @@ removed at the end.
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from hf_llava_ft.arguments import LlavaTrainingArguments, ModelArguments, TuningArguments
 from hf_llava_ft.artifact import staged_folder
@@ -76,9 +79,23 @@ def starting_point(
     if not is_new:
         return StartingPoint(name, revision, projector)
     folder = Path(str(training_args.output_dir), COMPOSED)
-    with training_args.main_process_first(local=training_args.save_on_each_node):
+    with training_args.main_process_first(local=training_args.save_on_each_node), _undivided(training_args):
         _compose(model_args, projector, folder, training_args.seed)
     return StartingPoint(str(folder), None, composed=folder)
+
+
+@contextmanager
+def _undivided(training_args: LlavaTrainingArguments) -> Iterator[None]:
+    """Under ZeRO-3 every model that is loaded is divided among all processes, which are not all there."""
+    config = getattr(training_args, "hf_deepspeed_config", None)
+    if config is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(config)
 
 
 def check_starting_point(model_args: ModelArguments, tuning_args: TuningArguments) -> bool:

@@ -19,11 +19,11 @@ from transformers.utils import CONFIG_NAME
 from hf_llava_ft.arguments import DataArguments, LlavaTrainingArguments, ModelArguments, TuningArguments
 from hf_llava_ft.artifact import check_writable, staged_files, told_of_a_full_disk
 from hf_llava_ft.checkpoints import ADAPTER_CONFIG, check_attention, load_model, load_processor
-from hf_llava_ft.data.bad_rows import SoundRows, sound_rows, told_of_skipped
+from hf_llava_ft.data.bad_rows import SKIPPED_FILE, SoundRows, sound_rows, told_of_skipped
 from hf_llava_ft.data.collator import LlavaCollator
 from hf_llava_ft.data.formats import open_source
 from hf_llava_ft.data.stream_loader import refuse_grouping
-from hf_llava_ft.data.streaming import LlavaStream
+from hf_llava_ft.data.streaming import LlavaStream, told_of_rows_left_out
 from hf_llava_ft.data.token_limit import TokenLimit
 from hf_llava_ft.errors import UserError, exit_on_user_error
 from hf_llava_ft.interruption import Interruption, TrainingInterrupted
@@ -104,12 +104,14 @@ def train(
     dataset: Dataset | LlavaStream
     if isinstance(rows, LlavaStream):
         rows.row_check = TokenLimit(processor, longest, takes_longer=skips)
+        if checkpoint is None and training_args.process_index == 0:
+            (output_dir / SKIPPED_FILE).unlink(missing_ok=True)  # of a run before
         dataset = rows
     else:
         dataset = rows.that_fit(processor, longest)
         told = told_of_skipped(rows, longest, output_dir) if training_args.process_index == 0 else None
         if told is not None:
-            console.print(told, highlight=False)
+            console.print(told, highlight=False, soft_wrap=True)
     if data_args.preview:
         first = rows.first(data_args.preview) if isinstance(rows, SoundRows) else None
         shown = first or first_rows(rows.sources, data_args.preview)
@@ -143,6 +145,10 @@ def train(
     with told_of_a_full_disk(output_dir), staged_files(output_dir, last=last) as staged:
         trainer.save_model(str(staged))
     trainer.save_state()
+    if isinstance(dataset, LlavaStream) and trainer.is_world_process_zero():
+        told = told_of_rows_left_out(output_dir / SKIPPED_FILE)
+        if told is not None:
+            console.print(told, highlight=False, soft_wrap=True)
     if not is_adapter and trainer.is_world_process_zero():
         start.remove_composed()  # an adapter goes on needing it
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -173,6 +179,7 @@ def _open_stream(data_args: DataArguments, args: LlavaTrainingArguments) -> Llav
         shuffle_buffer_size=data_args.shuffle_buffer_size,
         seed=args.seed if args.data_seed is None else args.data_seed,
         on_bad_row=data_args.on_bad_row,
+        skipped_file=Path(str(args.output_dir), SKIPPED_FILE),
     )
 
 
@@ -228,7 +235,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             result = train(*settings.build())
         except TrainingInterrupted as interrupted:
-            print(interrupted, file=sys.stderr)
+            if PartialState().is_main_process:
+                print(interrupted, file=sys.stderr)
             sys.exit(interrupted.exit_code)
         console = Console(stderr=True, quiet=not PartialState().is_main_process)
         console.print(

@@ -60,7 +60,7 @@ def nested_from_original(flat: dict[str, Any], model_type: str) -> dict[str, Any
         )
     tower_name = str(flat.get("mm_vision_tower") or flat.get("vision_tower"))
     try:
-        tower_config = AutoConfig.from_pretrained(tower_name)
+        tower_config = AutoConfig.from_pretrained(tower_name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"the vision tower {tower_name!r} that config.json names in mm_vision_tower was not found; make it "

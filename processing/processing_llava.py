@@ -93,7 +93,7 @@ class LlavaProcessor(ConversationEncoding, NativeLlavaProcessor):
             settings = [json.loads(Path(file).read_text(encoding="utf-8")) for file in files if file]
             kind = LlavaNextProcessor if any(_cuts_into_crops(setting) for setting in settings) else LlavaProcessor
             return super(LlavaProcessor, kind).from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **location)
+        config = AutoConfig.from_pretrained(pretrained_model_name_or_path, trust_remote_code=False, **location)
         tokenizer = load_tokenizer(pretrained_model_name_or_path, **location)
         is_original = getattr(config, "original_config", None) is not None
         return cls.build(

@@ -19,7 +19,7 @@ IMAGE_START_TOKEN, IMAGE_END_TOKEN = "<im_start>", "<im_end>"
 
 def load_tokenizer(name_or_path, **kwargs):
     """`AutoTokenizer.from_pretrained`, with a bare `tokenizer.model` read as SentencePiece reads it."""
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path, **{"trust_remote_code": False, **kwargs})
     if not tokenizer.is_fast:
         raise ValueError(f"{name_or_path}: its tokenizer has no fast version, which labels by character spans need.")
 

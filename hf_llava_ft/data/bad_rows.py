@@ -35,6 +35,8 @@ from hf_llava_ft.data.schema import row_place
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 
+_NO_ROW = "no row can be trained on; llava-ft check says why."
+
 OnBadRow = Literal["raise", "skip"]
 
 
@@ -113,7 +115,7 @@ class SoundRows:
             is_all = len(rows) == len(part.dataset) and (np.diff(rows) == 1).all()
             kept.append(part.dataset if is_all else part.dataset.select(rows))
         if not kept:
-            raise UserError(f"{self.parts[0].source.where}: no row can be trained on; llava-ft check says why.")
+            raise UserError(f"{self.parts[0].source.where}: {_NO_ROW}")
         return kept[0] if len(kept) == 1 else datasets.concatenate_datasets(kept)
 
     def first(self, number: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -184,13 +186,11 @@ def sound_rows(
             if on_bad_row == "raise":
                 raise
             problems = _problems_of(source, root, error)
-            bad = sorted({problem.row for problem in problems if problem.row is not None})
-            rest = Source(WithoutRows(source.container, bad), source.dialect, source.images, source.weight)
             try:
-                dataset = load_source(rest, root)
-            except datasets.exceptions.DatasetGenerationError:  # of a data set without rows
-                raise UserError(f"{source.where}: no row can be trained on; llava-ft check says why.") from error
-            numbers = np.setdiff1d(np.arange(1, len(dataset) + len(bad) + 1), bad)
+                dataset, numbers = _load_without(source, problems, root)
+            except UserError:  # a row that was good when the others were found
+                problems = _problems_of(source, root, error, is_remembered=False)
+                dataset, numbers = _load_without(source, problems, root)
             found.left_out += problems
         found.parts.append(_Part(source, dataset, numbers))
     return found
@@ -219,22 +219,41 @@ def _write_skipped(rows: SoundRows, path: Path) -> None:
     `done`, which is "left out" or "cut"."""
     lines = []
     for done, problems in (("left out", rows.left_out), ("cut", rows.cut)):
-        for problem in problems:
-            named = {**problem._asdict(), "done": done}
-            del named["place"]
-            lines.append(json.dumps(named, ensure_ascii=False) + "\n")
+        lines += [skipped_line(problem, done) for problem in problems]
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lines)
+
+
+def skipped_line(problem: Problem, done: str) -> str:
+    """One line of `SKIPPED_FILE`."""
+    named = {**problem._asdict(), "done": done}
+    del named["place"]
+    return json.dumps(named, ensure_ascii=False) + "\n"
+
+
+def write_whole(path: Path, lines: list[str]) -> None:
+    """Puts `lines` into the file at once; a reader sees all of them, or the file that was there."""
     unfinished = path.with_name(f".{path.name}.incomplete")
     unfinished.write_text("".join(lines), encoding="utf-8", errors="replace")
     unfinished.replace(path)
 
 
-def _problems_of(source: Source, root: Path, error: UserError) -> list[Problem]:
+def _load_without(source: Source, problems: list[Problem], root: Path) -> tuple[datasets.Dataset, np.ndarray]:
+    """The rows that have no problem, and their numbers in the file, `int64[N]`."""
+    bad = sorted({problem.row for problem in problems if problem.row is not None})
+    rest = Source(WithoutRows(source.container, bad), source.dialect, source.images, source.weight)
+    if next(rest.iter_raw(), None) is None:
+        raise UserError(f"{source.where}: {_NO_ROW}")
+    dataset = load_source(rest, root)
+    return dataset, np.setdiff1d(np.arange(1, len(dataset) + len(bad) + 1), bad)
+
+
+def _problems_of(source: Source, root: Path, error: UserError, is_remembered: bool = True) -> list[Problem]:
     """All that is wrong with a source which could not be loaded because of `error`."""
     kept = _kept_at(source, root)
     kept.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{kept}.lock"):  # one process of many checks
-        if kept.exists():
+        if is_remembered and kept.exists():
             known = json.loads(kept.read_text(encoding="utf-8"))
             if known["images"] == [[path, _state(path)] for path, _ in known["images"]]:
                 return [Problem(*fields) for fields in known["problems"]]

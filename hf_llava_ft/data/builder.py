@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import cast
 
 import datasets
 import numpy as np
@@ -171,7 +172,7 @@ class LlavaConversations(datasets.ArrowBasedBuilder):
         for file in files:
             for number, raw in iter_json_rows(file):
                 row, place = parse_llava_row(raw, file, number), row_place(file, number, raw.get("id"))
-                for name in row["images"]:
+                for name in cast(list[str], row["images"]):
                     reason = unreadable.pop(images.resolve(name, place), None)
                     if reason is not None:
                         others = _nor_can([os.path.relpath(path, images.real_path) for path in unreadable])

@@ -72,6 +72,7 @@ def check_data(
             collected.add_images(facts)
             advance(len(facts))
     _summarise(collected, result)
+    result.samples = collected.samples()
     name_rows_of_images(collected, result)
     name_duplicates(collected, result)
     if processor is not None:

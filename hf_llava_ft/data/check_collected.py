@@ -9,11 +9,13 @@ import numpy as np
 
 from hf_llava_ft.data.check_images import ImageFacts
 from hf_llava_ft.data.check_result import CheckResult
-from hf_llava_ft.data.check_rows import UNKNOWN, Problem, RowFindings, shown_id
+from hf_llava_ft.data.check_rows import Problem, RowFindings, Sample, shown_id
 from hf_llava_ft.data.formats import Source
 from hf_llava_ft.errors import UserError
 
 _ROWS_AT_ONCE = 64
+_MAX_CANDIDATES = 8  # for a sample, until it is known which images can be decoded
+_MAX_DEPTH = 32  # of brackets; the deepest that a format has is 8
 _BYTES_AT_ONCE = 8 * 2**20  # of rows that hold their pictures
 
 
@@ -27,7 +29,7 @@ class Collected:
         self.facts: list[ImageFacts] = []
         self._same_facts: dict[ImageFacts, ImageFacts] = {}  # pictures of one size share one
         self.embedded: list[ImageFacts] = []
-        self._longest = UNKNOWN  # tokens
+        self._candidates: dict[str, list[tuple[int, Sample]]] = {}
         # Of each image place: source, row number, index of the file in `paths`, or -1 - its index in `embedded`.
         self.uses: list[np.ndarray] = []
 
@@ -37,8 +39,11 @@ class Collected:
             number, rows, num_bytes = 0, [], 0
             try:
                 for number, raw in source.iter_raw():
+                    try:
+                        num_bytes += _num_bytes(raw)
+                    except RecursionError:
+                        raw = _pruned(raw)
                     rows.append((number, raw))
-                    num_bytes += _num_bytes(raw)
                     if len(rows) == _ROWS_AT_ONCE or num_bytes > _BYTES_AT_ONCE:
                         yield index, rows
                         rows, num_bytes = [], 0
@@ -65,13 +70,11 @@ class Collected:
         result.problems += findings.problems
         result.warnings += findings.warnings
         for name, sample in findings.samples.items():
-            if name == "longest":
-                length = int(findings.lengths[np.searchsorted(findings.numbers, sample.number)])
-                if length > self._longest:
-                    self._longest = length
-                    result.samples[name] = sample
-            else:
-                result.samples.setdefault(name, sample)
+            length = int(findings.lengths[np.searchsorted(findings.numbers, sample.number)])
+            candidates = self._candidates.setdefault(name, [])
+            candidates.append((length if name == "longest" else 0, sample))
+            candidates.sort(key=lambda candidate: -candidate[0])  # stable: the first of each kind stays the first
+            del candidates[_MAX_CANDIDATES:]
 
     def add_images(self, facts: list[ImageFacts]) -> None:
         """Of the next of `paths`."""
@@ -81,6 +84,19 @@ class Collected:
         """`[N]` of all rows so far: a field of `RowFindings`, or `source`, an index."""
         parts = self.columns.get(name)
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+    def samples(self) -> dict[str, Sample]:
+        """Of each kind one whose images can be decoded."""
+        chosen = {}
+        for name in ("image", "multi_image", "text", "longest"):
+            sound = [sample for _, sample in self._candidates.get(name, []) if self._is_sound(sample)]
+            if sound:
+                chosen[name] = sound[0]
+        return chosen
+
+    def _is_sound(self, sample: Sample) -> bool:
+        paths = [self.paths[str(image["path"])] for image in sample.images if image["bytes"] is None]
+        return all(self.facts[path].failure is None for path in paths)
 
     def image_uses(self) -> np.ndarray:
         """`int32[P, 3]` of P image places: source, row number, image."""
@@ -147,12 +163,23 @@ def _name(path: str, source: Source) -> str:
     return os.path.basename(path)
 
 
-def _num_bytes(value: Any) -> int:
-    """About what a row's texts and pictures take."""
+def _num_bytes(value: Any, depth: int = 0) -> int:
+    """About what a row's texts and pictures take; a `RecursionError` for more than `_MAX_DEPTH` brackets."""
     if isinstance(value, (str, bytes)):
         return len(value)
+    if not isinstance(value, (dict, list)):
+        return 8
+    if depth > _MAX_DEPTH:
+        raise RecursionError
+    return sum(_num_bytes(inner, depth + 1) for inner in (value.values() if isinstance(value, dict) else value))
+
+
+def _pruned(value: Any, depth: int = 0) -> Any:
+    """`value` with nothing inside what is deeper than any format looks: it could not be passed to a process."""
+    if not isinstance(value, (dict, list)):
+        return value
+    if depth > _MAX_DEPTH:
+        return type(value)()
     if isinstance(value, dict):
-        return sum(map(_num_bytes, value.values()))
-    if isinstance(value, list):
-        return sum(map(_num_bytes, value))
-    return 8
+        return {key: _pruned(inner, depth + 1) for key, inner in value.items()}
+    return [_pruned(inner, depth + 1) for inner in value]

@@ -23,6 +23,7 @@ from hf_llava_ft.data.schema import (
     Row,
     WrongTurnOrder,
     count_message_words,
+    row_place,
 )
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
@@ -42,6 +43,8 @@ KIND_OF_ERROR: dict[type[UserError], str] = {
 _MAX_CHARS_PER_TOKEN = 200
 # Without a model, what most of them take for more than text.
 _USUAL_CONTROL_TEXT = ("</s>", "<s>", "<|im_start|>", "<|im_end|>", "<|endoftext|>")
+
+_MAX_WHAT_CHARS = 500  # a name may be as long as a row
 
 UNKNOWN = -1
 
@@ -163,7 +166,13 @@ class RowChecker:
                 stored = source.locate(image, place)
             except UserError as error:
                 kind = KIND_OF_ERROR.get(type(error), "refused_image")
-                findings.problems.append(problem_of(error, source.where, number, given_id, place, kind))
+                problem = problem_of(error, source.where, number, given_id, place, kind)
+                # What is written may be passed on, and need not tell where this computer has its files.
+                folder = source.images.folder
+                if folder:
+                    what, todo = (text.replace(folder, os.path.basename(folder)) for text in problem[4:6])
+                    problem = problem._replace(what=what, what_to_do=todo)
+                findings.problems.append(problem)
                 is_sound = False
                 continue
             images.append(stored)
@@ -279,10 +288,14 @@ def problem_of(
     error: UserError, where: str, number: int, given_id: Any, place: str, kind: str | None = None
 ) -> Problem:
     """The two halves of an error's sentence, which names its place first."""
-    text = error.sentence.removeprefix(place).lstrip(": ")
+    text = error.sentence.removeprefix(place).removeprefix(row_place(where, number)).lstrip(": ")
     what, _, todo = text.rpartition("; ")
+    if not what:
+        what, todo = text, ""
+    if len(what) > _MAX_WHAT_CHARS:
+        what = f"{what[: _MAX_WHAT_CHARS // 2]} ... {what[-_MAX_WHAT_CHARS // 2 :]}"
     kind = kind or KIND_OF_ERROR.get(type(error), "unreadable_row")
-    return Problem(where, number, shown_id(given_id), kind, what or text, todo if what else "", place)
+    return Problem(where, number, shown_id(given_id), kind, what, todo, place)
 
 
 def shown_id(given_id: Any) -> str | None:

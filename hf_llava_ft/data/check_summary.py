@@ -5,6 +5,7 @@ from rich.table import Table
 
 from hf_llava_ft.data.check_result import CheckResult
 from hf_llava_ft.data.check_rows import Problem
+from hf_llava_ft.preview import visible
 
 _MAX_SHOWN = 20  # of problems, and of warnings
 _PER_KIND = 5  # while there are other kinds
@@ -16,7 +17,7 @@ def print_summary(result: CheckResult, console: Console, samples_per_second: flo
         samples_per_second (`float`, *optional*): measured in a run before; without it, no time is told.
     """
     for source in result.sources:
-        console.print(source, highlight=False, markup=False)
+        console.print(visible(source), highlight=False, markup=False, soft_wrap=True)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -26,7 +27,8 @@ def print_summary(result: CheckResult, console: Console, samples_per_second: flo
     _print_problems(result.problems, "problem", console)
     _print_problems(result.warnings, "warning", console)
     verdict = "Every row can be trained on." if result.trainable else _refusal(result)
-    console.print(verdict, style="bold green" if result.trainable else "bold red", highlight=False, markup=False)
+    style = "bold green" if result.trainable else "bold red"
+    console.print(verdict, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def summary_lines(result: CheckResult, samples_per_second: float | None = None) -> list[tuple[str, str]]:
@@ -93,13 +95,9 @@ def _token_lines(result: CheckResult, samples_per_second: float | None) -> list[
             if samples_per_second is None
             else f"about {_duration(steps['rows_per_epoch'] / samples_per_second)} at {samples_per_second:g} samples/s"
         )
-        lines.append(
-            (
-                "one epoch",
-                f"{steps['rows_per_epoch']:,} rows, {steps['steps_per_epoch']:,} steps of {steps['batch_size']}; "
-                f"{time}",
-            )
-        )
+        num_steps = steps["steps_per_epoch"]
+        counted = f"{num_steps:,} step{'' if num_steps == 1 else 's'} of {steps['batch_size']}"
+        lines.append(("one epoch", f"{steps['rows_per_epoch']:,} rows, {counted}; {time}"))
     return lines
 
 
@@ -108,7 +106,7 @@ def _print_problems(problems: list[Problem], name: str, console: Console) -> Non
         return
     console.print(f"\n{len(problems):,} {name}{'' if len(problems) == 1 else 's'}", style="bold", highlight=False)
     for problem in chosen_problems(problems, _MAX_SHOWN):
-        console.print(f"  {problem.sentence}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"  {visible(problem.sentence)}", highlight=False, markup=False, soft_wrap=True)
     if len(problems) > _MAX_SHOWN:
         console.print(f"  ... and {len(problems) - _MAX_SHOWN:,} more, all in --json FILE.", highlight=False)
 

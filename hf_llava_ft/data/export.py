@@ -76,7 +76,7 @@ def export_dataset(
         raise UserError(
             f"{weighted.where} has a weight, and a data set is written whole; give the weight in training."
         )
-    with staged_folder(output_dir) as staged:
+    with staged_folder(Path(output_dir)) as staged:
         (staged / "data").mkdir()
         written = _Shards(staged / "data", shard_bytes)
         digest = blake2b(digest_size=16)

@@ -18,7 +18,7 @@ import re
 import stat
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from hf_llava_ft.data.pictures import decode_failure
 from hf_llava_ft.data.schema import count_words, json_type, parse_llava_row, row_place
@@ -68,7 +68,8 @@ def checked_row(value: Any, path: str, number: int, images: "ImageFolder") -> di
     row = parse_llava_row(value, path, number)
     if row["images"]:
         place = row_place(path, number, value.get("id"))
-        row["images"] = [images.resolve(name, place) for name in row["images"]]
+        names = cast(list[str], row["images"])  # JSON holds no bytes
+        row["images"] = [images.resolve(name, place) for name in names]
     return {**row, "num_words": count_words(value), "num_images": len(row["images"])}
 
 

@@ -2,13 +2,18 @@
 
 import io
 import os
+from typing import Any
 
 from PIL import Image, UnidentifiedImageError
+
+# Gray of 16 or 32 bits. Pillow, and so the original LLaVA and every server of models, makes them RGB by cutting off
+# whatever is above 255: most such pictures would be trained as a white square. Colour of 16 bits is read as 8.
+DEEPER_THAN_8_BITS = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 
 
 def decode_failure(picture: str | bytes) -> str | None:
     """
-    Decode a picture completely.
+    Decode a picture completely, and see whether it survives as RGB.
 
     One of more than `PIL.Image.MAX_IMAGE_PIXELS` pixels fails by its header alone: kilobytes can unpack to gigabytes.
 
@@ -27,6 +32,13 @@ def decode_failure(picture: str | bytes) -> str | None:
             # A JPEG at an eighth of its size: all of it is read, with the same verdict, in half the time.
             image.draft(image.mode, (1, 1))
             image.load()
+            if image.mode in DEEPER_THAN_8_BITS:
+                extrema: Any = image.getextrema()  # of the one channel
+                lowest, highest = extrema
+                if highest > 255 or image.mode == "F":
+                    return (
+                        f"its values, {lowest} to {highest}, would be cut at 255, so turn them into 8 bits a channel"
+                    )
     except UnidentifiedImageError:
         size = len(picture) if isinstance(picture, bytes) else os.path.getsize(picture)
         return "no image format that Pillow knows" if size else "the file is empty"

@@ -21,12 +21,14 @@ What may surprise:
 """
 
 import copy
+import io
 import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
-from itertools import repeat
+from itertools import chain, repeat
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -34,12 +36,14 @@ import torch
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
-from hf_llava_ft.data.collator import open_picture
+from hf_llava_ft.data.bad_rows import skipped_line, write_whole
+from hf_llava_ft.data.check_rows import problem_of
 from hf_llava_ft.data.formats import Source
 from hf_llava_ft.data.formats.blocks import Piece, RawRow, RowReader, blocks_of
 from hf_llava_ft.data.formats.mixture import draw_rows
-from hf_llava_ft.data.pictures import decode_failure
+from hf_llava_ft.data.pictures import DEEPER_THAN_8_BITS, decode_failure
 from hf_llava_ft.errors import UserError
+from hf_llava_ft.processing.image_processing_llava import as_rgb
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +54,6 @@ _PIECE_ROWS = 256
 _MAX_PIECES = 16
 _MAX_DIVIDED_BYTES = 16 * 2**20
 _UNSHUFFLED_ROWS = 256  # read at once
-_MAX_WORKERS = 1024
 
 
 class LlavaStream(IterableDataset):
@@ -65,7 +68,9 @@ class LlavaStream(IterableDataset):
         seed (`int`, defaults to 42):
             Of the order, and of the rows that a weight draws.
         on_bad_row (`"raise"` or `"skip"`):
-            What a row that can't be trained on does: end the run with its sentence, or be logged and counted.
+            What a row that can't be trained on does: end the run with its sentence, or be listed.
+        skipped_file (`str`, *optional*):
+            Where such rows are listed, a line of JSON each, whenever one is met; the log by default.
         row_check (`Callable`, *optional*):
             Called with each row; a `ValueError` from it makes the row a bad one.
         cache_dir (`str`, *optional*):
@@ -82,6 +87,7 @@ class LlavaStream(IterableDataset):
         shuffle_buffer_size: int = 1000,
         seed: int = 42,
         on_bad_row: Literal["raise", "skip"] = "raise",
+        skipped_file: str | os.PathLike | None = None,
         row_check: Callable[[dict[str, Any]], None] | None = None,
         cache_dir: str | os.PathLike | None = None,
     ):
@@ -91,6 +97,7 @@ class LlavaStream(IterableDataset):
         self.shuffle_buffer_size = shuffle_buffer_size
         self.seed = seed
         self.on_bad_row = on_bad_row
+        self.skipped_file = skipped_file
         self.row_check = row_check
         self.rank, self.world_size, self.batch_size = 0, 1, 1
         self._drawn: list[np.ndarray | None] = []  # of a weighted source, its rows in the mixture
@@ -120,7 +127,6 @@ class LlavaStream(IterableDataset):
         # Workers that outlive an epoch see what is set here.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
         self._passed = torch.full((2,), -1, dtype=torch.int64).share_memory_()  # epoch, batches
-        self._skipped = torch.zeros(_MAX_WORKERS, dtype=torch.int64).share_memory_()  # a place for each worker
 
     def for_rank(self, rank: int, world_size: int, batch_size: int) -> "LlavaStream":
         """This stream as one of `world_size` processes reads it, in batches of `batch_size` rows."""
@@ -137,11 +143,6 @@ class LlavaStream(IterableDataset):
     def __len__(self) -> int:
         """Rows that each rank takes in an epoch."""
         return -(-self.num_rows // self.world_size)
-
-    @property
-    def num_skipped(self) -> int:
-        """Bad rows that this process and its workers have met; one that comes again counts again."""
-        return int(self._skipped.sum())
 
     @property
     def order(self) -> dict[str, Any]:
@@ -179,18 +180,18 @@ class LlavaStream(IterableDataset):
         if epoch == passed_epoch:
             num_passed = min(len(range(worker, num_batches, num_workers)) * self.batch_size, stop - first)
         yield from repeat(PASSED, num_passed)
-        rows = RowReader(self.sources, self._drawn)
-        order = self._order_of_pieces(epoch)
-        ends = np.cumsum(self._sizes[order])
+        plan = self._plan(epoch)
+        reader = RowReader(self.sources, self._drawn)
         size = self.shuffle_buffer_size or _UNSHUFFLED_ROWS
         done = first + num_passed
         for start in range(first + num_passed // size * size, stop, size):
-            buffer = list(self._read(rows, order, ends, start, min(start + size, stop)))
+            end = min(start + size, stop)
+            buffer = list(self._read(reader, plan, start, end))
             if self.shuffle_buffer_size:
                 shuffled = self._random(epoch, start).permutation(len(buffer))
                 buffer = [buffer[place] for place in shuffled]
             for place in range(max(done - start, 0), len(buffer)):
-                yield self._good_row(buffer, place, worker)
+                yield self._good_row(buffer, place, plan, end)
 
     def _run(self, worker: int, num_workers: int) -> tuple[int, int]:
         """Start and end of a worker's run in the epoch's order. The DataLoader takes a batch of each worker by turns;
@@ -205,41 +206,58 @@ class LlavaStream(IterableDataset):
         start, stop = start - short * (worker > last), stop - short * (worker >= last)
         return self.rank * num_rows + start, self.rank * num_rows + stop
 
-    def _order_of_pieces(self, epoch: int) -> np.ndarray:
-        if not self.shuffle_buffer_size:
-            return np.arange(len(self._pieces))
-        return self._random(epoch).permutation(len(self._pieces))
+    def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The pieces in the epoch's order, and where each ends in it."""
+        order = np.arange(len(self._pieces))
+        if self.shuffle_buffer_size:
+            order = self._random(epoch).permutation(len(self._pieces))
+        return order, np.cumsum(self._sizes[order])
 
     def _random(self, *numbers: int) -> np.random.RandomState:
         # RandomState, whose streams numpy keeps the same for ever.
         return np.random.RandomState([number % 2**32 for number in (self.seed, *numbers)])
 
-    def _read(self, rows: RowReader, order: np.ndarray, ends: np.ndarray, start: int, stop: int) -> Iterator[RawRow]:
+    def _read(self, reader: RowReader, plan: tuple[np.ndarray, np.ndarray], start: int, stop: int) -> Iterator[RawRow]:
         """The raw rows from `start` to `stop` of the epoch's order; behind its end, it begins again."""
+        order, ends = plan
         while start < stop:
             place = start % self.num_rows
             index = int(np.searchsorted(ends, place, side="right"))
             piece, end = self._pieces[order[index]], int(ends[index])
             num_rows = min(stop - start, end - place)
             skipped = piece.stop - piece.start - (end - place)
-            yield from rows.read(piece, skipped, num_rows)
+            yield from reader.read(piece, skipped, num_rows)
             start += num_rows
 
-    def _good_row(self, buffer: list[RawRow], place: int, worker: int) -> dict[str, Any]:
-        """The row at `place` or, where bad ones are skipped, the next good one behind it, from the start again."""
-        for step in range(len(buffer)):
+    def _good_row(
+        self, buffer: list[RawRow], place: int, plan: tuple[np.ndarray, np.ndarray], end: int
+    ) -> dict[str, Any]:
+        """The row at `place` of the buffer. Where bad ones are skipped, the next good one behind it: from the buffer,
+        which is taken round, or else from what follows its `end` in the epoch's order."""
+        try:
+            return self._checked(*buffer[place])
+        except UserError as error:
+            if self.on_bad_row == "raise":
+                raise
+            self._list(buffer[place], error)
+        behind = self._read(RowReader(self.sources, self._drawn), plan, end, end + self.num_rows)
+        for row in chain(buffer[place + 1 :], buffer[:place], behind):
             try:
-                return self._checked(*buffer[(place + step) % len(buffer)])
-            except UserError as error:
-                if self.on_bad_row == "raise":
-                    raise
-                if step == 0:
-                    self._skipped[worker % _MAX_WORKERS] += 1
-                    logger.warning("skipped: %s", error.sentence)
-        raise UserError(
-            f"{self.sources[buffer[place].source].where}: {len(buffer)} rows in succession can't be trained on; "
-            "correct the data."
-        )
+                return self._checked(*row)
+            except UserError:
+                continue  # listed in its own place
+        raise UserError(f"{self.sources[0].where}: no row can be trained on; llava-ft check says why.")
+
+    def _list(self, row: RawRow, error: UserError) -> None:
+        if self.skipped_file is None:
+            logger.warning("skipped: %s", error.sentence)
+            return
+        source, given_id = self.sources[row.source], row.raw.get("id") if isinstance(row.raw, dict) else None
+        problem = problem_of(error, source.where, row.number, given_id, source.place(row.raw, row.number))
+        Path(self.skipped_file).parent.mkdir(parents=True, exist_ok=True)
+        # One write for a line, so that those of several workers do not mix.
+        with open(self.skipped_file, "ab") as file:
+            file.write(skipped_line(problem, "left out").encode("utf-8", "replace"))
 
     def _checked(self, source_index: int, number: int, raw: Any) -> dict[str, Any]:
         source = self.sources[source_index]
@@ -255,12 +273,26 @@ class LlavaStream(IterableDataset):
         return row
 
 
+def told_of_rows_left_out(skipped_file: Path) -> str | None:
+    """Names each row once in the list of a stream that is done; returns a sentence with their number, or None if there
+    are none."""
+    if not skipped_file.exists():
+        return None
+    lines = list(dict.fromkeys(skipped_file.read_text(encoding="utf-8").splitlines(keepends=True)))
+    write_whole(skipped_file, lines)
+    return f"--on_bad_row skip: rows left out: {len(lines):,}; {skipped_file} lists them."
+
+
 def _decoded(image: dict[str, Any], place: str) -> Image.Image:
+    content = image["bytes"] or image["path"]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return open_picture(image)
+            with Image.open(io.BytesIO(content) if image["bytes"] else content) as opened:
+                reason = decode_failure(content) if opened.mode in DEEPER_THAN_8_BITS else None
+                if reason is None:
+                    return as_rgb(opened)  # as `open_picture` does
     except Exception as error:  # a damaged file may surface as nearly anything
-        reason = decode_failure(image["bytes"] or image["path"]) or " ".join(str(error).split())
+        reason = decode_failure(content) or " ".join(str(error).split())
     name = "an image" if image["path"] is None else f"image {os.path.basename(image['path'])!r}"
     raise UserError(f"{place}: {name} can't be decoded ({reason}); replace it or remove the row.")

@@ -39,4 +39,4 @@ class TokenLimit:
         if length > self.longest:
             what, todo, can_be_cut = over_length(ids, supervised, processor, repeats, self.longest)
             if not (can_be_cut and self.takes_longer):
-                raise ValueError(f"it {what}; {todo}")
+                raise ValueError(f"{what}; {todo}")

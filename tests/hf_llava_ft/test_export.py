@@ -199,7 +199,12 @@ def test_the_command(folder):
     assert "Written and read back: 12 rows and 12 images in 1 file of " in done.stderr
     loaded = datasets.load_dataset(str(folder / "out"), split="train", cache_dir=str(folder / "cache"))
     assert loaded["id"][:] == [str(index) for index in range(12)]
-    for options, says in (([], "error: nowhere to write to"), (["--output_dir", str(folder / "out")], "is not empty")):
+    for options, says in (
+        ([], "error: nowhere to write to"),
+        (["--output_dir", str(folder / "out")], "is not empty"),
+        (["--repo_id", "no name"], "error: no name can't be uploaded to (Repo id must"),
+        (["--repo_id", "user/name"], "error: user/name can't be uploaded to ("),  # the tests are offline
+    ):
         refused = CliRunner().invoke(app, [*map(str, arguments), *options])
         assert refused.exit_code == 2 and says in refused.stderr
 

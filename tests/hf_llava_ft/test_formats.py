@@ -448,45 +448,6 @@ def test_the_cache_is_used_until_files_images_or_options_change(folder):
     assert cache(allow_outside=True) not in (first, second, third)
 
 
-@pytest.mark.parametrize("dialect", ["llava", "messages"])
-def test_bad_rows_can_be_left_out_and_are_said(folder, dialect):
-    def row(image, answer="Red."):
-        if dialect == "messages":
-            turns = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": answer}]
-            return {"messages": turns, "images": [image]}
-        turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": answer}]
-        return {"image": image, "conversations": turns}
-
-    (folder / "images" / "cut.png").write_bytes(png(folder, 0)[:60])
-    rows = [
-        row("0.png"),
-        row("cut.png"),
-        row("1.png", ""),
-        row("late.png"),
-        row("../0.png"),
-        row("2.png"),
-        row("cut.png"),
-    ]
-    write_json(folder, rows)
-    for _ in range(2):  # the second time from the cache
-        skipped = []
-        data = load(folder, "data", skipped=skipped)
-        assert data["id"][:] == ["1", "6"]
-        assert [re.search(r"row (\d)", sentence)[1] for sentence in skipped] == ["2", "3", "4", "5", "7"]
-    first = data.cache_files[0]["filename"]
-    assert load(folder, "data", skipped=[]).cache_files[0]["filename"] == first
-    # Not remembered as sound. LLaVA JSON is read to its end before pictures are decoded.
-    assert f"row {3 if dialect == 'llava' else 2}: " in sentence(load, folder, "data")
-
-    (folder / "images" / "late.png").write_bytes(png(folder, 1))
-    (folder / "images" / "cut.png").write_bytes(png(folder, 2))
-    skipped = []
-    assert load(folder, "data", skipped=skipped)["id"][:] == ["1", "2", "4", "6", "7"]
-    assert len(skipped) == 2
-    write_json(folder, rows[2:3])
-    assert "has no row that can be trained on: " in sentence(load, folder, "data", skipped=[])
-
-
 def test_sources_travel_to_other_processes(folder):
     trl_dataset(folder).save_to_disk(folder / "saved")
     (source,) = pickle.loads(pickle.dumps(open_source(str(folder / "saved"))))

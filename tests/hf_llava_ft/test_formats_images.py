@@ -43,7 +43,7 @@ PICTURES = {
     "tiff": encoded(gradient(), "TIFF"),
     "cmyk.jpg": encoded(gradient().convert("CMYK"), "JPEG"),
     "gray.png": encoded(gradient().convert("L"), "PNG"),
-    "gray16.png": encoded(Image.fromarray(np.arange(64 * 48, dtype=np.uint16).reshape(48, 64) * 21), "PNG"),
+    "gray16.png": encoded(Image.fromarray(np.arange(64 * 48, dtype=np.uint16).reshape(48, 64) % 256), "PNG"),
     "one_bit.png": encoded(gradient().convert("1"), "PNG"),
     "transparent.png": encoded(gradient().convert("RGBA"), "PNG"),
     "palette.png": encoded(gradient().convert("P"), "PNG", transparency=3),
@@ -72,6 +72,21 @@ def test_pictures_of_every_kind_become_batches(tmp_path, tiny_processor, how):
         # As the original opens them: RGB, and no EXIF orientation applied.
         assert opened.mode == "RGB" and opened.size == Image.open(io.BytesIO(PICTURES[row["id"]])).size
     assert open_picture(data[list(PICTURES).index("turned.jpg")]["images"][0]).size == (64, 48)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [(np.arange(64 * 48, dtype=np.uint16) * 21, "PNG"), (np.linspace(0, 1, 3072, dtype="f4"), "TIFF")],
+)
+def test_gray_that_would_be_cut_to_white_or_black_is_refused(tmp_path, values, kind):
+    content = encoded(Image.fromarray(values.reshape(48, 64)), kind)
+    # What it would be trained as: one value nearly everywhere.
+    trained = np.asarray(open_picture({"bytes": content, "path": None}))
+    assert (trained == np.median(trained)).mean() > 0.95
+    (tmp_path / "deep").write_bytes(content)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "deep", "text": "A scan."}\n')
+    with pytest.raises(UserError, match=r"row 1: image 'deep' can't be decoded \(its values, .* would be cut at 255"):
+        load_data(tmp_path, cache_dir=tmp_path / "cache")
 
 
 def test_what_an_image_may_be_in_python():

@@ -85,6 +85,7 @@ def test_pushed_and_loaded_again(tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr + str(hub.unknown)
     assert f"Uploaded: {hub.endpoint}/datasets/user/ours" in done.stderr
+    assert hub.unknown == []
     # One commit, of everything; nothing of this computer in it.
     (files,) = hub.commits["datasets/user/ours"]
     assert sorted(files) == ["README.md", "data/train-00000-of-00001.parquet"]

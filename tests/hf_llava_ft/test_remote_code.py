@@ -339,7 +339,7 @@ def test_verification_notices_code_that_a_stranger_could_not_run(folder, written
 
     code = (folder / "modeling_llava.py").read_text()
     (folder / "modeling_llava.py").write_text(code.replace("import torch\n", "import torch\nimport hf_llava_ft\n", 1))
-    monkeypatch.setattr(module, "carries_our_code", lambda path: True)
+    monkeypatch.setattr(module, "loader_for", lambda *folders: "trust_remote_code")
     with pytest.raises(UserError, match="does not load in a fresh process: .*hf_llava_ft"):
         verify(folder, written["mlp3x"][1], load_processor(str(folder)), Probe())
 

@@ -181,4 +181,9 @@ def test_another_trainers_checkpoint_is_taken_when_it_is_named(tmp_path):
     assert checkpoint_to_resume(None, tmp_path) == checkpoint_to_resume("False", tmp_path) == (None, [])
     with pytest.raises(UserError, match="holds no whole checkpoint. .*it was not written to its end"):
         checkpoint_to_resume("true", tmp_path)
+    none, passed_over = checkpoint_to_resume("auto", tmp_path)
+    assert none is None and len(passed_over) == 1
+    assert checkpoint_to_resume("auto", tmp_path / "nowhere") == (None, [])
+    seal(folder)
+    assert checkpoint_to_resume("auto", tmp_path) == checkpoint_to_resume(True, tmp_path) == (str(folder), [])
     assert os.listdir(tmp_path) == ["checkpoint-3"]

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import set_seed
@@ -26,6 +27,7 @@ from hf_llava_ft.data.collator import LlavaCollator, open_picture
 from hf_llava_ft.data.formats import load_data, open_source
 from hf_llava_ft.data.streaming import PASSED, LlavaStream
 from hf_llava_ft.errors import UserError
+from hf_llava_ft.train import main
 from hf_llava_ft.tuning import with_lora
 
 
@@ -211,10 +213,9 @@ def test_a_bad_row_is_skipped_and_ranks_stay_in_step(text_stream, caplog):
     seen = Counter(row_id for batches in by_rank for batch in batches for row_id in batch)
     assert len(seen) == 9 and "row6" not in seen and sorted(seen.values()) == [1] * 8 + [2]
 
-    assert len(ids(stream)) == 10 and stream.num_skipped == 1
-    assert sentence in caplog.text
+    assert len(ids(stream)) == 10 and sentence in caplog.text
     hopeless = [{"id": "x", "conversations": []}, *({"id": "y"} for _ in range(9))]
-    with pytest.raises(UserError, match="8 rows in succession can't be trained on"):
+    with pytest.raises(UserError, match="no row can be trained on"):
         list(text_stream(rows=hopeless, on_bad_row="skip"))
 
 
@@ -300,21 +301,21 @@ def losses_of(trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_resumed_run_is_the_unbroken_run(tiny_checkpoint, mixed_stream, tmp_path, num_workers):
+@pytest.mark.parametrize(("num_workers", "step"), [(0, 3), (0, 5), (2, 3)])
+def test_a_resumed_run_is_the_unbroken_run(tiny_checkpoint, mixed_stream, tmp_path, num_workers, step):
     # 17 rows in 9 batches are 5 steps, the last of which is short: step 3 is in the middle of the first epoch.
-    settings = {"dataloader_num_workers": num_workers}
+    settings = {"dataloader_num_workers": num_workers, "save_steps": step}
     unbroken = make_trainer(tiny_checkpoint, mixed_stream(), tmp_path / "unbroken", **settings)
     unbroken.train()
     resumed = make_trainer(tiny_checkpoint, mixed_stream(), tmp_path / "resumed", **settings)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "unbroken" / "checkpoint-3"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "unbroken" / f"checkpoint-{step}"))
     assert losses_of(resumed) == losses_of(unbroken) and len(losses_of(unbroken)) == 6
     state = dict(unbroken.model.named_parameters())
     assert all(torch.equal(parameter, state[name]) for name, parameter in resumed.model.named_parameters())
     if not num_workers:  # workers write theirs at once, and prefetch
         whole, rest = ((tmp_path / run / "rows-0.txt").read_text().splitlines() for run in ("unbroken", "resumed"))
         assert sorted(" ".join(whole[:9]).split()) == sorted(f"row{index}" for index in range(17))
-        assert rest == whole[6:]  # three steps of two batches are not even decoded
+        assert rest == whole[min(2 * step, 9) :]  # what was trained is not even decoded
 
 
 def test_passing_over_is_what_drawing_and_throwing_away_would_be(tiny_checkpoint, mixed_stream, tmp_path, monkeypatch):
@@ -365,6 +366,50 @@ def test_orders_that_only_rows_in_memory_have_are_refused(tiny_checkpoint, mixed
         make_trainer(tiny_checkpoint, mixed_stream(), tmp_path / "out", **flag)
 
 
+def train(*flags) -> None:
+    main(
+        [*map(str, flags), "--use_cpu", "True", "--save_strategy", "no", "--report_to", "none", "--streaming", "True"]
+    )
+
+
+def test_a_stream_trains_from_the_command_line_and_lists_what_it_left_out(tiny_checkpoint, llava_json, tmp_path):
+    path, folder = llava_json(9, with_text_rows=True)
+    rows = json.loads(path.read_text())
+    rows[4]["conversations"].pop()
+    rows[7]["conversations"][1]["value"] = "word " * 600
+    path.write_text(json.dumps(rows))
+    output_dir = tmp_path / "out"
+    flags = ["--model_name_or_path", tiny_checkpoint, "--data_path", path, "--image_folder", folder]
+    flags += ["--output_dir", output_dir, "--lora_r", 4, "--num_train_epochs", 2, "--per_device_train_batch_size", 2]
+    flags += ["--model_max_length", 100, "--shuffle_buffer_size", 4]
+    with pytest.raises(SystemExit) as refused:
+        train(*flags)
+    assert refused.value.code == 2 and not (output_dir / "adapter_config.json").exists()
+
+    train(*flags, "--on_bad_row", "skip", "--dataloader_num_workers", 2)
+    assert (output_dir / "adapter_model.safetensors").is_file()
+    assert json.loads((output_dir / "trainer_state.json").read_text())["global_step"] == 2 * 5
+    (left_out,) = map(json.loads, (output_dir / "skipped_rows.jsonl").read_text().splitlines())
+    assert (left_out["row"], left_out["id"], left_out["kind"]) == (5, "row4", "turn_order")
+
+
+def test_grouping_is_refused_before_a_model_is_loaded(tmp_path, tiny_checkpoint, llava_json, capsys):
+    path, folder = llava_json(3)
+    flags = ["--model_name_or_path", tiny_checkpoint, "--data_path", path, "--image_folder", folder]
+    with pytest.raises(SystemExit) as refused:
+        train(*flags, "--output_dir", tmp_path / "out", "--group_by_modality_length", "True")
+    assert refused.value.code == 2
+    assert "--group_by_modality_length sorts all rows" in capsys.readouterr().err
+
+
+def test_a_picture_of_16_bits_is_refused_as_it_is_in_memory(llava_json, tmp_path):
+    path, folder = llava_json(2)
+    Image.new("I;16", (30, 20), 40_000).save(folder / "1.png")
+    stream = LlavaStream(open_source(path, folder), cache_dir=tmp_path / "cache")
+    with pytest.raises(UserError, match="would be cut at 255"):
+        list(stream)
+
+
 # Two processes that talk to each other. What each logged, and which rows it had, is left in its output folder.
 RUN = """
 import json, sys
@@ -377,6 +422,7 @@ from hf_llava_ft.data.formats import open_source
 from hf_llava_ft.data.streaming import LlavaStream
 from hf_llava_ft.trainer import LlavaTrainer
 from hf_llava_ft.tuning import with_lora
+from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import set_seed
@@ -396,7 +442,8 @@ args = LlavaTrainingArguments(
 assert args.world_size == 2
 set_seed(42)
 processor = load_processor(checkpoint)
-model = with_lora(load_model(checkpoint, processor), TuningArguments(lora_r=4, lora_alpha=8, lora_dropout=0.1), checkpoint)
+tuning = TuningArguments(lora_r=4, lora_alpha=8, lora_dropout=0.1)
+model = with_lora(load_model(checkpoint, processor), tuning, checkpoint)
 collator = RecordingCollator(processor, uint8_pixels=True)
 Path(output_dir).mkdir(exist_ok=True)
 collator.log = Path(output_dir, f"rows-{args.process_index}.txt")
@@ -414,7 +461,7 @@ def run_two_processes(tmp_path, name, *arguments) -> tuple[list[float], list[lis
     """The losses of a run, and the rows of each of its micro-batches by rank."""
     script, output_dir = tmp_path / "run.py", tmp_path / name
     script.write_text(RUN)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", str(script)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
     command = [*launch, *map(str, arguments[:4]), str(output_dir), *map(str, arguments[4:])]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
@@ -440,7 +487,7 @@ def test_two_processes_resume_the_run_exactly(tiny_checkpoint, llava_json, tmp_p
     ]
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
     if not num_workers:  # workers write theirs at once, and prefetch
-        assert [len(rows) for rows in whole] == [12 + 1] * 2  # one more is looked at, to see whether it is the last
+        assert [len(rows) for rows in whole] == [9 + 2 + 1] * 2  # one more is looked at, to see whether there is one
         epoch = Counter(row for rows in whole for row in rows[:9])
         assert len(epoch) == 17 and sorted(epoch.values()) == [1] * 16 + [2]
         assert [rows[6:] for rows in whole] == rest

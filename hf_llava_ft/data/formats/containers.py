@@ -111,14 +111,14 @@ class RowGroup(NamedTuple):
 
     Args:
         path (`str`): the file.
-        index (`int`): its place in it.
+        group (`int`): its place in it.
         first_row (`int`): number of its first row, from 1, over all files.
         num_rows (`int`): how many rows it has.
         num_bytes (`int`): what they unpack to.
     """
 
     path: str
-    index: int
+    group: int
     first_row: int
     num_rows: int
     num_bytes: int
@@ -171,7 +171,7 @@ class ParquetFiles(Container):
             )
         file = self._open(path)
         try:
-            for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group.index]):
+            for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group.group]):
                 for row in _plain_rows(batch):
                     number += 1
                     yield number, row

@@ -23,7 +23,7 @@ from datasets.exceptions import DatasetGenerationError
 from filelock import FileLock
 
 from hf_llava_ft.data.builder import FEATURES, load_llava_json
-from hf_llava_ft.data.formats.checked_rows import SkippedRows, checked_rows
+from hf_llava_ft.data.formats.checked_rows import checked_rows
 from hf_llava_ft.data.formats.containers import JsonFile
 from hf_llava_ft.data.formats.dialects import LLAVA, SHAREGPT
 from hf_llava_ft.data.formats.mixture import draw_rows
@@ -57,7 +57,6 @@ class SourceRows(datasets.GeneratorBasedBuilder):
     Args:
         source (`Source`): see `open_source`.
         state (`str`): other contents have another one.
-        skipped (`SkippedRows`, *optional*): see [`checked_rows`].
         kwargs: for `datasets.DatasetBuilder`.
 
     Raises:
@@ -67,15 +66,7 @@ class SourceRows(datasets.GeneratorBasedBuilder):
     VERSION = datasets.Version("1.0.0")  # raise it when the same files give other rows
     BUILDER_CONFIG_CLASS = SourceConfig
 
-    def __init__(
-        self,
-        source: Source,
-        state: str = "",
-        cache_dir: str | None = None,
-        skipped: SkippedRows | None = None,
-        **kwargs,
-    ):
-        self.skipped = skipped
+    def __init__(self, source: Source, state: str = "", cache_dir: str | None = None, **kwargs):
         super().__init__(cache_dir=cache_dir, dataset_name="llava_rows", source=source, state=state, **kwargs)
 
     def _info(self) -> datasets.DatasetInfo:
@@ -85,7 +76,7 @@ class SourceRows(datasets.GeneratorBasedBuilder):
         return [datasets.SplitGenerator(name=datasets.Split.TRAIN, gen_kwargs={"source": self.config.source})]
 
     def _generate_examples(self, source: Source) -> Iterator[tuple[int, dict]]:
-        yield from checked_rows(source, self.skipped)
+        yield from checked_rows(source)
 
     def download_and_prepare(self, *args, **kwargs) -> None:
         """As in `datasets.DatasetBuilder`, except that a `UserError` arrives as one."""
@@ -108,7 +99,6 @@ def load_data(
     allow_urls: bool = False,
     seed: int = 42,
     cache_dir: str | os.PathLike | None = None,
-    skipped: list[str] | None = None,
 ) -> datasets.Dataset:
     """
     Open data of any format as one data set on disk, after checking all of it, images included.
@@ -116,16 +106,13 @@ def load_data(
     Args:
         data_path, image_folder, allow_outside, allow_urls, cache_dir: see [`open_source`].
         seed (`int`, defaults to 42): decides which rows a weight below 1 draws.
-        skipped (`list[str]`, *optional*):
-            Given one, rows that are wrong are left out and said here, a sentence for each. A weight is then a share of
-            the sound ones.
 
     Returns:
         `datasets.Dataset`, memory-mapped, with `FEATURES` of `data/builder.py`, images undecoded. The sets of a
         mixture follow one another in the order given, rows in the order of their files.
 
     Raises:
-        `UserError`: at the first thing that is wrong; with `skipped`, only if a file can't be read or no row is sound.
+        `UserError`: at the first thing that is wrong. `bad_rows.sound_rows` opens a set without its wrong rows.
     """
     sources = open_source(
         data_path, image_folder, allow_outside=allow_outside, allow_urls=allow_urls, cache_dir=cache_dir
@@ -133,26 +120,22 @@ def load_data(
     root = os.path.expanduser(cache_dir or datasets.config.HF_DATASETS_CACHE)
     parts = []
     for position, source in enumerate(sources):
-        part = load_source(source, root, skipped)
+        part = load_source(source, root)
         if source.weight != 1:
             part = part.select(draw_rows(len(part), source.weight, seed, position))
         parts.append(part)
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
 
-def load_source(source: Source, cache_dir: str | os.PathLike, skipped: list[str] | None = None) -> datasets.Dataset:
+def load_source(source: Source, cache_dir: str | os.PathLike) -> datasets.Dataset:
     """One source as [`load_data`] gives it, whatever its weight."""
     if _only_names_files(source):
         try:
             return load_llava_json(source.where, source.images.folder, cache_dir)
         except ImageAddressError:
             pass  # a later row holds a picture after all, or its sentence is for the store of images to say
-        except UserError:
-            if skipped is None:
-                raise
     root = Path(cache_dir) / "llava_rows_states"
-    files = _files_state(source) + ("" if skipped is None else " skipping")
-    files = blake2b(files.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    files = blake2b(_files_state(source).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
     known = root / f"{files}.json"
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{known}.lock"):  # one process of many builds
@@ -162,23 +145,16 @@ def load_source(source: Source, cache_dir: str | os.PathLike, skipped: list[str]
             builder = SourceRows(source, kept["state"], os.fspath(cache_dir))
             if os.path.isdir(builder.cache_dir):
                 dataset = builder.as_dataset(split="train")
-                images = _images_state(dataset, kept["skipped_images"])
+                images = _images_state(dataset)
                 if images == kept["images"]:
-                    if skipped is not None:
-                        skipped += kept["skipped"]
                     return _undecoded(dataset)
                 state = f"{files}-{images}"
-        left_out = None if skipped is None else SkippedRows([], [])
-        builder = SourceRows(source, state, os.fspath(cache_dir), left_out)
+        builder = SourceRows(source, state, os.fspath(cache_dir))
         builder.download_and_prepare()
         dataset = builder.as_dataset(split="train")
-        sentences, paths = left_out or ([], [])
-        kept = {"state": state, "images": _images_state(dataset, paths), "skipped": sentences, "skipped_images": paths}
         unfinished = known.with_suffix(".incomplete")
-        unfinished.write_text(json.dumps(kept), encoding="utf-8")
+        unfinished.write_text(json.dumps({"state": state, "images": _images_state(dataset)}), encoding="utf-8")
         unfinished.replace(known)
-    if skipped is not None:
-        skipped += sentences
     return _undecoded(dataset)
 
 
@@ -214,26 +190,20 @@ def _files_state(source: Source) -> str:
     return json.dumps([source.where, source.format, states, folder, images.allow_outside, images.allow_urls])
 
 
-def _images_state(dataset: datasets.Dataset, others: Sequence[str] = ()) -> str:
-    """Digest of path, size and time of every image file that the rows name, and of some others."""
+def _images_state(dataset: datasets.Dataset) -> str:
+    """Digest of path, size and time of every image file that the rows name."""
     digest = blake2b(digest_size=16)
-
-    def add(path: str) -> None:
-        try:
-            status = os.stat(path)
-            state = f"{path}\t{status.st_size}\t{status.st_mtime_ns}\n"
-        except (OSError, ValueError):
-            state = f"{path}\tmissing\n"
-        digest.update(state.encode("utf-8", "surrogatepass"))
-
     for chunk in dataset.data.column("images").chunks:
         # Only files: an embedded picture's path is a name that it once had.
         images = pc.list_flatten(chunk)
         names = images.filter(pc.is_null(pc.struct_field(images, "bytes"))).field("path")
         for path in pc.unique(names).to_pylist():
-            add(path)
-    for path in others:
-        add(path)
+            try:
+                status = os.stat(path)
+                state = f"{path}\t{status.st_size}\t{status.st_mtime_ns}\n"
+            except OSError:
+                state = f"{path}\tmissing\n"
+            digest.update(state.encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 
