@@ -158,7 +158,8 @@ def _check_plain(model: PeftModel) -> None:
         kind = "LoRA on the vision tower"
     if kind is not None:
         raise UserError(
-            f"the format of haotian-liu/LLaVA has no {kind}: merge the adapter (llava-ft merge) and convert the result."
+            f"the format of haotian-liu/LLaVA has no {kind}: merge the adapter (llava-ft merge), and convert the "
+            f"merged model."
         )
 
 

@@ -50,8 +50,8 @@ def checkpoint_to_resume(wanted: str | bool | None, output_dir: str | Path) -> t
     The checkpoint that `--resume_from_checkpoint` means.
 
     Args:
-        wanted: a folder; `True` for the last whole checkpoint in `output_dir`; `auto` for the same if there is one, else
-            for a new run, which suits jobs that a cluster starts again; `False` or `None` for none.
+        wanted: a folder; `True` for the last whole checkpoint in `output_dir`; `auto` for the same if there is one,
+            else for a new run, which suits jobs that a cluster starts again; `False` or `None` for none.
 
     Returns:
         The folder, or `None` to begin anew, and one sentence for each later checkpoint that was passed over.

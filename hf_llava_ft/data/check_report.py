@@ -6,6 +6,7 @@ they go in, and the text with what is learned marked. All text of the data is un
 
 import base64
 import io
+import os
 from html import escape
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def write_check_report(
         samples = result.samples if samples is None else samples
         cards = [_card(name, sample, processor) for name, sample in samples.items()]
     sections = [
-        f"<header><h1>Data check</h1>{verdict}<p>{'<br>'.join(map(_text, result.sources))}</p></header>",
+        f"<header><h1>Data check</h1>{verdict}<p>{'<br>'.join(map(_source, result.sources))}</p></header>",
         f"<section><h2>What is there</h2>{_facts(summary_lines(result, samples_per_second))}</section>",
         f"<section><h2>Tokens in a row</h2>{histogram_svg(histogram, limit)}</section>" if histogram else "",
         _problem_section("problem", result.problems),
@@ -182,7 +183,7 @@ def _problem_table(problems: list[Problem], has_files: bool) -> str:
         row_id = problem.id or ""
         if len(row_id) > _MAX_ID_CHARS:
             row_id = f"{row_id[:_MAX_ID_CHARS]}..."
-        cells = (f"{problem.file}: {row}" if has_files else row, row_id, problem.what, problem.what_to_do)
+        cells = (f"{_file_name(problem.file)}: {row}" if has_files else row, row_id, problem.what, problem.what_to_do)
         pairs = zip(columns, cells, strict=True)
         rows.append("".join(f'<td data-name="{column}">{_text(cell)}</td>' for column, cell in pairs))
     return f'<table class="problems">{"".join(f"<tr>{row}</tr>" for row in rows)}</table>'
@@ -193,6 +194,16 @@ def _facts(lines: list[tuple[str, str]]) -> str:
         f"<div><dt>{_text(name.strip())}</dt><dd>{_text(value)}</dd></div>" for name, value in lines if name
     )
     return f'<dl class="wide">{items}</dl>'
+
+
+def _source(described: str) -> str:
+    name, _, rest = described.rpartition(": detected ")
+    return _text(f"{_file_name(name)}: {rest}")
+
+
+def _file_name(where: str) -> str:
+    """Without the folders of this computer, which are nothing for a page that is passed on."""
+    return os.path.basename(os.path.normpath(where)) if os.path.exists(where) else where
 
 
 def _text(text: str) -> str:
@@ -208,7 +219,7 @@ mark{background:var(--good-card);color:var(--good);border-bottom:2px solid var(-
 .pictures{display:flex;flex-wrap:wrap;gap:12px;margin:0 0 12px}figure{margin:0;display:flex;gap:8px;flex-wrap:wrap}
 figure img{height:auto;border-radius:6px;border:1px solid var(--rule)}.whole{width:220px}
 .crops{display:flex;flex-wrap:wrap;gap:4px;max-width:228px;align-content:flex-start}.crop{width:108px}
-.wide{grid-template-columns:1fr}section>p{margin:0 0 12px;color:var(--muted)}
+.wide{grid-template-columns:1fr}header p{overflow-wrap:anywhere}section>p{margin:0 0 12px;color:var(--muted)}
 .problems td,.problems th{text-align:left;vertical-align:top;overflow-wrap:anywhere}
 .problems td:first-child,.problems th:first-child{white-space:nowrap}
 .problems td:nth-child(2){min-width:7em;max-width:14em}.problems td:nth-child(n+3){min-width:14em}

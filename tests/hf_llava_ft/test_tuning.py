@@ -10,6 +10,7 @@ import hf_llava_ft
 from hf_llava_ft.arguments import LlavaTrainingArguments, TuningArguments
 from hf_llava_ft.checkpoints import load_model, load_processor
 from hf_llava_ft.errors import UserError
+from hf_llava_ft.original_folders import write_original_lora
 from hf_llava_ft.train import learning_rate_of
 from hf_llava_ft.train import main as train_main
 from hf_llava_ft.tuning import PROJECTOR, VISION_TOWER, part_of, trained_parts, with_tuning
@@ -173,3 +174,17 @@ def test_an_adapter_of_each_kind_loads_by_peft_alone_and_merges(tiny_checkpoint,
     assert not torch.allclose(adapted, base, atol=1e-3)
     torch.testing.assert_close(ours, adapted, rtol=0, atol=1e-5)
     torch.testing.assert_close(merged, adapted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"use_rslora": True}, "rank-stabilised LoRA"),
+        ({"lora_vision_tower": True}, "LoRA on the vision tower"),
+    ],
+)
+def test_what_the_originals_folder_cannot_hold_is_not_written_into_one(tiny, tmp_path, arguments, kind):
+    with pytest.raises(UserError, match=f"has no {kind}: merge the adapter"):
+        write_original_lora(tuned(tiny, **arguments), "base", tmp_path)
+    assert not list(tmp_path.iterdir())
