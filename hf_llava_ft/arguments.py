@@ -4,6 +4,7 @@ Each setting lives in one class. Defaults are those of LLaVA-1.5's LoRA recipe (
 `scripts/v1_5/finetune_lora.sh`), so that a run with nothing set is the paper's.
 """
 
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -215,6 +216,20 @@ class LlavaTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.deepspeed_plugin is not None and self.device.type == "cpu" and "WORLD_SIZE" in os.environ:
+            # accelerate joins the processes later on a CPU, and ZeRO-3 divides the model among them while it is read.
+            import deepspeed
+
+            deepspeed.init_distributed(dist_backend="gloo")
+        if self.deepspeed_plugin is not None:
+            settings = self.deepspeed_plugin.hf_ds_config
+            gathers = settings.get_value("zero_optimization.stage3_gather_16bit_weights_on_model_save", False)
+            if settings.is_zero3() and not gathers:
+                raise ValueError(
+                    "DeepSpeed's ZeRO-3 is set up without stage3_gather_16bit_weights_on_model_save, so that no model "
+                    "could be saved that anything loads: set it to true under zero_optimization, as in "
+                    "examples/deepspeed/zero3.json."
+                )
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # nothing to pin for, and PyTorch warns about it
         if self.remove_unused_columns:

@@ -102,7 +102,7 @@ def run_check(
 
 def _first_samples(sources: list[Source], number: int) -> dict[str, Sample]:
     """The first rows that nothing is wrong with, among the first `number`."""
-    samples = {}
+    samples: dict[str, Sample] = {}
     for source in sources:
         for row_number, raw in islice(source.iter_raw(), max(0, number - len(samples))):
             try:

@@ -82,7 +82,7 @@ def compose(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
 def train(context: typer.Context) -> None:
-    """Fine-tune a LLaVA; takes the flags of the original's train.py and of transformers' Trainer."""
+    """Fine-tune a LLaVA: [RECIPE.yaml] and flags, those of the original's train.py and transformers' Trainer too."""
     from hf_llava_ft.train import main as train_main
 
     train_main(context.args)

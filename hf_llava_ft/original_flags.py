@@ -155,6 +155,7 @@ ORIGINAL_DEFAULTS: dict[str, Any] = {
     "optim": "adamw_torch",
     "loss_normalization": "micro_batch",
     "sampler_order": "original",
+    "resume_from_checkpoint": "auto",  # from the last checkpoint in the output folder, where there is one
 }
 # They describe a new LLaVA; one that is given may differ.
 OF_A_NEW_LLAVA = frozenset(("mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature"))

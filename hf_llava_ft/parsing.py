@@ -9,7 +9,6 @@ import difflib
 import re
 from argparse import SUPPRESS
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
@@ -101,8 +100,6 @@ def _settle(settings: dict[str, Setting], given: dict[str, Any]) -> dict[str, An
     """Adds the original's defaults that depend on other settings; returns all of them."""
     values = {name: setting.value for name, setting in settings.items()}
     defaults = ORIGINAL_DEFAULTS | {"dtype": original_dtype(values)}
-    if "output_dir" in given and any(Path(given["output_dir"]).glob("checkpoint-*")):
-        defaults["resume_from_checkpoint"] = "True"  # as it does when there is a checkpoint, without being asked
     if values.get("streaming"):
         del defaults["sampler_order"]  # which needs all rows at once
         settings["sampler_order"] = Setting(given.get("sampler_order", "default"), settings["sampler_order"].origin)
@@ -156,6 +153,8 @@ class _Parser(HfArgumentParser):
             action.required = False
             if action.type is string_to_bool:
                 action.nargs, action.const = "?", True  # also those whose default is none
+            if action.dest == "report_to":
+                action.nargs = "+"  # as the original's transformers has it
         self.names = {action.dest for action in self._actions} - {"help"}
 
     def layer(self, words: list[str], where: str = "") -> dict[str, Any]:
@@ -177,7 +176,10 @@ class _Parser(HfArgumentParser):
             close = difflib.get_close_matches(flag.lstrip("-"), self.names, n=1)
             hint = f"did you mean --{close[0]}? " if close else ""
             raise UserError(f"unknown argument {flag}; {hint}llava-ft train --help lists them all.")
-        return vars(namespace)
+        values = vars(namespace)
+        if len(values.get("report_to", "")) == 1:
+            values["report_to"] = values["report_to"][0]
+        return values
 
     def error(self, message: str) -> NoReturn:
         sentence = re.sub(r"^argument (--[^/:]+)[^:]*: ", r"\1: ", message)

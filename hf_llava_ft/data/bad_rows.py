@@ -134,7 +134,7 @@ class SoundRows:
             is_cut = False
             if index in counts.refused:
                 what, _, todo = counts.refused[index].rpartition("; ")
-                problem = part.problem(index, "not_encoded", what or todo, todo if what else CHANGE)
+                problem = part.problem(index, "chat_template", what or todo, todo if what else CHANGE)
             elif index in nothing:
                 problem = part.problem(index, "unsupervised", NOTHING_TO_LEARN, CHANGE)
             else:
@@ -272,8 +272,8 @@ def _kept_at(source: Source, root: Path) -> Path:
     status = [os.stat(path) for path in source.container.files]
     files = [[one.st_size, one.st_mtime_ns, one.st_ctime_ns, one.st_ino] for one in status]
     images = source.images
-    identity = [source.where, source.container.files, source.format, files]
-    identity += [images.folder, images.allow_outside, images.allow_urls]
+    options = [images.folder, images.allow_outside, images.allow_urls]
+    identity = [source.where, source.container.files, source.format, files, options]
     digest = blake2b(json.dumps(identity).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
     return root / "llava_bad_rows" / f"{digest}.json"
 

@@ -126,7 +126,8 @@ def name_rows_of_images(collected: Collected, result: CheckResult) -> None:
                 name = "an image" if image < 0 else f"image {_name(paths[image], source)!r}"
                 if facts.failure is not None:
                     kind = "decompression_bomb" if facts.is_bomb else "unreadable_image"
-                    what, todo = f"{name} can't be decoded ({facts.failure})", "replace the file or remove the row."
+                    what = f"{name} can't be decoded ({facts.failure})"
+                    todo = f"replace {'it' if image < 0 else 'the file'} or remove the row."
                     result.problems.append(Problem(source.where, number, row_id, kind, what, todo, place))
                 else:
                     long, short = max(facts.width, facts.height), min(facts.width, facts.height)

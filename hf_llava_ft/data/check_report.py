@@ -26,7 +26,12 @@ _MAX_LISTED = 300  # problems, and warnings
 _MAX_OPEN = 15  # of these, the ones that need no click
 _MAX_ID_CHARS = 60
 _MAX_PICTURES = 8  # of a sample
-_NAMES = {"image": "with an image", "multi_image": "with several images", "text": "of text alone"}
+_NAMES = {
+    "image": "with an image",
+    "multi_image": "with several images",
+    "text": "of text alone",
+    "longest": "the longest",
+}
 
 
 def write_check_report(

@@ -46,6 +46,8 @@ _USUAL_CONTROL_TEXT = ("</s>", "<s>", "<|im_start|>", "<|im_end|>", "<|endoftext
 
 _MAX_WHAT_CHARS = 500  # a name may be as long as a row
 
+_MAX_ID_CHARS = 200
+
 UNKNOWN = -1
 
 _VERBS = ("has ", "is ", "begins ", "ends ", "says ")  # that make a sentence with the row's name before them
@@ -217,7 +219,7 @@ class RowChecker:
                 wrong.add(position)
 
             try:
-                text, spans = processor.render(sample.row["messages"])
+                text, spans = processor.render([dict(message) for message in sample.row["messages"]])
             except ValueError as error:
                 refuse("chat_template", str(error).rstrip("."), CHANGE)
                 continue
@@ -300,7 +302,10 @@ def problem_of(
 
 def shown_id(given_id: Any) -> str | None:
     """The id that a raw row gives itself, cut to what a table can show."""
-    return str(given_id)[:200] if isinstance(given_id, (str, int)) and not isinstance(given_id, bool) else None
+    if isinstance(given_id, bool) or not isinstance(given_id, (str, int)):
+        return None
+    # Half of a surrogate pair can't be written to a file.
+    return str(given_id)[:_MAX_ID_CHARS].encode("utf-8", "backslashreplace").decode()
 
 
 def _digest(row: Row) -> int:

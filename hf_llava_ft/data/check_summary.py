@@ -114,7 +114,8 @@ def _print_problems(problems: list[Problem], name: str, console: Console) -> Non
 def chosen_problems(problems: list[Problem], number: int) -> list[Problem]:
     """Up to `number` of them, in order, with some of every kind."""
     seen: dict[str, int] = {}
-    few, rest = [], []
+    few: list[int] = []
+    rest: list[int] = []
     for place, problem in enumerate(problems):
         seen[problem.kind] = seen.get(problem.kind, 0) + 1
         (few if seen[problem.kind] <= _PER_KIND else rest).append(place)

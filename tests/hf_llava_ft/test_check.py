@@ -361,6 +361,8 @@ def test_hostile_rows_end_in_sentences(llava_ft, folder, tiny_checkpoint):
         row("web", "<image>\nq", "a", "http://127.0.0.1:9/x.png"),
         row("empty", "<image>\nq", "a", "empty.png"),
         row("long name", "<image>\nq", "a", "n" * 5000),
+        row("id \ud800", "q", "a"),
+        10**400,
         "text",
         None,
         row("<script>", "\x1b[2J", "fine"),
@@ -369,7 +371,7 @@ def test_hostile_rows_end_in_sentences(llava_ft, folder, tiny_checkpoint):
     flags = ["--image_folder", folder / "images", "--model", tiny_checkpoint, "--report", folder / "r.html"]
     code, out, _ = llava_ft("check", data, *flags, "--preview", 12, "--json", folder / "out.json")
     result = json.loads((folder / "out.json").read_text())
-    assert code == 1 and [problem["row"] for problem in result["problems"]] == list(range(1, 12))
+    assert code == 1 and [problem["row"] for problem in result["problems"]] == list(range(1, 14))
     assert "\x1b" not in out and (folder / "r.html").is_file()
     assert max(len(problem["what"]) for problem in result["problems"]) < 600
     assert not [

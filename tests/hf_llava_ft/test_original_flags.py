@@ -118,7 +118,7 @@ COMMON = {
     "lora_bias": "none",
     "lora_vision_tower": False,
     "lora_target_modules": None,
-    "resume_from_checkpoint": None,
+    "resume_from_checkpoint": "auto",
 }
 STAGE_2 = {
     "train_type": "freeze_vision",
@@ -261,6 +261,7 @@ def test_what_is_not_said_is_as_in_the_original_and_without_its_words_as_here():
         "loss_normalization": ("tokens", "micro_batch"),
         "sampler_order": ("default", "original"),
         "dtype": ("auto", "float32"),
+        "resume_from_checkpoint": (None, "auto"),
     }
 
 
@@ -395,14 +396,6 @@ def test_a_flag_without_effect_is_told_and_one_with_another_effect_refused():
         if flag.harmless is not None:
             with pytest.raises(UserError, match=f"--{name} something else has no meaning here"):
                 translate({name: "something else"})
-
-
-def test_a_checkpoint_in_the_output_folder_is_gone_on_from_as_in_the_original(tmp_path):
-    flags = [*MINIMAL[:-1], str(tmp_path), "--lora_enable", "True"]
-    assert resolve(flags).by_name["resume_from_checkpoint"].value is None
-    (tmp_path / "checkpoint-5").mkdir()
-    assert resolve(flags).by_name["resume_from_checkpoint"].value == "True"
-    assert resolve([*flags, "--train_type", "lora"]).by_name["resume_from_checkpoint"].value is None
 
 
 def test_a_stream_has_no_order_of_the_original():

@@ -131,6 +131,13 @@ def test_truth_values_as_switch_and_as_word():
     assert resolve([*MINIMAL, "--no_double_quant"]).by_name["double_quant"].value is False
 
 
+def test_one_or_several_places_to_report_to(recipe):
+    for words in (["--report_to", "wandb", "tensorboard"], [recipe("report_to: [wandb, tensorboard]\n")]):
+        found = resolve([*words, *MINIMAL]).by_name["report_to"].value
+        assert found == ["wandb", "tensorboard"]
+    assert resolve([*MINIMAL, "--report_to", "wandb"]).by_name["report_to"].value == "wandb"
+
+
 def test_bits_and_train_type_belong_together():
     def shown(*flags):
         settings = json.loads(resolve([*MINIMAL, *flags]).to_json())["settings"]

@@ -1,6 +1,7 @@
 """The original's two stages from a language model and a tower, in its own words; flags that describe a model."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -82,6 +83,25 @@ def test_what_nobody_says_is_a_linear_projector_over_the_last_layer_as_in_the_or
     folder = script("stage1", "--tune_mm_mlp_adapter", True, "--version", "plain", unsaid=unsaid)
     config = hf_llava_ft.LlavaConfig.from_pretrained(folder)
     assert (config.projector_type, config.vision_feature_layer) == ("linear", -1)
+
+
+def test_stage_1_goes_on_from_its_checkpoint_without_being_asked_as_in_the_original(script):
+    flags = ["--tune_mm_mlp_adapter", True, "--version", "plain", "--save_strategy", "steps", "--save_steps", 1]
+    flags += ["--num_train_epochs", 2, "--learning_rate", "1e-2", "--save_total_limit", 9]
+    whole, broken = script("whole", *flags), script("broken", *flags)
+    # As if the process had ended after step 2 of 4.
+    for path in [*broken.glob("checkpoint-[34]"), broken / "model.safetensors"]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    first = broken / "checkpoint-1/trainer_state.json"
+    before = first.stat().st_mtime_ns
+    script("broken", *flags)
+    assert first.stat().st_mtime_ns == before  # a run from the beginning would have written it again
+    log = json.loads((broken / "trainer_state.json").read_text())["log_history"]
+    assert len([entry for entry in log if "loss" in entry]) == 4
+    for name, value in projector_of(whole).items():
+        assert torch.equal(projector_of(broken)[name], value)
+    script("broken", *flags, "--resume_from_checkpoint", False)
+    assert first.stat().st_mtime_ns != before
 
 
 def test_a_composed_model_is_used_again_only_if_it_is_the_same(script, tmp_path):
