@@ -31,6 +31,7 @@ _PUBLIC = {
     "LlavaCollator": "data.collator",
     "LlavaConversations": "data.builder",
     "UserError": "errors",
+    "load_data": "data.formats",
     "load_llava_json": "data.builder",
     "load_model": "checkpoints",
     "load_processor": "checkpoints",

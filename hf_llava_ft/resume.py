@@ -70,7 +70,7 @@ def checkpoint_to_resume(wanted: str | bool | None, output_dir: str | Path) -> t
         if missing:
             raise UserError(f"{wanted} cannot be resumed from: {missing}; name an earlier checkpoint.")
         return str(named), []
-    passed_over = []
+    passed_over: list[str] = []
     for step in sorted(_steps(output_dir), reverse=True):
         folder = Path(output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
         missing = what_is_missing(folder)

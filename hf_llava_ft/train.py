@@ -112,7 +112,7 @@ def train(
         told = told_of_skipped(rows, longest, output_dir) if training_args.process_index == 0 else None
         if told is not None:
             console.print(told, highlight=False, soft_wrap=True)
-    if data_args.preview:
+    if data_args.preview > 0:
         first = rows.first(data_args.preview) if isinstance(rows, SoundRows) else None
         shown = first or first_rows(rows.sources, data_args.preview)
         print_preview(console, processor, shown)

@@ -49,7 +49,7 @@ class LlavaTrainer(Trainer):
     As `transformers.Trainer`; `processing_class` is the [`LlavaProcessor`], from which the collator is made when none
     is given.
 
-        data = load_llava_json("data.json", "images")
+        data = load_data("data.json", "images")
         trainer = LlavaTrainer(model, args, train_dataset=data, processing_class=processor)
         trainer.train()
     """

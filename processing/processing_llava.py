@@ -92,7 +92,9 @@ class LlavaProcessor(ConversationEncoding, NativeLlavaProcessor):
         if any(files):
             settings = [json.loads(Path(file).read_text(encoding="utf-8")) for file in files if file]
             kind = LlavaNextProcessor if any(_cuts_into_crops(setting) for setting in settings) else LlavaProcessor
-            return super(LlavaProcessor, kind).from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            return super(LlavaProcessor, kind).from_pretrained(  # type: ignore[misc]
+                pretrained_model_name_or_path, *args, **kwargs
+            )
         config = AutoConfig.from_pretrained(pretrained_model_name_or_path, trust_remote_code=False, **location)
         tokenizer = load_tokenizer(pretrained_model_name_or_path, **location)
         is_original = getattr(config, "original_config", None) is not None
@@ -186,7 +188,7 @@ class LlavaNextProcessor(LlavaProcessor):
         edge = self.image_processor.crop_size["height"] or self.image_processor.size["height"]
         drops_class_token = self.vision_feature_select_strategy == "default"
         if self.patch_merge_type == "spatial_unpad":
-            return self._get_number_of_features(height, width, edge, edge) - drops_class_token
+            return self._get_number_of_features(height, width, edge, edge) - drops_class_token  # type: ignore[misc]
         rows, columns = (
             side // edge for side in select_best_resolution((height, width), self.image_processor.image_grid_pinpoints)
         )

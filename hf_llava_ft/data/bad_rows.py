@@ -25,12 +25,12 @@ from filelock import FileLock
 
 from hf_llava_ft.data.check import check_data
 from hf_llava_ft.data.check_images import stored_sizes
-from hf_llava_ft.data.check_rows import CHANGE, NOTHING_TO_LEARN, Problem, over_length
 from hf_llava_ft.data.formats.containers import Container
 from hf_llava_ft.data.formats.dataset import load_source
 from hf_llava_ft.data.formats.mixture import draw_rows
 from hf_llava_ft.data.formats.source import Source, open_source
 from hf_llava_ft.data.lengths import token_counts
+from hf_llava_ft.data.problems import CHANGE, NOTHING_TO_LEARN, Problem, over_length
 from hf_llava_ft.data.schema import row_place
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.processing.processing_llava import LlavaProcessor

@@ -120,7 +120,16 @@ def _token_summary(
     summary["supervised_share"] = round(summary["supervised_tokens"] / summary["tokens"], 4)
     summary["token_lengths"] = length_statistics(lengths[known])
 
-    wrong = {(problem.file, problem.row) for problem in result.problems}
+    excess = collected.column("excess")
+    summary["cut"] = {
+        "rows": int((excess > 0).sum()),
+        "tokens": int(excess[excess > 0].sum()),
+        "rows_left_out": int((excess < 0).sum()),
+    }
+    # Steps and padding are those of --on_bad_row skip.
+    lengths = np.where(excess > 0, lengths - excess, lengths)
+    known &= excess >= 0
+    wrong = {(problem.file, problem.row) for problem in result.problems if problem.kind != "too_long"}
     is_wrong = np.array(
         [(sources[s].where, n) in wrong for s, n in zip(source_of, collected.column("numbers"), strict=True)]
         if wrong

@@ -9,8 +9,9 @@ import numpy as np
 
 from hf_llava_ft.data.check_images import ImageFacts
 from hf_llava_ft.data.check_result import CheckResult
-from hf_llava_ft.data.check_rows import Problem, RowFindings, Sample, shown_id
+from hf_llava_ft.data.check_rows import RowFindings, Sample
 from hf_llava_ft.data.formats import Source
+from hf_llava_ft.data.problems import Problem, shown_id
 from hf_llava_ft.errors import UserError
 
 _ROWS_AT_ONCE = 64
@@ -55,7 +56,7 @@ class Collected:
 
     def add(self, index: int, findings: RowFindings, result: CheckResult) -> None:
         """Of the next rows of the source with that index."""
-        columns = ("numbers", "num_images", "num_words", "lengths", "supervised", "image_tokens", "digests")
+        columns = ("numbers", "num_images", "num_words", "lengths", "supervised", "image_tokens", "excess", "digests")
         for name in columns:
             self.columns.setdefault(name, []).append(getattr(findings, name))
         self.columns.setdefault("source", []).append(np.full(len(findings.numbers), index, dtype=np.int32))

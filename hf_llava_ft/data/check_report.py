@@ -15,9 +15,10 @@ from PIL import Image
 
 from hf_llava_ft.data.check_images import stored_sizes
 from hf_llava_ft.data.check_result import CheckResult
-from hf_llava_ft.data.check_rows import Problem, Sample
+from hf_llava_ft.data.check_rows import Sample
 from hf_llava_ft.data.check_summary import chosen_problems, summary_lines
 from hf_llava_ft.data.collator import open_picture
+from hf_llava_ft.data.problems import Problem
 from hf_llava_ft.preview import MAX_CHARS, Piece, marked_pieces, visible
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.report import PAGE, STYLE, write_atomically

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_llava_ft.data.check_rows import Problem, Sample
+from hf_llava_ft.data.check_rows import Sample
+from hf_llava_ft.data.problems import Problem
 
 
 @dataclass
@@ -87,6 +88,7 @@ class CheckResult:
                     "supervised_tokens",
                     "supervised_share",
                     "token_lengths",
+                    "cut",
                     "padding_waste",
                     "steps",
                 )

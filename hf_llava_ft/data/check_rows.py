@@ -6,7 +6,6 @@ rows: what the whole check keeps of a sound row is a few bytes.
 
 import multiprocessing
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -15,28 +14,19 @@ import numpy as np
 
 from hf_llava_ft.data.check_images import ImageFacts, image_facts, image_size
 from hf_llava_ft.data.formats import Source
-from hf_llava_ft.data.llava_json import MissingImageError
-from hf_llava_ft.data.schema import (
-    EmptyAnswer,
-    MisplacedImage,
-    PlaceholderMismatch,
-    Row,
-    WrongTurnOrder,
-    count_message_words,
-    row_place,
+from hf_llava_ft.data.problems import (
+    CHANGE,
+    KIND_OF_ERROR,
+    NOTHING_TO_LEARN,
+    SHORTEN,
+    Problem,
+    over_length,
+    problem_of,
+    shown_id,
 )
+from hf_llava_ft.data.schema import Row, count_message_words
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
-from hf_llava_ft.processing.truncation_llava import CannotTruncate, num_kept
-
-# Kinds of what can be wrong; `problems` of the JSON names them.
-KIND_OF_ERROR: dict[type[UserError], str] = {
-    PlaceholderMismatch: "placeholder_mismatch",
-    WrongTurnOrder: "turn_order",
-    EmptyAnswer: "empty_answer",
-    MisplacedImage: "image_in_answer",
-    MissingImageError: "missing_image",
-}
 
 # No text of this many characters for each token that fits is short enough, and tokenising it could take all memory:
 # tokens are words or less. Some vocabularies have one for 128 spaces.
@@ -44,38 +34,7 @@ _MAX_CHARS_PER_TOKEN = 200
 # Without a model, what most of them take for more than text.
 _USUAL_CONTROL_TEXT = ("</s>", "<s>", "<|im_start|>", "<|im_end|>", "<|endoftext|>")
 
-_MAX_WHAT_CHARS = 500  # a name may be as long as a row
-
-_MAX_ID_CHARS = 200
-
 UNKNOWN = -1
-
-_VERBS = ("has ", "is ", "begins ", "ends ", "says ")  # that make a sentence with the row's name before them
-
-
-class Problem(NamedTuple):
-    """
-    Args:
-        file (`str`): the data file, folder or Hub id.
-        row (`int`, *optional*): number in it, from 1; None for the file as a whole.
-        id (`str`, *optional*): the row's, where it has one.
-        kind (`str`): one word for a program.
-        what, what_to_do (`str`): the two halves of the sentence.
-        place (`str`): file, row and id as messages name them.
-    """
-
-    file: str
-    row: int | None
-    id: str | None
-    kind: str
-    what: str
-    what_to_do: str
-    place: str
-
-    @property
-    def sentence(self) -> str:
-        colon = "" if self.what.startswith(_VERBS) else ":"
-        return f"{self.place}{colon} {self.what}; {self.what_to_do}"
 
 
 class Sample(NamedTuple):
@@ -98,6 +57,7 @@ class RowFindings:
         lengths, supervised (`int32[N]`): tokens, and those that are learned; `UNKNOWN` without a processor, and for a
             row that is wrong.
         image_tokens (`int32[N]`): placeholders among them.
+        excess (`int32[N]`): tokens over the limit, which a cut would take off; `UNKNOWN` for a row that can't be cut.
         digests (`uint64[N]`): equal for rows that say the same about the same images.
         paths (`list[tuple[int, str]]`): (place of the row among the N, image file).
         embedded (`list[tuple[int, ImageFacts]]`): the same for pictures that the rows hold.
@@ -111,6 +71,7 @@ class RowFindings:
     lengths: np.ndarray
     supervised: np.ndarray
     image_tokens: np.ndarray
+    excess: np.ndarray
     digests: np.ndarray
     paths: list[tuple[int, str]] = field(default_factory=list)
     embedded: list[tuple[int, ImageFacts]] = field(default_factory=list)
@@ -214,7 +175,7 @@ class RowChecker:
         for position, sample, place in sound:
 
             def refuse(kind: str, what: str, todo: str, sample=sample, place=place, position=position) -> None:
-                row_id = None if sample.row["id"] == str(sample.number) else sample.row["id"]
+                row_id = None if sample.row["id"] == str(sample.number) else shown_id(sample.row["id"])
                 findings.problems.append(Problem(source.where, sample.number, row_id, kind, what, todo, place))
                 wrong.add(position)
 
@@ -242,7 +203,9 @@ class RowChecker:
             if not num_supervised:
                 refuse("unsupervised", NOTHING_TO_LEARN, CHANGE)
             elif self.longest is not None and length > self.longest:
-                refuse("too_long", *over_length(ids, supervised, processor, repeats, self.longest)[:2])
+                what, todo, can_be_cut = over_length(ids, supervised, processor, repeats, self.longest)
+                findings.excess[position] = length - self.longest if can_be_cut else UNKNOWN
+                refuse("too_long", what, todo)
         sound[:] = [item for item in sound if item[0] not in wrong]
 
     def _image_sizes(self, sample: Sample) -> list[tuple[int, int]] | None:
@@ -251,25 +214,6 @@ class RowChecker:
             return [(1, 1)] * len(sample.images)
         sizes = [image_size(image["bytes"] or str(image["path"])) for image in sample.images]
         return None if None in sizes else [size for size in sizes if size is not None]
-
-
-NOTHING_TO_LEARN = "the chat template marks no answer in the conversation, so there would be nothing to learn"
-CHANGE = "change the row or choose another --version."
-SHORTEN = "shorten it, or raise --model_max_length up to what the language model takes."
-
-
-def over_length(
-    ids: np.ndarray, supervised: np.ndarray, processor: LlavaProcessor, repeats: Sequence[int], longest: int
-) -> tuple[str, str, bool]:
-    """What is wrong with a row of more than `longest` tokens, what to do, and whether it can be cut; arguments as in
-    `num_kept`."""
-    length = len(ids) + sum(repeats) - len(repeats)
-    try:
-        num_kept(ids, supervised, processor.image_token_id, repeats, longest)
-        can_be_cut, treated = True, f"cuts off the last {length - longest}"
-    except CannotTruncate as error:
-        can_be_cut, treated = False, f"leaves the row out, since {error}"
-    return f"has {length} tokens and the limit is {longest} (--on_bad_row skip {treated})", SHORTEN, can_be_cut
 
 
 def control_text(processor: LlavaProcessor) -> list[str]:
@@ -284,28 +228,6 @@ def control_text(processor: LlavaProcessor) -> list[str]:
     if processor.stop_string:
         found.append(processor.stop_string)
     return found
-
-
-def problem_of(
-    error: UserError, where: str, number: int, given_id: Any, place: str, kind: str | None = None
-) -> Problem:
-    """The two halves of an error's sentence, which names its place first."""
-    text = error.sentence.removeprefix(place).removeprefix(row_place(where, number)).lstrip(": ")
-    what, _, todo = text.rpartition("; ")
-    if not what:
-        what, todo = text, ""
-    if len(what) > _MAX_WHAT_CHARS:
-        what = f"{what[: _MAX_WHAT_CHARS // 2]} ... {what[-_MAX_WHAT_CHARS // 2 :]}"
-    kind = kind or KIND_OF_ERROR.get(type(error), "unreadable_row")
-    return Problem(where, number, shown_id(given_id), kind, what, todo, place)
-
-
-def shown_id(given_id: Any) -> str | None:
-    """The id that a raw row gives itself, cut to what a table can show."""
-    if isinstance(given_id, bool) or not isinstance(given_id, (str, int)):
-        return None
-    # Half of a surrogate pair can't be written to a file.
-    return str(given_id)[:_MAX_ID_CHARS].encode("utf-8", "backslashreplace").decode()
 
 
 def _digest(row: Row) -> int:
@@ -340,5 +262,6 @@ def _empty(numbers: np.ndarray) -> RowFindings:
         lengths=unknown(),
         supervised=unknown(),
         image_tokens=unknown(),
+        excess=np.zeros(len(numbers), dtype=np.int32),
         digests=np.zeros(len(numbers), dtype=np.uint64),
     )

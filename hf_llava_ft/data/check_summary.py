@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_llava_ft.data.check_result import CheckResult
-from hf_llava_ft.data.check_rows import Problem
+from hf_llava_ft.data.problems import Problem
 from hf_llava_ft.preview import visible
 
 _MAX_SHOWN = 20  # of problems, and of warnings
@@ -80,7 +80,15 @@ def _token_lines(result: CheckResult, samples_per_second: float | None) -> list[
         ("", _sparkline(lengths["histogram"])),
     ]
     too_long = result.num_rows_with("too_long")
-    lines.append(("longer than allowed", f"{too_long:,} (--model_max_length {tokens['model_max_length']:,})"))
+    limit = tokens["model_max_length"]
+    longer = f"{too_long:,}" if limit is None else f"{too_long:,} (--model_max_length {limit:,})"
+    if too_long:
+        cut = tokens["cut"]
+        longer += (
+            f"; --on_bad_row skip cuts {cut['tokens']:,} tokens off {cut['rows']:,} of them and leaves out "
+            f"{cut['rows_left_out']:,}"
+        )
+    lines.append(("longer than allowed", longer))
     if "steps" in tokens:
         waste, steps = tokens["padding_waste"], tokens["steps"]
         lines.append(

@@ -137,7 +137,7 @@ def _count_some(rows, processor: LlavaProcessor) -> tuple[np.ndarray, np.ndarray
             except ValueError as error:
                 refused[place] = str(error)
         for place, (ids, supervised) in zip(places, processor.tokenize_rendered(rendered), strict=True):
-            num_places = np.count_nonzero(ids == processor.image_token_id)
+            num_places = int(np.count_nonzero(ids == processor.image_token_id))
             if num_places != num_images[place]:
                 refused[place] = (
                     f"the conversation has {num_places} {processor.image_token} and there are {num_images[place]} "

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_llava_ft.data.check_rows import CHANGE, NOTHING_TO_LEARN, over_length
+from hf_llava_ft.data.problems import CHANGE, NOTHING_TO_LEARN, over_length
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 
 

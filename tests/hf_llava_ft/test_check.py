@@ -230,8 +230,26 @@ def test_numbers_are_those_of_encoding_every_row(folder, tiny_processor, num_pro
     assert too_long and report["over_length_rows"] == len(too_long)
     assert [problem.row for problem in result.problems] == too_long
     assert f"has {lengths[too_long[0] - 1]} tokens and the limit is 100" in result.problems[0].what
-    num_rows = 150 - len(too_long)
+    # Those that can be cut take part in an epoch, as under --on_bad_row skip: all here, since the answers come early.
+    assert report["cut"] == {
+        "rows": len(too_long),
+        "tokens": sum(max(0, length - 100) for length in lengths),
+        "rows_left_out": 0,
+    }
+    num_rows = 150
     assert report["steps"] == {"batch_size": 8, "rows_per_epoch": num_rows, "steps_per_epoch": -(-num_rows // 8)}
+
+
+def test_rows_that_no_cut_can_help_are_counted(folder, tiny_processor):
+    rows = [row("early", "q", "word " * 100), row("late", "word " * 100, "a")]
+    result = check_data(open_source(write(folder, rows)), tiny_processor, longest=80, num_proc=1)
+    [early, late] = [problem.what for problem in result.problems]
+    assert (
+        "skip cuts off the last" in early and "leaves the row out, since the cut would leave nothing to learn" in late
+    )
+    cut = result.to_json()["cut"]
+    assert (cut["rows"], cut["rows_left_out"]) == (1, 1) and f"the last {cut['tokens']})" in early
+    assert result.to_json()["steps"]["rows_per_epoch"] == 1
 
 
 def test_llava_next_counts_by_the_size_of_each_picture(folder, tiny, golden):
