@@ -156,7 +156,7 @@ def test_the_resolution_is_the_towers():
 
 
 def test_what_is_not_known_is_refused():
-    with pytest.raises(ValueError, match="'anyres': use 'square' or 'pad'"):
-        build_image_processor(CLIP, "anyres")
+    with pytest.raises(ValueError, match="'stretch': use 'square', 'pad' or 'anyres'"):
+        build_image_processor(CLIP, "stretch")
     with pytest.raises(ValueError, match="type 'dinov2' is none of the kinds this package knows"):
         build_image_processor(Dinov2Config(image_size=EDGE))
