@@ -247,6 +247,7 @@ def main() -> None:
         results = [measure(args.output_dir / str(rows), rows, rows <= args.token_rows) for rows in args.rows]
         machine = {"cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
         figures = {"machine": machine, "sizes": results}
+        args.results_dir.mkdir(parents=True, exist_ok=True)
         (args.results_dir / "data_size.json").write_text(json.dumps(figures, indent=2) + "\n")
         plot(results, args.results_dir / "data_size.png")
         print_table(results)
