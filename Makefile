@@ -61,7 +61,8 @@ quickstart: $(INSTALLED)  ## fine-tune a small LLaVA on five photographs and see
 test: $(INSTALLED)  ## the test suite, on the CPU, without the slow ones
 	$(PYTEST_ENV) $(VENV)/bin/python $(PYTEST) -m "not slow"
 
-test-slow: $(INSTALLED)  ## the slow tests alone
+test-slow: $(INSTALLED)  ## the slow tests alone, with DeepSpeed, which builds a part of itself when it is first used
+	$(VENV)/bin/python $(PIP_INSTALL) --editable ".[deepspeed]" ninja
 	$(PYTEST_ENV) $(VENV)/bin/python $(PYTEST) -m slow
 
 test-oldest: $(OLDEST_INSTALLED)  ## the suite again, with the oldest libraries that pyproject.toml allows
