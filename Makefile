@@ -14,10 +14,11 @@ PIP_INSTALL := -m pip install --quiet --no-input --disable-pip-version-check
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 WORKERS := $(shell echo $$(( $(CORES) < 4 ? $(CORES) : 4 )))
 THREADS := $(shell echo $$(( $(CORES) / $(WORKERS) )))
-# loadfile: a model that a file's tests share is made once. No GPU, unless named: the suite says what holds everywhere.
+# loadfile: a model that a file's tests share is made once. In their own order: reordered, the few long tests come last and
+# one worker waits for the other. No GPU, unless named: the suite says what holds everywhere.
 GPU :=
 PYTEST_ENV := env HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES=$(GPU) OMP_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false
-PYTEST := -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DELETE_ON_ERROR:
 .PHONY: help venv quickstart test test-slow test-oldest check lint layering types format dist clean
