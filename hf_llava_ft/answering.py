@@ -67,6 +67,26 @@ def _shared(text: str, stop: str) -> int:
     return next(size for size in range(min(len(text), len(stop)), -1, -1) if text.endswith(stop[:size]))
 
 
+def encode_prompt(model: Any, processor: Any, messages: list[dict], images: list[Image.Image]) -> Any:
+    """What `model.generate` takes, one row, on the model's device and in its dtype, for an answer to `messages`."""
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = processor(
+        text=[text],
+        images=images or None,
+        add_special_tokens=not processor.begins_with_bos(text),
+        return_tensors="pt",
+    ).to(model.device)
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    return inputs
+
+
+def stop_options(processor: Any) -> dict[str, Any]:
+    """Options of `generate` by which an answer ends at the string that the chat template ends it with, if any."""
+    stop = processor.stop_string
+    return {"stop_strings": [stop], "tokenizer": processor.tokenizer} if stop else {}
+
+
 @dataclass
 class Conversation:
     """
@@ -108,21 +128,11 @@ class Conversation:
         content = [{"type": "image"} for _ in images or []] + [{"type": "text", "text": question}]
         self.messages.append({"role": "user", "content": content})
         self.images.extend(images or [])
-        text = self.processor.apply_chat_template(self.messages, add_generation_prompt=True)
-        inputs = self.processor(
-            text=[text],
-            images=self.images or None,
-            add_special_tokens=not self.processor.begins_with_bos(text),
-            return_tensors="pt",
-        ).to(self.model.device)
-        if "pixel_values" in inputs:
-            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-        options: dict[str, Any] = {"do_sample": temperature > 0}
+        inputs = encode_prompt(self.model, self.processor, self.messages, self.images)
+        options: dict[str, Any] = {"do_sample": temperature > 0, **stop_options(self.processor)}
         if temperature > 0:
             options["temperature"] = temperature
         stop = self.processor.stop_string
-        if stop:
-            options |= {"stop_strings": [stop], "tokenizer": self.processor.tokenizer}
         pieces = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failure: list[BaseException] = []
 

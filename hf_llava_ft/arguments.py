@@ -97,6 +97,35 @@ class DataArguments:
         default=1000,
         metadata={"help": "With streaming: rows that each worker holds and draws from; 0: the order of the files."},
     )
+    eval_data_path: str | None = field(
+        default=None, metadata={"help": "Rows to evaluate, as data_path; at each --eval_strategy, or at the end."}
+    )
+    eval_image_folder: str | None = field(default=None, metadata={"help": "Their images; default: image_folder."})
+    eval_split: float | None = field(
+        default=None, metadata={"help": "Or the share of the rows that is held out for it, 0.05; drawn by the seed."}
+    )
+    eval_prompts: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON or JSONL of questions (prompt, and image or images) that are answered at each evaluation."
+        },
+    )
+    eval_max_new_tokens: int = field(default=128, metadata={"help": "Longest answer to one of them, in tokens."})
+
+    @property
+    def has_eval_rows(self) -> bool:
+        """Whether there are rows to evaluate."""
+        return self.eval_data_path is not None or self.eval_split is not None
+
+    def __post_init__(self):
+        if self.eval_split is None:
+            return
+        if self.eval_data_path is not None:
+            raise ValueError("eval_split and eval_data_path both say which rows are evaluated: leave one out.")
+        if not 0 < self.eval_split < 1:
+            raise ValueError(f"eval_split {self.eval_split:g} is no share of the rows: give one like 0.05.")
+        if self.streaming:
+            raise ValueError("eval_split needs all rows before training, and streaming has none: use eval_data_path.")
 
 
 @dataclass
@@ -189,6 +218,8 @@ class LlavaTrainingArguments(TrainingArguments):
         loss_normalization (`"tokens"` or `"micro_batch"`):
             `tokens` is the mean over all supervised tokens of an optimiser step. `micro_batch` is the original's mean
             per micro-batch, then the mean of those over accumulation steps and ranks.
+        early_stopping_patience (`int`, *optional*):
+            End when the loss of so many evaluations in a row was no better than the best before; the best is loaded.
         learning_rate, lr_scheduler_type, warmup_steps, logging_steps, per_device_train_batch_size:
             the same arguments with LLaVA's defaults.
     """
@@ -210,11 +241,23 @@ class LlavaTrainingArguments(TrainingArguments):
         default="tokens",
         metadata={"help": "Mean over an optimiser step's supervised tokens, or the original's mean of means."},
     )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "End after so many evaluations that were no better, and keep the best."}
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay False: the collator reads all columns."}
     )
 
     def __post_init__(self):
+        if self.early_stopping_patience is not None:
+            if self.early_stopping_patience < 1:
+                raise ValueError(
+                    f"early_stopping_patience {self.early_stopping_patience}: give 1 or more evaluations."
+                )
+            if self.eval_strategy == "no":
+                raise ValueError("early_stopping_patience needs evaluations: add eval_strategy steps or epoch.")
+            self.load_best_model_at_end = True
+            self.metric_for_best_model = self.metric_for_best_model or "eval_loss"
         super().__post_init__()
         if self.deepspeed_plugin is not None and self.device.type == "cpu" and "WORLD_SIZE" in os.environ:
             # accelerate joins the processes later on a CPU, and ZeRO-3 divides the model among them while it is read.

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoConfig
+from transformers import MODEL_MAPPING, AutoConfig
 from transformers.utils import cached_file
 
 from hf_llava_ft.embeddings import grow_embeddings
@@ -212,6 +212,7 @@ def _load_whole(checkpoint: Checkpoint, folder: Path, **kwargs: Any) -> LlavaFor
         config.text_config.vocab_size = _vocab_size(checkpoint)
     else:
         config = load_config(checkpoint.base, checkpoint.revision)
+    kwargs["attn_implementation"] = _supported_attention(config, kwargs["attn_implementation"])
     embeddings = {name: extra_weights.pop(name) for name in _EMBEDDINGS if extra_weights and name in extra_weights}
     try:
         model = LlavaForCausalLM.from_pretrained(
@@ -225,6 +226,13 @@ def _load_whole(checkpoint: Checkpoint, folder: Path, **kwargs: Any) -> LlavaFor
     except DAMAGED as error:
         raise UserError(f"the model at {checkpoint.base} cannot be loaded: {_first_line(error)}") from error
     return model
+
+
+def _supported_attention(config: LlavaConfig, attn_implementation: str) -> str | dict[str, str]:
+    """Eager for a language model that has no sdpa, as Gemma 2, whose scores are squashed, has none."""
+    if attn_implementation == "sdpa" and not MODEL_MAPPING[type(config.text_config)]._supports_sdpa:
+        return {"": "sdpa", "vision_config": "sdpa", "text_config": "eager"}
+    return attn_implementation
 
 
 _EMBEDDINGS = ("model.language_model.embed_tokens.weight", "lm_head.weight")

@@ -148,6 +148,17 @@ def check(
             raise typer.Exit(1)
 
 
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def estimate(context: typer.Context) -> None:
+    """Memory and time of a training run, from the model's configuration alone: the flags of train, and --fit GB."""
+    from hf_llava_ft.estimate import main as estimate_main
+
+    estimate_main(context.args)
+
+
 @app.command()
 def merge(
     adapter: Annotated[str, typer.Option("--adapter", help="Adapter folder or Hub id.")],

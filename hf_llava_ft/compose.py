@@ -1,6 +1,7 @@
 """A new LLaVA from a vision tower and a language model: what stage 1 of LLaVA starts from (arXiv 2304.08485, section
 4.2)."""
 
+import logging
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,13 +10,15 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 from hf_llava_ft.artifact import staged_folder
 from hf_llava_ft.checkpoints import fit_to_processor
-from hf_llava_ft.embeddings import grow_embeddings
+from hf_llava_ft.embeddings import fill_rows, grow_embeddings
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.modeling.configuration_llava import LlavaConfig
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
 from hf_llava_ft.original_folders import load_projector
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 VISION_KINDS = ("clip_vision_model", "siglip_vision_model")
 
@@ -42,7 +45,8 @@ def compose_llava(
     Args:
         vision (`str`): folder or Hub id of a CLIP or SigLIP model.
         language (`str`): folder or Hub id of a decoder language model.
-        version (`str`, *optional*): chat template; by default the tokenizer's own, or what suits it.
+        version (`str`, *optional*): chat template; by default the tokenizer's own with its answers marked, or what
+            suits it. Where ChatML is known and an own one rewrites earlier answers, as Qwen3's, `chatml`.
         projector_type (`str`): see `LlavaConfig`.
         vision_feature_layer (`int`): the tower's hidden state that the projector reads.
         vision_feature_select_strategy (`"default"` or `"full"`, *optional*): without the tower's class token or with
@@ -54,8 +58,13 @@ def compose_llava(
 
     Returns:
         `output_dir`.
+
+    Raises:
+        UserError: if there is no model at `vision` or `language`, or one of another kind.
     """
-    tower_config = AutoConfig.from_pretrained(vision, trust_remote_code=False)
+    tower_config = _config_of("--vision", vision)
+    if hasattr(_config_of("--language", language, revision), "vision_config"):
+        raise UserError(f"--language {language} sees pictures already: give a language model that takes text alone.")
     vision_config = getattr(tower_config, "vision_config", tower_config)
     if vision_config.model_type not in VISION_KINDS:
         raise UserError(f"{vision} is a {vision_config.model_type}, not a vision tower of the CLIP or SigLIP kind.")
@@ -81,6 +90,16 @@ def compose_llava(
     return save_composed(model, processor, output_dir)
 
 
+def _config_of(flag: str, name: str, revision: str | None = None) -> Any:
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{flag} {name} is no model that can be read, on this machine or on the Hub: {reason}"
+        ) from error
+
+
 def compose_from_parts(
     tower: PreTrainedModel,
     language_model: PreTrainedModel,
@@ -95,7 +114,9 @@ def compose_from_parts(
     tower_name: str | None = None,
     seed: int = 42,
 ) -> tuple[LlavaForCausalLM, LlavaProcessor]:
-    """As [`compose_llava`], from loaded parts, whose weights are taken over without a copy."""
+    """As [`compose_llava`], from loaded parts, whose weights are taken over without a copy; the tower in the language
+    model's dtype, since a folder of two is loaded in that of its first weight."""
+    words = set(tokenizer.get_vocab().values())
     processor = LlavaProcessor.build(
         tokenizer,
         tower.config,
@@ -105,9 +126,17 @@ def compose_from_parts(
         tower_name=tower_name,
         image_start_end=image_start_end,
     )
+    is_marked = "endgeneration" in str(processor.chat_template)
+    if version is None and not is_marked and "<|im_end|>" in processor.tokenizer.get_vocab():
+        # Qwen3's own puts an empty <think> into the last answer and takes it out of the earlier ones.
+        processor.use_chat_template("chatml")
+        logger.warning("The tokenizer's own chat template cannot be used for training: chatml stands for it.")
     set_seed(seed)
     grow_embeddings(language_model, max(len(processor.tokenizer), processor.image_token_id + 1))
+    fill_rows(language_model, set(processor.tokenizer.get_vocab().values()) - words)
+    tower.to(language_model.dtype)  # type: ignore[arg-type]
     text_config, vision_config = language_model.config, tower.config
+    vision_config.dtype = language_model.dtype
     for part in (text_config, vision_config):
         part._name_or_path = ""  # a local path of this machine has no place in a saved file
     text_config.pad_token_id = processor.tokenizer.pad_token_id

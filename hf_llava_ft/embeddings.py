@@ -1,5 +1,6 @@
 """Rows of the embedding for tokens that were added."""
 
+from collections.abc import Collection
 from typing import cast
 
 import torch
@@ -21,8 +22,21 @@ def grow_embeddings(model: PreTrainedModel, num_tokens: int, multiple: int | Non
     if num_tokens <= old:
         return
     model.resize_token_embeddings(num_tokens, pad_to_multiple_of=multiple, mean_resizing=False)
+    fill_rows(model, range(old, model.get_input_embeddings().num_embeddings))  # type: ignore[arg-type]
+
+
+def fill_rows(model: PreTrainedModel, added: Collection[int]) -> None:
+    """
+    Gives the ids `added` the mean of the rows before the first of them, in input and output embeddings.
+
+    A language model may have rows to spare, as Qwen has: what stands there is what its training began with, or what
+    its optimiser made of it.
+    """
+    if not added:
+        return
+    ids, first = sorted(added), min(added)
     with torch.no_grad():
         for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
             if embedding is not None:
                 weight = cast(torch.Tensor, embedding.weight)
-                weight[old:] = weight[:old].mean(dim=0)
+                weight[ids] = weight[:first].mean(dim=0)

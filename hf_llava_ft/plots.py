@@ -20,6 +20,7 @@ MAX_STEPS_WITHOUT_SMOOTHING = 50
 MAX_SVG_POINTS = 1000
 LINE_COLOR = "#2563eb"
 LEARNING_RATE_COLOR = "#b45309"
+EVAL_COLOR = "#15803d"
 
 
 def save_loss_plot(
@@ -27,6 +28,8 @@ def save_loss_plot(
     path: str | Path,
     title: str = "Training loss",
     learning_rates: list[float] | None = None,
+    steps: list[int] | None = None,
+    evaluated: list[tuple[int, float]] | None = None,
 ) -> None:
     """Write the loss per step as a PNG of 900 x 450 pixels.
 
@@ -35,8 +38,10 @@ def save_loss_plot(
         path (`str` or `Path`): The PNG to write.
         title (`str`): What stands above the curve.
         learning_rates (`list[float]`, *optional*): One value per step, drawn dashed against an axis on the right.
+        steps (`list[int]`, *optional*): The step of each loss, ascending, where not each step has one.
+        evaluated (`list[tuple[int, float]]`, *optional*): Step and loss of each evaluation.
     """
-    figure = loss_figure(losses, title=title, learning_rates=learning_rates)
+    figure = loss_figure(losses, title=title, learning_rates=learning_rates, steps=steps, evaluated=evaluated)
     # matplotlib would otherwise write its version and address into the file, which then changes with every upgrade.
     figure.savefig(path, format="png", metadata={"Software": None})
 
@@ -46,6 +51,8 @@ def loss_figure(
     *,
     title: str = "",
     learning_rates: list[float] | None = None,
+    steps: list[int] | None = None,
+    evaluated: list[tuple[int, float]] | None = None,
     width: int = 900,
     height: int = 450,
     font_size: float = 12,
@@ -60,7 +67,9 @@ def loss_figure(
     figure = Figure(figsize=(width / 100, height / 100), dpi=100, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    steps = range(1, len(losses) + 1)
+    steps, evaluated = steps or list(range(1, len(losses) + 1)), evaluated or []
+    top = _top([*losses, *(loss for _, loss in evaluated)])
+    last = max([*steps[-1:], *(step for step, _ in evaluated)], default=0)
     if len(losses) > MAX_STEPS_WITHOUT_SMOOTHING:
         axes.plot(steps, losses, color=LINE_COLOR, alpha=0.3, linewidth=1.2, label="each step")
         axes.plot(steps, smoothed(losses), color=LINE_COLOR, linewidth=2.4, label="smoothed")
@@ -68,13 +77,15 @@ def loss_figure(
         # A single step has no line to show, only a point.
         marker = "o" if len(losses) == 1 else None
         axes.plot(steps, losses, color=LINE_COLOR, linewidth=2.2, marker=marker, label="loss")
+    if evaluated:
+        axes.plot(*zip(*evaluated, strict=True), color=EVAL_COLOR, linewidth=1.8, marker="o", label="evaluation")
 
     axes.set_xlabel("step", fontsize=font_size)
     axes.set_ylabel("loss", fontsize=font_size)
-    axes.set_ylim(0, _top(losses) * 1.04)
-    axes.set_yticks(_ticks(_top(losses), 5))
-    axes.set_xlim((1, len(losses)) if len(losses) > 1 else (0, 2))
-    axes.set_xticks(_step_ticks(len(losses)))
+    axes.set_ylim(0, top * 1.04)
+    axes.set_yticks(_ticks(top, 5))
+    axes.set_xlim((1, last) if last > 1 else (0, 2))
+    axes.set_xticks(_step_ticks(last))
     axes.tick_params(labelsize=font_size, length=0, pad=8)
     axes.grid(color="#e5e7eb", linewidth=1)
     axes.set_axisbelow(True)
@@ -102,16 +113,29 @@ def loss_figure(
     return figure
 
 
-def loss_plot_svg(losses: list[float]) -> str:
+def loss_plot_svg(
+    losses: list[float],
+    *,
+    steps: list[int] | None = None,
+    evaluated: list[tuple[int, float]] | None = None,
+    label: str = "loss",
+    smooth: bool = True,
+) -> str:
     """The loss curve as an `<svg>` element to put inside an HTML page.
 
     It fills the width it is given while its lettering stays the same size: only the inner `<svg>`, which holds the
     curve, is stretched. Colours follow the page (`currentColor`, and `--accent` where the page sets it). There are no
-    ids, so any number of curves may share a page.
+    ids, so any number of curves may share a page. What is drawn may also be something else, a `label` says what.
+
+    Args:
+        losses, steps, evaluated: see [`save_loss_plot`].
+        label (`str`): What is drawn.
+        smooth (`bool`): Draw a smoothed curve over one of many steps.
     """
     height = 220
-    top = _top(losses)
-    last = len(losses)
+    steps, evaluated = steps or list(range(1, len(losses) + 1)), evaluated or []
+    top = _top([*losses, *(loss for _, loss in evaluated)])
+    last = max([*steps[-1:], *(step for step, _ in evaluated)], default=0)
 
     def x_percent(step: int) -> float:
         return 50.0 if last == 1 else 100 * (step - 1) / (last - 1)
@@ -129,27 +153,34 @@ def loss_plot_svg(losses: list[float]) -> str:
     for step in _step_ticks(last):
         parts.append(f'<text x="{x_percent(step):.2f}%" y="{height + 20}" text-anchor="middle">{step}</text>')
     parts.append(f'<text x="50%" y="{height + 40}" text-anchor="middle">step</text>')
-    parts.append('<text x="-8" y="-14" text-anchor="end">loss</text>')
+    parts.append(f'<text x="-36" y="-14">{label}</text>')
 
     curves = [(losses, 2.2, 1.0)]
-    if last > MAX_STEPS_WITHOUT_SMOOTHING:
+    if smooth and len(losses) > MAX_STEPS_WITHOUT_SMOOTHING:
         curves = [(losses, 1.2, 0.35), (smoothed(losses), 2.4, 1.0)]
     accent = f"var(--accent,{LINE_COLOR})"
     # A curve of one point is a dot, and dots go outside the stretched part, where they would become ellipses.
-    dots = [step for step, loss in enumerate(losses, 1) if last == 1 and math.isfinite(loss)]
-    for step in dots:
-        height_of_dot = y_pixels(losses[step - 1])
-        parts.append(f'<circle cx="{x_percent(step):.2f}%" cy="{height_of_dot:.1f}" r="4" style="fill:{accent}"/>')
+    green = f"var(--good,{EVAL_COLOR})"
+    dots = [(step, loss, accent) for step, loss in zip(steps, losses, strict=True) if len(losses) == 1]
+    dots += [(step, loss, green) for step, loss in evaluated]
+    for step, loss, color in dots:
+        if math.isfinite(loss):
+            place = f'cx="{x_percent(step):.2f}%" cy="{y_pixels(loss):.1f}"'
+            parts.append(f'<circle {place} r="4" style="fill:{color}"/>')
+    lines = [(list(zip(steps, values, strict=True)), width, opacity, accent) for values, width, opacity in curves]
+    if evaluated:
+        lines.append((evaluated, 1.8, 1.0, green))
     paths = "".join(
-        f'<path d="{_path(values, lambda step: 10 * x_percent(step), y_pixels)}" fill="none" stroke-width="{width}" '
+        f'<path d="{_path(points, lambda step: 10 * x_percent(step), y_pixels)}" fill="none" stroke-width="{width}" '
         f'stroke-opacity="{opacity}" stroke-linejoin="round" vector-effect="non-scaling-stroke" '
-        f'style="stroke:{accent}"/>'
-        for values, width, opacity in curves
+        f'style="stroke:{color}"/>'
+        for points, width, opacity, color in lines
     )
     # The labels hang over the edges of the element; its margins are the room for them.
     style = "overflow:visible;display:block;margin:36px 12px 52px 44px;width:calc(100% - 56px)"
+    description = _description(label, losses, steps)
     return (
-        f'<svg role="img" aria-label="{_description(losses)}" width="100%" height="{height}" font-size="13" '
+        f'<svg role="img" aria-label="{description}" width="100%" height="{height}" font-size="13" '
         f'fill="currentColor" style="{style}">'
         f"{''.join(parts)}"
         f'<svg width="100%" height="{height}" viewBox="0 0 1000 {height}" preserveAspectRatio="none" '
@@ -177,10 +208,11 @@ def smoothed(losses: list[float]) -> list[float]:
     return means
 
 
-def _description(losses: list[float]) -> str:
-    if not losses:
-        return "Training loss: no steps"
-    return f"Training loss: {losses[0]:.4g} at step 1, {losses[-1]:.4g} at step {len(losses)}"
+def _description(label: str, values: list[float], steps: list[int]) -> str:
+    name = "Training loss" if label == "loss" else label.capitalize()
+    if not values:
+        return f"{name}: no steps"
+    return f"{name}: {values[0]:.4g} at step {steps[0]}, {values[-1]:.4g} at step {steps[-1]}"
 
 
 def _top(values: list[float]) -> float:
@@ -202,9 +234,8 @@ def _step_ticks(num_steps: int) -> list[int]:
     return [1] + [tick for tick in ticks if tick > 1 and tick - 1 >= (ticks[1] - ticks[0]) / 2]
 
 
-def _path(losses: list[float], x_of: Callable[[int], float], y_of: Callable[[float], float]) -> str:
+def _path(points: list[tuple[int, float]], x_of: Callable[[int], float], y_of: Callable[[float], float]) -> str:
     """SVG path data; the pen is lifted over values that are not finite."""
-    points = list(enumerate(losses, 1))
     if len(points) > MAX_SVG_POINTS:
         # The lowest and the highest of each stretch, so that no spike is lost.
         stride = math.ceil(2 * len(points) / MAX_SVG_POINTS)

@@ -17,7 +17,7 @@ from hf_llava_ft.processing.chat_templates_llava import CHAT_TEMPLATES
 from hf_llava_ft.starting_point import check_starting_point
 
 ARGUMENT_CLASSES: tuple[Any, ...] = (ModelArguments, DataArguments, TuningArguments, LlavaTrainingArguments)
-_SECRET = re.compile(r"token$|password|secret")
+SECRET = re.compile(r"token$|password|secret")
 
 
 class _OnNoDevice(LlavaTrainingArguments):
@@ -87,7 +87,7 @@ class Settings:
             value, origin = derived.get(name, setting.value), setting.origin
             if value != setting.value:
                 origin = f"{origin}, said as {setting.value}"
-            if _SECRET.search(name) and value is not None:
+            if SECRET.search(name) and value is not None:
                 value = "(hidden)"
             settings[name] = {"value": value.value if isinstance(value, Enum) else value, "from": origin}
         problems = machine_problems({name: setting["value"] for name, setting in settings.items()})

@@ -12,20 +12,21 @@ from datasets import Dataset
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
-from transformers import set_seed
+from transformers import EarlyStoppingCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import CONFIG_NAME
 
 from hf_llava_ft.arguments import DataArguments, LlavaTrainingArguments, ModelArguments, TuningArguments
 from hf_llava_ft.artifact import check_writable, staged_files, told_of_a_full_disk
 from hf_llava_ft.checkpoints import ADAPTER_CONFIG, check_attention, load_model, load_processor
-from hf_llava_ft.data.bad_rows import SKIPPED_FILE, SoundRows, sound_rows, told_of_skipped
+from hf_llava_ft.data.bad_rows import SKIPPED_FILE, SoundRows, told_of_skipped
 from hf_llava_ft.data.collator import LlavaCollator
-from hf_llava_ft.data.formats import open_source
-from hf_llava_ft.data.stream_loader import refuse_grouping
 from hf_llava_ft.data.streaming import LlavaStream, told_of_rows_left_out
 from hf_llava_ft.data.token_limit import TokenLimit
 from hf_llava_ft.errors import UserError, exit_on_user_error
+from hf_llava_ft.eval_prompts import EvalAnswers, open_eval_prompts
+from hf_llava_ft.evaluation import check_evaluation, data_seed, eval_rows_that_fit, held_out, open_eval_rows
 from hf_llava_ft.interruption import Interruption, TrainingInterrupted
 from hf_llava_ft.machine import is_first_process
 from hf_llava_ft.parsing import parse_arguments as parse_arguments
@@ -36,8 +37,11 @@ from hf_llava_ft.progress import LiveProgress
 from hf_llava_ft.quantization import loading_in_few_bits
 from hf_llava_ft.remote_code import carries_our_code, note_on_code
 from hf_llava_ft.resume import checkpoint_to_resume
+from hf_llava_ft.run_report import write_run_report
 from hf_llava_ft.starting_point import starting_point
+from hf_llava_ft.train_summary import settings_of, train_summary, write_summary
 from hf_llava_ft.trainer import LlavaTrainer
+from hf_llava_ft.training_rows import facts_of_rows, open_rows, open_stream
 from hf_llava_ft.tuning import PROJECTOR, VISION_TOWER, TrainedPart, trained_parts, with_tuning
 
 
@@ -49,12 +53,14 @@ class TrainingResult:
         losses (`list[float]`): one per logged step.
         trained (`list[TrainedPart]`): what trained.
         seconds (`float`): of the training loop alone.
+        summary (`dict`): the content of `train_summary.json`.
     """
 
     adapter_dir: Path
     losses: list[float]
     trained: list[TrainedPart]
     seconds: float
+    summary: dict[str, Any]
 
 
 def train(
@@ -67,8 +73,10 @@ def train(
     """Trains as told and leaves adapter or whole model at `training_args.output_dir`, checkpoints below it."""
     console = console or Console(stderr=True, quiet=training_args.process_index != 0)
     output_dir = Path(str(training_args.output_dir))
+    settings = settings_of(model_args, data_args, tuning_args, training_args)
     check_writable(output_dir)
     check_attention(model_args.attn_implementation)
+    check_evaluation(data_args, training_args)
     checkpoint, passed_over = checkpoint_to_resume(training_args.resume_from_checkpoint, output_dir)
     for sentence in passed_over:
         console.print(sentence, highlight=False)
@@ -89,7 +97,9 @@ def train(
         )
     if model_args.image_aspect_ratio is not None:
         _use_aspect_ratio(processor, model_args)
-    rows = _open_stream(data_args, training_args) if data_args.streaming else _open_rows(data_args, training_args)
+    rows = (open_stream if data_args.streaming else open_rows)(data_args, training_args)
+    eval_rows = open_eval_rows(data_args, training_args)
+    prompts = open_eval_prompts(data_args)
     model: Any = load_model(
         start.name,
         processor,
@@ -112,6 +122,13 @@ def train(
         told = told_of_skipped(rows, longest, output_dir) if training_args.process_index == 0 else None
         if told is not None:
             console.print(told, highlight=False, soft_wrap=True)
+    eval_dataset: Dataset | None = None
+    if eval_rows is not None:
+        eval_dataset, told = eval_rows_that_fit(eval_rows, processor, longest)
+        if told is not None:
+            console.print(told, highlight=False, soft_wrap=True)
+    elif data_args.eval_split is not None and isinstance(rows, SoundRows) and isinstance(dataset, Dataset):
+        dataset, eval_dataset = held_out(rows, dataset, data_args.eval_split, data_seed(training_args))
     if data_args.preview > 0:
         first = rows.first(data_args.preview) if isinstance(rows, SoundRows) else None
         shown = first or first_rows(rows.sources, data_args.preview)
@@ -122,16 +139,26 @@ def train(
     trained = trained_parts(model)
     progress = LiveProgress(console)
     interruption = Interruption(lambda sentence: console.print(sentence, highlight=False))
+    answers = EvalAnswers(prompts, processor, data_args.eval_max_new_tokens, console)
+    patience = training_args.early_stopping_patience
     training_args.disable_tqdm = True  # one bar, ours
     trainer = LlavaTrainer(
         model=model,
         args=training_args,
         train_dataset=dataset,
+        eval_dataset=eval_dataset,
         processing_class=processor,
         data_collator=LlavaCollator(processor, uint8_pixels=True, max_length=longest if skips else None),
-        callbacks=[progress, interruption],
+        callbacks=[
+            *(progress, interruption),
+            *([answers] if prompts else []),
+            *([] if patience is None else [EarlyStoppingCallback(early_stopping_patience=patience)]),
+        ],
     )
+    progress.throughput = trainer.throughput
+    answers.find_tensorboard(trainer.callback_handler.callbacks)
     _without_printed_logs(trainer)
+    data = facts_of_rows(rows, dataset, eval_dataset) if trainer.is_world_process_zero() else {}
     if trainer.is_world_process_zero():
         console.print(_table(trained, training_args))
     with told_of_a_full_disk(output_dir):
@@ -144,6 +171,13 @@ def train(
     last = ADAPTER_CONFIG if is_adapter else CONFIG_NAME
     with told_of_a_full_disk(output_dir), staged_files(output_dir, last=last) as staged:
         trainer.save_model(str(staged))
+    seconds = float(output.metrics["train_runtime"])
+    seconds_training = seconds - trainer.throughput.paused_seconds
+    if training_args.eval_strategy == IntervalStrategy.NO:  # once, and when nothing can be lost any more
+        if eval_dataset is not None:
+            trainer.evaluate()
+        elif prompts:
+            answers.on_evaluate(training_args, trainer.state, trainer.control, model=trainer.model)
     trainer.save_state()
     if isinstance(dataset, LlavaStream) and trainer.is_world_process_zero():
         told = told_of_rows_left_out(output_dir / SKIPPED_FILE)
@@ -151,36 +185,25 @@ def train(
             console.print(told, highlight=False, soft_wrap=True)
     if not is_adapter and trainer.is_world_process_zero():
         start.remove_composed()  # an adapter goes on needing it
+    summary = train_summary(
+        settings=settings,
+        data=data,
+        trained=trained,
+        state=trainer.state,
+        counts=trainer.throughput.total(training_args.device),
+        seconds=seconds,
+        seconds_training=seconds_training,
+        args=training_args,
+    )
+    if trainer.is_world_process_zero():
+        with told_of_a_full_disk(output_dir):
+            write_summary(summary, output_dir)
+            rates = [(p.part, p.num_trainable, p.num_total, learning_rate_of(p, training_args)) for p in trained]
+            write_run_report(
+                output_dir, summary, trainer.state.log_history, rates, answers.answers, answers.thumbnails()
+            )
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return TrainingResult(output_dir, losses, trained, seconds=float(output.metrics["train_runtime"]))
-
-
-def _open_rows(data_args: DataArguments, args: LlavaTrainingArguments) -> SoundRows:
-    return sound_rows(
-        data_args.data_path,
-        data_args.image_folder,
-        on_bad_row=data_args.on_bad_row,
-        allow_outside=data_args.allow_images_outside,
-        allow_urls=data_args.allow_image_urls,
-        seed=args.seed if args.data_seed is None else args.data_seed,
-    )
-
-
-def _open_stream(data_args: DataArguments, args: LlavaTrainingArguments) -> LlavaStream:
-    refuse_grouping(args)
-    sources = open_source(
-        data_args.data_path,
-        data_args.image_folder,
-        allow_outside=data_args.allow_images_outside,
-        allow_urls=data_args.allow_image_urls,
-    )
-    return LlavaStream(
-        sources,
-        shuffle_buffer_size=data_args.shuffle_buffer_size,
-        seed=args.seed if args.data_seed is None else args.data_seed,
-        on_bad_row=data_args.on_bad_row,
-        skipped_file=Path(str(args.output_dir), SKIPPED_FILE),
-    )
+    return TrainingResult(output_dir, losses, trained, seconds, summary)
 
 
 def _use_aspect_ratio(processor: LlavaProcessor, model_args: ModelArguments) -> None:

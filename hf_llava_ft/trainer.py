@@ -12,6 +12,7 @@ ever holds them. With them in the sum, every probability would be a little too s
 
 import os
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,13 @@ from hf_llava_ft.data.collator import LlavaCollator
 from hf_llava_ft.data.sampler import ModalityLengthSampler, OriginalOrderSampler
 from hf_llava_ft.data.stream_loader import StreamPosition, refuse_grouping, stream_dataloader
 from hf_llava_ft.data.streaming import LlavaStream
+from hf_llava_ft.evaluation import row_losses, untouched_rng
+from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
 from hf_llava_ft.modeling.weight_names_llava import name_in_memory
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.processing.uint8_pixels_llava import can_hand_over_uint8, normalize_pixels
 from hf_llava_ft.resume import SEAL, seal
+from hf_llava_ft.throughput import Throughput
 from hf_llava_ft.tuning import PROJECTOR, VISION_TOWER, part_of
 
 # Steps whose rows are sorted by length together, as transformers' own LengthGroupedSampler has it. The original sorts
@@ -66,14 +70,69 @@ class LlavaTrainer(Trainer):
         if isinstance(self.train_dataset, LlavaStream):
             refuse_grouping(self.args)
         if isinstance(processor, LlavaProcessor):
-            unwrapped = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-            unwrapped.loss_function = LossOverTokens(
+            self._unwrapped_model.loss_function = LossOverTokens(
                 num_tokens=max(processor.tokenizer.get_vocab().values()) + 1, image_token_id=processor.image_token_id
             )
         if self.args.loss_normalization == "micro_batch":
             # The Trainer then counts no tokens: the model gives the mean, which is divided by the accumulation steps.
             # In transformers 5.17 as in 5.23.
             self.model_accepts_loss_kwargs = False
+        self.throughput = Throughput()
+
+    def train(self, *args, **kwargs):
+        self.throughput.start()
+        return super().train(*args, **kwargs)
+
+    def get_batch_samples(self, *args, **kwargs):
+        """As in transformers; what is in the batches is counted in `throughput`."""
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        for batch in batches:
+            self.throughput.count(batch)
+        return batches, num_items
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """As in transformers, but that the training after it is what it would have been without."""
+        started = time.monotonic()
+        try:
+            with untouched_rng():
+                return super().evaluate(*args, **kwargs)
+        finally:
+            self.throughput.paused_seconds += time.monotonic() - started
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
+        """
+        As in transformers, but that the loss is the mean over the supervised tokens of all rows.
+
+        transformers takes the mean of the means of the batches, in which a token of a batch of few counts for more,
+        and which changes with the size of the batches.
+        """
+        self._eval_sums = torch.zeros(2, dtype=torch.float64)
+        kwargs["metric_key_prefix"] = metric_key_prefix
+        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        total, num_tokens = self._eval_sums.tolist()
+        if num_tokens and output.metrics is not None:
+            output.metrics[f"{metric_key_prefix}_loss"] = total / num_tokens
+        return output
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        unwrapped = self._unwrapped_model
+        is_ours = isinstance(unwrapped, LlavaForCausalLM) and isinstance(unwrapped.loss_function, LossOverTokens)
+        others = self.compute_loss_func or self.label_smoother
+        if not prediction_loss_only or not is_ours or others or inputs.get("labels") is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        targets = unwrapped.next_token_targets(inputs["labels"], inputs["input_ids"], inputs.get("attention_mask"))
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(**inputs, supervised_logits_only=True).logits
+        sums = row_losses(unwrapped.loss_function.over_tokens(logits), targets)
+        # Of all processes, without the rows that accelerate repeats to give each process as many.
+        self._eval_sums += self.accelerator.gather_for_metrics(sums).to("cpu", torch.float64).sum(0)
+        total, num_tokens = sums.sum(0)
+        return total / num_tokens.clamp(min=1), None, None
+
+    @property
+    def _unwrapped_model(self) -> Any:
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """As in transformers, and pictures that the collator handed over as uint8 become floats on the device."""
@@ -158,6 +217,12 @@ class LlavaTrainer(Trainer):
         if self.args.should_save:
             Path(output_dir or str(self.args.output_dir), TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
+    def _load_best_model(self) -> None:
+        """A checkpoint of the whole model has the names of the native layout; transformers would load none of it."""
+        if isinstance(self.model, PeftModel) or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return super()._load_best_model()
+        return self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """A checkpoint of the whole model has the names of the native layout: translated here, and loaded strictly."""
         model = self.model if model is None else model
@@ -195,6 +260,11 @@ class LossOverTokens:
 
     def __call__(self, logits: torch.Tensor, labels, vocab_size: int, **kwargs) -> torch.Tensor:
         """As `ForCausalLMLoss`, with `logits` `float[..., V]`."""
+        logits = self.over_tokens(logits)
+        return ForCausalLMLoss(logits, labels, logits.shape[-1], **kwargs)
+
+    def over_tokens(self, logits: torch.Tensor) -> torch.Tensor:
+        """`float[..., V]` without the ids that stand for no token; that of the image token, among others, is -inf."""
         num_kept = min(self.num_tokens, logits.shape[-1])
         if self.image_token_id == num_kept - 1:
             num_kept -= 1
@@ -202,7 +272,7 @@ class LossOverTokens:
         if self.image_token_id < num_kept:
             image = torch.tensor([self.image_token_id], device=logits.device)
             logits = logits.index_fill(-1, image, float("-inf"))
-        return ForCausalLMLoss(logits, labels, num_kept, **kwargs)
+        return logits
 
 
 def _split_off(optimizer: torch.optim.Optimizer, parameters: set[nn.Parameter], learning_rate: float) -> None:

@@ -255,7 +255,7 @@ class LlavaForCausalLM(LlavaCheckpointMixin, LlavaForConditionalGeneration):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, kept, :])
         else:
-            targets = self._next_token_targets(labels, input_ids, attention_mask)
+            targets = self.next_token_targets(labels, input_ids, attention_mask)
             if supervised_logits_only:
                 supervised = targets != IGNORE_INDEX
                 hidden_states = hidden_states[supervised.to(hidden_states.device)]  # (S, D)
@@ -277,7 +277,7 @@ class LlavaForCausalLM(LlavaCheckpointMixin, LlavaForConditionalGeneration):
             image_hidden_states=outputs.image_hidden_states,
         )
 
-    def _next_token_targets(self, labels: torch.Tensor, input_ids, attention_mask) -> torch.Tensor:
+    def next_token_targets(self, labels: torch.Tensor, input_ids, attention_mask) -> torch.Tensor:
         """`int64[B, T]`: at each position the label of the next one, or -100."""
         if input_ids is not None:
             labels = labels.masked_fill(input_ids.to(labels.device) == self.config.image_token_id, IGNORE_INDEX)

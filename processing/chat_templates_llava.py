@@ -14,6 +14,7 @@ import re
 from dataclasses import dataclass, replace
 
 from .original_templates_llava import IMAGE, ORIGINAL_PROMPTS, Prompt
+from .own_template_llava import with_generation_marks
 
 IMAGE_START, IMAGE_END = "<im_start>", "<im_end>"
 
@@ -125,7 +126,7 @@ CHAT_TEMPLATES = {name: _chat_template(prompt) for name, prompt in ORIGINAL_PROM
 
 
 def own_chat_template(tokenizer) -> ChatTemplate | None:
-    """The tokenizer's own template, taught to take images; `None` if it has none."""
+    """The tokenizer's own template, taught to take images and marked where that can be; `None` if it has none."""
     source = tokenizer.chat_template
     if isinstance(source, dict):
         source = source.get("default")
@@ -133,7 +134,10 @@ def own_chat_template(tokenizer) -> ChatTemplate | None:
         return None
     if "content_of" in source:  # one of ours, saved with a tokenizer: it takes images already
         return ChatTemplate(source)
-    return ChatTemplate(_joined(_CONTENT.replace("IMAGE_MARKUP", IMAGE), _FLATTEN) + source)
+    takes_images = _joined(_CONTENT.replace("IMAGE_MARKUP", IMAGE), _FLATTEN)
+    if "endgeneration" in source:
+        return ChatTemplate(takes_images + source)
+    return ChatTemplate(with_generation_marks(source, tokenizer, takes_images) or takes_images + source)
 
 
 def chat_template_for(tokenizer, version: str | None = None, image_start_end: bool = False) -> ChatTemplate:

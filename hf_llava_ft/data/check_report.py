@@ -19,9 +19,9 @@ from hf_llava_ft.data.check_rows import Sample
 from hf_llava_ft.data.check_summary import chosen_problems, summary_lines
 from hf_llava_ft.data.collator import open_picture
 from hf_llava_ft.data.problems import Problem
+from hf_llava_ft.page import PAGE, STYLE, write_atomically
 from hf_llava_ft.preview import MAX_CHARS, Piece, marked_pieces, visible
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
-from hf_llava_ft.report import PAGE, STYLE, write_atomically
 
 _MAX_LISTED = 300  # problems, and warnings
 _MAX_OPEN = 15  # of these, the ones that need no click

@@ -164,3 +164,28 @@ def test_a_model_trained_under_zero3_is_whole(run, tiny_checkpoint, tmp_path):
     before = AutoModelForImageTextToText.from_pretrained(tiny_checkpoint).state_dict()
     after = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").state_dict()
     assert {name: tensor.shape for name, tensor in after.items()} == {n: t.shape for n, t in before.items()}
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_evaluate_as_one(run, data, tmp_path, engine):
+    """Loss of rows that do not divide among the processes, answers to prompts, and the counts of the summary."""
+    rows = json.loads((data / "data.json").read_text())[:7]
+    for index, row in enumerate(rows):
+        row["conversations"][1]["value"] *= 1 + index % 4
+    (tmp_path / "eval.json").write_text(json.dumps(rows))
+    (tmp_path / "prompts.jsonl").write_text('{"image": "1.png", "prompt": "What is it?"}\n{"prompt": "Who?"}\n')
+    flags = ["--eval_data_path", tmp_path / "eval.json", "--eval_strategy", "steps", "--eval_steps", "2"]
+    flags += ["--eval_prompts", tmp_path / "prompts.jsonl", "--eval_max_new_tokens", "6"]
+    flags += ["--per_device_eval_batch_size", "2"]
+    found = {}
+    for name in ("single", engine):
+        run(name, tmp_path / name, *flags)
+        log = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+        summary = json.loads((tmp_path / name / "train_summary.json").read_text())
+        answers = (tmp_path / name / "eval_answers.jsonl").read_text()
+        counts = [summary[key] for key in ("samples", "tokens", "supervised_tokens")]
+        found[name] = ([entry["eval_loss"] for entry in log if "eval_loss" in entry], answers, counts)
+    assert found[engine][0] == pytest.approx(found["single"][0], rel=1e-5) and len(found[engine][0]) == 2
+    assert found[engine][1:] == found["single"][1:]
+    assert found["single"][2][0] == 2 * STEPS

@@ -149,12 +149,21 @@ def test_plain_refuses_what_is_no_caption(processor_for, messages, message):
         processor_for("llama", "plain").encode_conversation(messages)
 
 
+OWN = (
+    "{% for message in messages %}{{ message['role'] + '> ' + message['content'] + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant> ' }}{% endif %}"
+)
+UNTEACHABLE = "{{ messages[0]['content'] }}"
+
+
 def test_a_tokenizer_gets_its_own_template_else_chatml_else_v1(tokenizer_for):
     tokenizer = tokenizer_for("byte-level")
     assert chat_template_for(tokenizer) is CHAT_TEMPLATES["chatml"]
-    tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    assert chat_template_for(tokenizer).source.endswith(tokenizer.chat_template)
+    tokenizer.chat_template = OWN
+    assert OWN in chat_template_for(tokenizer).source
     assert chat_template_for(tokenizer, "mistral") is CHAT_TEMPLATES["mistral"]
+    tokenizer.chat_template = UNTEACHABLE
+    assert chat_template_for(tokenizer).source.endswith(UNTEACHABLE)
     assert chat_template_for(tokenizer_for("llama")) is CHAT_TEMPLATES["v1"]
 
 

@@ -1,0 +1,44 @@
+"""LoRA from Python, with an ordinary callback of transformers' Trainer.
+
+    python examples/train_from_python.py llava-hf/llava-1.5-7b-hf data.json images my-adapter
+
+Data of any format that `llava-ft train` takes. Afterwards: llava-ft chat --model my-adapter
+"""
+
+import sys
+
+import torch
+from transformers import TrainerCallback
+
+from hf_llava_ft import LlavaTrainer, LlavaTrainingArguments, load_data, load_model, load_processor
+from hf_llava_ft.arguments import TuningArguments
+from hf_llava_ft.tuning import with_tuning
+
+
+class EpochLoss(TrainerCallback):
+    """Prints the mean of the losses that were logged in each epoch."""
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.first = len(state.log_history)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        losses = [entry["loss"] for entry in state.log_history[self.first :] if "loss" in entry]
+        if losses and state.is_world_process_zero:
+            print(f"epoch {state.epoch:.0f}: loss {sum(losses) / len(losses):.3f}")
+
+
+def main(model_name: str, data_path: str, image_folder: str, output_dir: str) -> None:
+    processor = load_processor(model_name)
+    model = load_model(model_name, processor)
+    model = with_tuning(model, TuningArguments(lora_r=16, lora_alpha=32), base=model_name)
+    args = LlavaTrainingArguments(
+        output_dir, num_train_epochs=3, learning_rate=2e-4, mm_projector_lr=2e-5, bf16=torch.cuda.is_available()
+    )
+    data = load_data(data_path, image_folder)
+    trainer = LlavaTrainer(model, args, train_dataset=data, processing_class=processor, callbacks=[EpochLoss()])
+    trainer.train()
+    trainer.save_model(output_dir)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,205 @@
+"""`llava-ft estimate`: what a run of `llava-ft train` needs in memory and time, from the configuration alone."""
+
+import argparse
+import dataclasses
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from hf_llava_ft.arguments import TuningArguments
+from hf_llava_ft.checkpoints import inspect_checkpoint, load_config
+from hf_llava_ft.errors import UserError, exit_on_user_error
+from hf_llava_ft.estimate_memory import DEFAULT_BUCKET, DEFAULT_LIVE, Engine
+from hf_llava_ft.estimate_plan import GIB, SET_ASIDE, Estimate, Estimator, Plan
+from hf_llava_ft.estimate_trace import Batch, image_tokens
+from hf_llava_ft.parsing import resolve
+
+CARDS = (16, 24, 40, 80, 141)
+STATEMENT = (
+    "Computed, not measured: weights, gradients and optimiser states are exact sums of tensor sizes; activations and "
+    "buffers are estimates that have not been compared with a GPU. Time is operations divided by an assumed speed."
+)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parses `argv`, prints the estimate; exits with 2 on bad input."""
+    with exit_on_user_error(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        own, words = _parser().parse_known_args(list(argv))
+        words = [f"--model_name_or_path{w[7:]}" if w == "--model" or w.startswith("--model=") else w for w in words]
+        settings = {name: setting.value for name, setting in resolve(words).by_name.items()}
+        result = _estimate(own, settings)
+        _print(result, own, Console(soft_wrap=True))
+        if own.json is not None:
+            _write(own.json, result, own)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llava-ft estimate",
+        description="Memory and time of a training run, from the model's configuration alone. Takes the flags of "
+        "llava-ft train (--model_name_or_path or --model, --train_type, --lora_r, --bits, "
+        "--per_device_train_batch_size, --gradient_checkpointing, --bf16, --deepspeed FILE, ...), and:",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--engine", choices=get_args(Engine), help="Default: that of --deepspeed, else single or ddp.")
+    parser.add_argument("--devices", type=_positive, default=1, help="Devices that train together.")
+    parser.add_argument("--images", type=int, choices=range(65), default=1, metavar="N", help="Pictures in a row.")
+    parser.add_argument("--text_tokens", type=_positive, default=200, help="Tokens of a row beside its pictures.")
+    parser.add_argument("--supervised_tokens", type=_positive, help="Of these, learned ones; default: all.")
+    parser.add_argument("--tflops", type=float, default=989.0, help="Peak of a device, TFLOP/s; default: H100, H200.")
+    parser.add_argument("--utilization", type=float, default=0.4, help="Share of the peak that is reached.")
+    parser.add_argument("--fit", type=float, metavar="GB", help="Propose what fits on such a card.")
+    parser.add_argument("--global_batch", type=_positive, default=128, help="With --fit: rows of an optimiser step.")
+    parser.add_argument("--json", type=Path, help="Also write the result to this file.")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
+def _estimate(own: argparse.Namespace, settings: dict[str, Any]) -> Estimate:
+    name = settings["model_name_or_path"]
+    if name is dataclasses.MISSING:
+        raise UserError("--model_name_or_path is missing: name a LLaVA, a folder with config.json or a Hub id.")
+    if own.tflops <= 0 or own.utilization <= 0:
+        raise UserError("--tflops and --utilization have to be above 0.")
+    checkpoint = inspect_checkpoint(name, settings["revision"])
+    config = load_config(checkpoint.base if checkpoint.kind == "adapter" else name, settings["revision"])
+    if config.image_aspect_ratio == "anyres":
+        raise UserError(f"{name} is a LLaVA-1.6, whose tokens depend on the picture: estimate knows only LLaVA-1.5.")
+    try:
+        tuning = TuningArguments(
+            **{field.name: settings[field.name] for field in dataclasses.fields(TuningArguments) if field.init}
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    engine, bucket, live = _engine(own, settings["deepspeed"])
+    if tuning.bits < 16 and engine.startswith("zero3"):
+        raise UserError("ZeRO-3 does not divide weights of few bits: use --engine ddp or zero2 with qlora.")
+    text = own.text_tokens
+    if settings["model_max_length"] is not None:
+        text = settings["model_max_length"] - own.images * image_tokens(config)
+        if text < 1:
+            raise UserError(f"--model_max_length {settings['model_max_length']} has no room for the picture's tokens.")
+    supervised = min(own.supervised_tokens or text, text)
+    plan = Plan(
+        engine,
+        own.devices,
+        int(settings["gradient_accumulation_steps"]),
+        bool(settings["gradient_checkpointing"]),
+        Batch(int(settings["per_device_train_batch_size"]), own.images, text, supervised),
+        bucket,
+        live,
+    )
+    dtype = _dtype(settings["dtype"], config)
+    estimator = Estimator(
+        config,
+        tuning,
+        dtype,
+        bool(settings["bf16"] or settings["fp16"]),
+        "eager" if settings["attn_implementation"] == "eager" else "sdpa",
+        str(getattr(settings["optim"], "value", settings["optim"])),
+    )
+    try:
+        return estimator.estimate(plan) if own.fit is None else estimator.fit(plan, own.fit, own.global_batch)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _dtype(named: str, config: Any) -> torch.dtype:
+    if named == "auto":
+        # A configuration without one is read as float32 by transformers too.
+        found = config.dtype or config.text_config.dtype or torch.float32
+        return found if isinstance(found, torch.dtype) else getattr(torch, str(found))
+    dtype = getattr(torch, named, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UserError(f"--dtype {named} is no dtype of weights: use auto, float32, bfloat16 or float16.")
+    return dtype
+
+
+def _engine(own: argparse.Namespace, deepspeed: Any) -> tuple[Engine, int, int]:
+    """Engine, elements of a bucket, elements of ZeRO-3 that may be whole."""
+    if deepspeed is None:
+        return own.engine or ("single" if own.devices == 1 else "ddp"), DEFAULT_BUCKET, DEFAULT_LIVE
+    try:
+        content = deepspeed if isinstance(deepspeed, dict) else json.loads(Path(deepspeed).read_text("utf-8"))
+        zero = content["zero_optimization"]
+        stage, optimizer, param = (zero.get(key) for key in ("stage", "offload_optimizer", "offload_param"))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"--deepspeed {deepspeed} is no readable file with zero_optimization.") from error
+    offloads = any(each and each.get("device") not in (None, "none") for each in (optimizer, param))
+    name = f"zero{stage}{'_offload' if offloads else ''}"
+    if name not in get_args(Engine):
+        raise UserError(f"--deepspeed {deepspeed}: stage {stage} is unknown here; use 2 or 3.")
+    sizes = [zero.get("reduce_bucket_size", DEFAULT_BUCKET), zero.get("stage3_max_live_parameters", DEFAULT_LIVE)]
+    bucket, live = (
+        int(size) if isinstance(size, (int, float)) else default
+        for size, default in zip(sizes, (DEFAULT_BUCKET, DEFAULT_LIVE), strict=True)
+    )
+    return own.engine or name, bucket, live  # type: ignore[return-value]
+
+
+def _print(result: Estimate, own: argparse.Namespace, console: Console) -> None:
+    plan, batch = result.plan, result.plan.batch
+    parts = Table(title="Parameters")
+    for column in ("part", "trainable", "of", "dtype"):
+        parts.add_column(column, justify="right" if column in ("trainable", "of") else "left")
+    for part in result.parts:
+        parts.add_row(part.part, f"{part.num_trainable:,}", f"{part.num_total:,}", part.dtype)
+    console.print(parts)
+    memory = Table(title=f"Memory of one device, {plan.engine}, {plan.devices} device{'s' * (plan.devices > 1)}")
+    memory.add_column("part")
+    memory.add_column("GiB", justify="right")
+    for name, size in result.memory.items():
+        memory.add_row(name, f"{size / GIB:.2f}")
+    memory.add_section()
+    memory.add_row("together", f"{result.total / GIB:.2f}")
+    if result.states.host:
+        memory.add_row("in the host's memory", f"{result.states.host / GIB:.2f}")
+    console.print(memory)
+    seconds = result.seconds_a_step(own.tflops, own.utilization)
+    rows = batch.size * plan.accumulation * plan.devices
+    lines = {
+        "micro-batch": f"{batch.size} rows of {batch.images} image(s) and {batch.text_tokens} text tokens, "
+        f"{batch.supervised} of them learned",
+        "accumulation": f"{plan.accumulation}; {rows} rows a step on {plan.devices} device(s)",
+        "gradient checkpointing": "on" if plan.gradient_checkpointing else "off",
+        "fits on": ", ".join(f"{card} GB: {'yes' if result.fits(card) else 'no'}" for card in CARDS)
+        + f" ({SET_ASIDE:g} GiB set aside)",
+        "operations": f"{result.micro_batch.operations / batch.size / 1e12:.1f} TFLOP a row",
+        "time": f"{seconds:.3g} s a step, {rows / seconds:.3g} rows/s, at {own.utilization:.0%} of {own.tflops:g} "
+        f"TFLOP/s",
+    }
+    for name, line in lines.items():
+        console.print(f"{name:<24}{line}", highlight=False)
+    console.print(STATEMENT, highlight=False)
+
+
+def _write(path: Path, result: Estimate, own: argparse.Namespace) -> None:
+    seconds = result.seconds_a_step(own.tflops, own.utilization)
+    content = {
+        "plan": dataclasses.asdict(result.plan),
+        "parameters": [dataclasses.asdict(part) for part in result.parts],
+        "bytes_on_a_device": {**result.memory, "together": result.total},
+        "bytes_on_the_host": result.states.host,
+        "fits_on_gb": {str(card): result.fits(card) for card in CARDS},
+        "operations_a_micro_batch": result.micro_batch.operations,
+        "seconds_a_step": seconds,
+        "tflops": own.tflops,
+        "utilization": own.utilization,
+        "note": STATEMENT,
+    }
+    try:
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}.") from error
