@@ -410,7 +410,7 @@ def test_hostile_rows_end_in_sentences(llava_ft, folder, tiny_checkpoint):
         (["DATA", "--image_folder", "nowhere"], "nowhere is not a folder"),
         (["DATA", "--preview", "1"], "--model"),
         (["DATA", "--batch_size", "0"], "batch_size"),
-        ([], "DATA"),
+        ([], "data"),  # typer's own sentence, or ours where an older typer gives an empty list
     ],
 )
 def test_bad_usage_ends_with_2(llava_ft, folder, tiny_checkpoint, args, expected, monkeypatch):
@@ -418,7 +418,7 @@ def test_bad_usage_ends_with_2(llava_ft, folder, tiny_checkpoint, args, expected
     data = write(folder, SOUND)
     args = [{"DATA": data, "MODEL": tiny_checkpoint}.get(arg, arg) for arg in args]
     code, out, err = llava_ft("check", *args)
-    assert code == 2 and expected in err and not out
+    assert code == 2 and expected.lower() in err.lower() and not out
 
 
 def test_the_terminal_shows_what_it_knows_and_says_what_it_does_not(llava_ft, folder, tiny_checkpoint):
