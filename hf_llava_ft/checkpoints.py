@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from peft import PeftModel
@@ -230,7 +230,8 @@ def _load_whole(checkpoint: Checkpoint, folder: Path, **kwargs: Any) -> LlavaFor
 
 def _supported_attention(config: LlavaConfig, attn_implementation: str) -> str | dict[str, str]:
     """Eager for a language model that has no sdpa, as Gemma 2, whose scores are squashed, has none."""
-    if attn_implementation == "sdpa" and not MODEL_MAPPING[type(config.text_config)]._supports_sdpa:
+    text_class: Any = MODEL_MAPPING[cast(Any, type(config.text_config))]
+    if attn_implementation == "sdpa" and not text_class._supports_sdpa:
         return {"": "sdpa", "vision_config": "sdpa", "text_config": "eager"}
     return attn_implementation
 

@@ -5,6 +5,8 @@ the token that ends the turn, which is not always the `eos_token`: Gemma has `<e
 prompts stay byte for byte what the language model was trained on.
 """
 
+from typing import Any
+
 from transformers.utils.chat_template_utils import render_jinja_template
 
 _MARKED = r"""
@@ -65,7 +67,7 @@ def with_generation_marks(source: str, tokenizer, prologue: str = "") -> str | N
 def _rendered(source: str, messages: list[dict], tokenizer, **options) -> tuple[str | None, list[tuple[int, int]]]:
     """Text and marks, or `None` and no marks where the template refuses the messages."""
     try:
-        texts, marks = render_jinja_template(
+        rendered: Any = render_jinja_template(
             conversations=[messages],
             chat_template=source,
             return_assistant_tokens_mask="endgeneration" in source,
@@ -74,6 +76,7 @@ def _rendered(source: str, messages: list[dict], tokenizer, **options) -> tuple[
         )
     except Exception:  # jinja2's TemplateError, and whatever a template may run into
         return None, []
+    texts, marks = rendered
     return texts[0], [(start, end) for start, end in marks[0]] if marks else []
 
 
