@@ -19,6 +19,16 @@ class UserError(ValueError):
         return str(self).rsplit(f"{type(self).__name__}: ", 1)[-1].strip()
 
 
+def user_error_behind(error: BaseException | None) -> UserError | None:
+    """The `UserError` that an exception was raised from or while handling, if there is one.
+
+    Libraries put their own exceptions around ours; `datasets` does so for all that a builder raises.
+    """
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Turns a `UserError` inside the block into its sentence on stderr and exit code 2."""

@@ -23,7 +23,6 @@ import numpy as np
 import pyarrow as pa
 from datasets import Features, Image, List, Value
 from datasets.data_files import DataFilesDict, DataFilesList
-from datasets.exceptions import DatasetGenerationError
 
 from hf_llava_ft.data.file_index import content_fingerprint, file_index
 from hf_llava_ft.data.garbage import garbage_collection_paused
@@ -31,7 +30,7 @@ from hf_llava_ft.data.json_parts import JsonPart, iter_part
 from hf_llava_ft.data.llava_json import ImageFolder, checked_row, iter_json_rows, unreadable_images
 from hf_llava_ft.data.schema import parse_llava_row, row_place
 from hf_llava_ft.data.worker_pool import num_workers, results_in_order
-from hf_llava_ft.errors import UserError
+from hf_llava_ft.errors import UserError, user_error_behind
 
 FEATURES = Features(
     {
@@ -139,14 +138,14 @@ class LlavaConversations(datasets.ArrowBasedBuilder):
         row."""
         try:
             super().download_and_prepare(*args, num_proc=num_proc, **kwargs)
-        except DatasetGenerationError as error:
+        except UserError:
+            raise
+        except Exception as error:  # a pool that is torn down over a wrong row may raise something of its own
             if num_proc and num_proc > 1:
                 # Another process has met it, and there may be one before it.
                 for _ in results_in_order(self._read_to_the_end, self.parts, num_proc):
                     pass
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, UserError):
-                cause = cause.__cause__ or cause.__context__
+            cause = user_error_behind(error)
             if cause is None:
                 raise
             raise cause from None

@@ -5,6 +5,7 @@ import os
 import signal
 
 import datasets
+import multiprocess.pool
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -228,6 +229,25 @@ def test_the_first_wrong_row_is_named_however_many_processes_read(folder, small_
     monkeypatch.setattr(json_parts, "num_workers", lambda: 1)
     monkeypatch.setattr(builder, "num_workers", lambda: 1)
     assert sentence(load_llava_json, folder / "data.json", folder / "images", folder / "other cache") == message
+
+
+def test_the_row_is_named_when_the_pool_fails_while_it_is_torn_down(folder, small_parts, monkeypatch):
+    """The standard library's pool now and then raises on its way out, and hides what it was left for."""
+    terminate = multiprocess.pool.Pool.terminate
+
+    def terminate_and_raise(self):
+        terminate(self)
+        raise AssertionError("Cannot have cache with result_handler not alive")
+
+    monkeypatch.setattr(multiprocess.pool.Pool, "terminate", terminate_and_raise)
+    rows = list(many_rows())
+    break_row(rows, 150, "empty answer")
+    write(folder, rows)
+    assert "data.json: row 151" in sentence(load, folder)
+    assert finished_caches(folder) == []
+    write(folder, list(many_rows()))
+    with pytest.raises(AssertionError, match="result_handler"):  # not swallowed where no row is wrong
+        load(folder)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from hf_llava_ft.data.formats.dialects import LLAVA, SHAREGPT
 from hf_llava_ft.data.formats.mixture import draw_rows
 from hf_llava_ft.data.formats.source import Source, open_source
 from hf_llava_ft.data.llava_json import ImageAddressError
-from hf_llava_ft.errors import UserError
+from hf_llava_ft.errors import UserError, user_error_behind
 
 _ROWS_LOOKED_AT = 32
 
@@ -83,9 +83,7 @@ class SourceRows(datasets.GeneratorBasedBuilder):
         try:
             super().download_and_prepare(*args, **kwargs)
         except DatasetGenerationError as error:
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, UserError):
-                cause = cause.__cause__ or cause.__context__
+            cause = user_error_behind(error)
             if cause is None:
                 raise
             raise cause from None

@@ -1,0 +1,12 @@
+"""`llava-ft`: the commands, by what they are about. Each imports what it needs when it runs, so that `--help` answers
+at once."""
+
+from hf_llava_ft.cli.application import app as app
+
+# They register themselves, and `--help` lists them in this order.
+from hf_llava_ft.cli import training, models, hub  # noqa: F401  # isort: skip
+
+
+def main() -> None:
+    """Entry point of the console script. Click's own usage errors exit with code 2 too."""
+    app()

@@ -1,0 +1,1 @@
+"""`llava-ft push`: what goes to the Hub."""

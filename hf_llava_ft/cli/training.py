@@ -1,0 +1,139 @@
+"""`llava-ft quickstart | compose | train | check | estimate`: up to a trained model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hf_llava_ft.cli.application import JsonOption, app, print_note_on_code, write_json
+from hf_llava_ft.errors import exit_on_user_error
+
+
+@app.command()
+def quickstart(
+    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where everything is written.")] = Path(
+        "runs/quickstart"
+    ),
+    seed: Annotated[int, typer.Option("--seed", help="Governs every initialisation and the order of the data.")] = 42,
+) -> None:
+    """Compose a small LLaVA, ask it, fine-tune it on real photographs, merge, verify, ask again."""
+    with exit_on_user_error():
+        from hf_llava_ft.quickstart import run_quickstart
+
+        if not run_quickstart(output_dir, seed=seed).passed:
+            raise typer.Exit(1)
+
+
+@app.command()
+def compose(
+    vision: Annotated[str, typer.Option("--vision", help="CLIP or SigLIP model: folder or Hub id.")],
+    language: Annotated[str, typer.Option("--language", help="Decoder language model: folder or Hub id.")],
+    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where the new LLaVA is written.")],
+    version: Annotated[str | None, typer.Option("--version", help="Chat template; default: the tokenizer's.")] = None,
+    projector_type: Annotated[
+        str, typer.Option("--mm_projector_type", help="linear, mlp{N}x_gelu, identity.")
+    ] = "mlp2x_gelu",
+    vision_feature_layer: Annotated[
+        int, typer.Option("--mm_vision_select_layer", help="Hidden state that is read.")
+    ] = -2,
+    image_aspect_ratio: Annotated[str, typer.Option("--image_aspect_ratio", help="square or pad.")] = "pad",
+    seed: Annotated[int, typer.Option("--seed", help="Governs the fresh projector.")] = 42,
+) -> None:
+    """Make a new LLaVA from a vision tower and a language model."""
+    with exit_on_user_error():
+        from hf_llava_ft.compose import compose_llava
+
+        folder = compose_llava(
+            vision,
+            language,
+            output_dir,
+            version=version,
+            projector_type=projector_type,
+            vision_feature_layer=vision_feature_layer,
+            image_aspect_ratio=image_aspect_ratio,
+            seed=seed,
+        )
+        typer.echo(f"The new LLaVA is at {folder}.", err=True)
+        print_note_on_code(folder)
+
+
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def train(context: typer.Context) -> None:
+    """Fine-tune a LLaVA: [RECIPE.yaml] and flags, those of the original's train.py and transformers' Trainer too."""
+    from hf_llava_ft.train import main as train_main
+
+    train_main(context.args)
+
+
+@app.command()
+def check(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Data of any format; as --data_path in training.")],
+    image_folder: Annotated[str, typer.Option("--image_folder", help="Folder the image paths are relative to.")] = ".",
+    model: Annotated[
+        str | None, typer.Option("--model", help="Folder or Hub id that is to be trained; without it, no tokens.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Revision of the model on the Hub.")] = None,
+    version: Annotated[str | None, typer.Option("--version", help="Chat template; default: the model's.")] = None,
+    model_max_length: Annotated[
+        int | None,
+        typer.Option("--model_max_length", min=1, help="Longest row in tokens; default: what the model takes."),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch_size", min=1, help="Rows in a forward pass, for padding and steps.")
+    ] = 16,
+    samples_per_second: Annotated[
+        float | None, typer.Option("--samples_per_second", min=1e-9, help="Of a run before; for the time of an epoch.")
+    ] = None,
+    allow_images_outside: Annotated[
+        bool, typer.Option("--allow_images_outside", help="Take image paths that leave the folder.")
+    ] = False,
+    allow_image_urls: Annotated[bool, typer.Option("--allow_image_urls", help="Fetch images from the web.")] = False,
+    num_proc: Annotated[
+        int | None, typer.Option("--num_proc", min=1, help="Processes; default: one for each core.")
+    ] = None,
+    preview: Annotated[
+        int, typer.Option("--preview", min=0, help="Print so many rows with what is learned marked.")
+    ] = 0,
+    report: Annotated[Path | None, typer.Option("--report", help="Also write the result as an HTML page.")] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Look at a whole data set before training: rows, images, tokens, and everything that training would refuse.
+
+    Ends with 0 if every row can be trained on, 1 if some can't, 2 if data or model can't be opened.
+    """
+    with exit_on_user_error():
+        from hf_llava_ft.checking import run_check
+
+        result = run_check(
+            data,
+            image_folder,
+            model,
+            revision=revision,
+            version=version,
+            model_max_length=model_max_length,
+            batch_size=batch_size,
+            samples_per_second=samples_per_second,
+            allow_outside=allow_images_outside,
+            allow_urls=allow_image_urls,
+            num_proc=num_proc,
+            preview=preview,
+            report=report,
+        )
+        if json_file is not None:
+            write_json(json_file, result.to_json())
+        if not result.trainable:
+            raise typer.Exit(1)
+
+
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def estimate(context: typer.Context) -> None:
+    """Memory and time of a training run, from the model's configuration alone: the flags of train, and --fit GB."""
+    from hf_llava_ft.estimate import main as estimate_main
+
+    estimate_main(context.args)
