@@ -5,7 +5,7 @@
 Data of any format that `llava-ft train` takes. Afterwards: llava-ft chat --model my-adapter
 """
 
-import sys
+import argparse
 
 import torch
 from transformers import TrainerCallback
@@ -41,4 +41,7 @@ def main(model_name: str, data_path: str, image_folder: str, output_dir: str) ->
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name in ("model_name", "data_path", "image_folder", "output_dir"):
+        parser.add_argument(name)
+    main(**vars(parser.parse_args()))

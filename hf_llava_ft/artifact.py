@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from hf_llava_ft.errors import UserError
 
 
@@ -59,8 +57,10 @@ def told_of_a_full_disk(folder: str | Path) -> Iterator[None]:
     """Turns what the libraries raise when there is no room for a file into a `UserError`."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if not any(sign in str(error) for sign in _NO_ROOM):
+    except (UserError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # FSDP's CheckpointException is no `Exception`
+        if not any(sign in each for each in _messages(error) for sign in _NO_ROOM):
             raise
         raise UserError(
             f"there is no room for what is written to {folder}: free some space, or give another --output_dir. "
@@ -68,11 +68,19 @@ def told_of_a_full_disk(folder: str | Path) -> Iterator[None]:
         ) from error
 
 
-# ENOSPC, EDQUOT and EFBIG as the system, Rust and PyTorch's zip writer say them.
+# ENOSPC, EDQUOT and EFBIG as the system, Rust and PyTorch's zip writer say them; the last at the end of a file that it
+# could not write.
 _NO_ROOM = (
     *("No space left on device", "Disk quota exceeded", "File too large"),
-    *("PytorchStreamWriter failed writing", "iostream error"),
+    *("PytorchStreamWriter failed writing", "iostream error", "unexpected pos"),
 )
+
+
+def _messages(error: BaseException | None) -> Iterator[str]:
+    """Of an error and those it was raised from; FSDP's holds those of all ranks."""
+    while error is not None:
+        yield str(error)
+        error = error.__cause__ or error.__context__
 
 
 def check_writable(folder: str | Path) -> None:
@@ -86,10 +94,30 @@ def check_writable(folder: str | Path) -> None:
     try:
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError("there is a file of that name")
-        place = folder if folder.is_dir() else folder.parent
-        place.mkdir(parents=True, exist_ok=True)
-        probe = place / f".write-test-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        _try_to_write_into(folder if folder.is_dir() else folder.parent)
     except OSError as error:
         raise UserError(f"the output folder {folder} cannot be written: {error.strerror or error}.") from error
+
+
+def check_writable_file(path: str | Path) -> None:
+    """
+    Makes the parents of `path`, and tries whether a file can be written beside it, so that long work does not find
+    out at its end.
+
+    Raises:
+        UserError: if not, or if there is a folder of that name.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("there is a folder of that name")
+        _try_to_write_into(path.parent)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+def _try_to_write_into(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".write-test-{os.getpid()}"
+    probe.touch()
+    probe.unlink()

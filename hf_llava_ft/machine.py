@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available, is_torch_xla_available
 
@@ -26,6 +27,11 @@ def machine_problems(settings: dict[str, Any]) -> list[str]:
         problems.append(
             "--bf16 True needs a GPU that computes in bfloat16 (NVIDIA: Ampere or newer) and there is none here: use "
             "--fp16 True on an older one, or --use_cpu True."
+        )
+    if settings["fp16"] and not (on_gpu and torch.accelerator.is_available()):
+        problems.append(
+            "--fp16 True needs a GPU, and the Trainer would compute in float32 without one: use --bf16 True, which a "
+            "CPU has too, with --use_cpu True."
         )
     deepspeed = settings["deepspeed"]
     if isinstance(deepspeed, str) and deepspeed and not deepspeed.startswith("{"):

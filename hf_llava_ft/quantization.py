@@ -11,9 +11,11 @@ import torch
 from peft import prepare_model_for_kbit_training
 from torch import nn
 from transformers import BitsAndBytesConfig
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from hf_llava_ft.arguments import LlavaTrainingArguments, TuningArguments
 from hf_llava_ft.errors import UserError
+from hf_llava_ft.fsdp import uses_fsdp
 
 # Matched from the start of the full path or as a suffix: a bare `vision_tower` would skip nothing.
 NEVER_QUANTIZED = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
@@ -47,12 +49,24 @@ def quantization_config(arguments: TuningArguments, compute_dtype: torch.dtype) 
 
 
 def loading_in_few_bits(arguments: TuningArguments, training_args: LlavaTrainingArguments) -> dict[str, Any]:
-    """What `load_model` has to be told for it; nothing for weights as they are."""
+    """
+    What `load_model` has to be told for it; nothing for weights as they are.
+
+    Raises:
+        UserError: if bitsandbytes is not installed, or the engine cannot share out weights of so many bits.
+    """
+    if arguments.bits == 8 and uses_fsdp(training_args):
+        raise UserError(
+            "--bits 8 does not go with FSDP, which loses what belongs to bitsandbytes' 8-bit weights: use --bits 4, "
+            "or --deepspeed examples/deepspeed/zero3.json in its place."
+        )
     compute_dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
     config = quantization_config(arguments, compute_dtype)
     if config is None:
         return {}
-    device_map = None if training_args.device.type == "cpu" else {"": training_args.device}
+    # Under ZeRO-3 transformers refuses one, and bitsandbytes takes the process's own GPU by itself.
+    needs_none = training_args.device.type == "cpu" or is_deepspeed_zero3_enabled()
+    device_map = None if needs_none else {"": training_args.device}
     return {"quantization_config": config, "device_map": device_map}
 
 

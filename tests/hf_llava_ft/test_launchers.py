@@ -5,7 +5,6 @@ Two real processes each, on the CPU: hence --use_cpu, and DeepSpeed told that th
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -13,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is an extra of this package"),
-]
+from tests.ranks import free_port
+
+pytestmark = pytest.mark.slow
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is an extra of this package")
 
 STEPS = 3
 BIN = Path(sys.executable).parent
@@ -58,28 +57,47 @@ def single(run) -> list[float]:
     return run("single", sys.executable, "-m", "hf_llava_ft.train", num_processes=1)
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-@pytest.mark.parametrize("config", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "config", ["ddp", *(pytest.param(each, marks=needs_deepspeed) for each in ("zero2", "zero3"))]
+)
 def test_accelerate_launch_with_our_files_gives_the_run_of_one_process(run, single, config):
     losses = run(
         config,
         *ACCELERATE,
         *("--config_file", f"examples/accelerate/{config}.yaml"),
-        *("--num_processes", "2", "--main_process_port", free_port(), "-m", "hf_llava_ft.train"),
+        *("--num_processes", "2", "--main_process_port", str(free_port()), "-m", "hf_llava_ft.train"),
     )
     assert losses == pytest.approx(single, rel=1e-5)
 
 
+def test_accelerate_launch_with_our_file_of_fsdp2_gives_the_run_of_one_process(run, single, tmp_path):
+    """With prompts, which all ranks have to answer together where the model is shared out."""
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Who?"}\n')
+    losses = run(
+        "fsdp2",
+        *ACCELERATE,
+        *("--config_file", "examples/accelerate/fsdp2.yaml", "--num_processes", "2"),
+        *("--main_process_port", str(free_port()), "tests/fsdp_on_cpu.py"),
+        flags=("--eval_prompts", str(tmp_path / "prompts.jsonl"), "--eval_max_new_tokens", "3"),
+    )
+    assert losses == pytest.approx(single, rel=1e-5)
+    assert (tmp_path / "fsdp2/adapter_model.safetensors").is_file()
+
+
+@needs_deepspeed
 def test_the_deepspeed_launcher_gives_the_run_of_one_process(run, single):
     flags = ("--deepspeed", "examples/deepspeed/zero2.json")
     losses = run(
         "deepspeed",
-        *(str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", free_port(), "--module", "hf_llava_ft.train"),
+        *(
+            str(BIN / "deepspeed"),
+            "--num_gpus",
+            "2",
+            "--master_port",
+            str(free_port()),
+            "--module",
+            "hf_llava_ft.train",
+        ),
         flags=flags,
     )
     assert losses == pytest.approx(single, rel=1e-5)

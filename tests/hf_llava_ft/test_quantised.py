@@ -1,6 +1,8 @@
 """QLoRA on the CPU: what is quantised, what trains, and what it is merged into."""
 
 import json
+from importlib.util import find_spec
+from types import SimpleNamespace
 
 import bitsandbytes
 import pytest
@@ -10,9 +12,10 @@ from safetensors.torch import load_file
 import hf_llava_ft
 from hf_llava_ft.arguments import TuningArguments
 from hf_llava_ft.checkpoints import load_model
+from hf_llava_ft.errors import UserError
 from hf_llava_ft.merge import merge_adapter
 from hf_llava_ft.modeling.weight_names_llava import name_in_memory
-from hf_llava_ft.quantization import quantization_config
+from hf_llava_ft.quantization import loading_in_few_bits, quantization_config
 from hf_llava_ft.train import main as train_main
 from hf_llava_ft.tuning import trained_parts, with_lora
 
@@ -71,6 +74,26 @@ def test_packed_weights_are_counted_as_the_weights_they_are(tiny_checkpoint):
     counted = {part.part: part.num_total for part in trained_parts(quantised(tiny_checkpoint, bits=4))}
     plain = {part.part: part.num_total for part in trained_parts(load_model(str(tiny_checkpoint)))}
     assert counted == plain
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is an extra of this package")
+def test_each_process_loads_onto_its_gpu_and_under_zero3_transformers_places_the_model():
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+    training_args = SimpleNamespace(device=torch.device("cuda:1"), bf16=True, fp16=False, fsdp=None)
+    assert loading_in_few_bits(arguments(bits=4), training_args)["device_map"] == {"": torch.device("cuda:1")}
+    zero3 = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    assert loading_in_few_bits(arguments(bits=4), training_args)["device_map"] is None
+    assert zero3.is_zero3()  # transformers knows of it as long as it is held
+    del zero3
+    assert loading_in_few_bits(arguments(bits=4), training_args)["device_map"] is not None
+
+
+def test_eight_bits_are_refused_under_fsdp():
+    training_args = SimpleNamespace(device=torch.device("cpu"), bf16=True, fp16=False, fsdp=True)
+    assert loading_in_few_bits(arguments(bits=4), training_args)
+    with pytest.raises(UserError, match="--bits 8 does not go with FSDP"):
+        loading_in_few_bits(arguments(bits=8), training_args)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
