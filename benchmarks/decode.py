@@ -18,13 +18,13 @@ DataLoader with workers hands batches over as floats and as uint8.
 import argparse
 import json
 import resource
-import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 from PIL import Image
+from repeats import spread
 from torch.utils.data import DataLoader
 from transformers import CLIPVisionConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -74,10 +74,6 @@ def write_jpegs(folder: Path, width: int, height: int, quality: int) -> list[str
         paths.append(str(folder / f"{width}x{height}_{photo.name}"))
         made.save(paths[-1], quality=quality)
     return paths
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def shown(values: dict[str, float], digits: int = 0) -> str:

@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlavaForConditionalGeneration
+from llava_sizes import llava_1_5
+from transformers import CLIPVisionModel, LlavaForConditionalGeneration
 
 import hf_llava_ft
 
@@ -24,31 +25,13 @@ SHARD_SIZE = "2GB"
 
 
 def write(folder: Path, hidden_size: int, num_layers: int) -> None:
-    vision = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-        projection_dim=768,
-    )
-    text = LlamaConfig(
-        hidden_size=hidden_size,
-        intermediate_size=int(hidden_size * 2.6875),
-        num_hidden_layers=num_layers,
-        num_attention_heads=hidden_size // 128,
-        vocab_size=32000,
-    )
-    config = hf_llava_ft.LlavaConfig(
-        vision_config=vision, text_config=text, vision_tower_name=str(folder / "tower"), image_token_index=32000
-    )
+    config = llava_1_5(hidden_size, num_layers, vocab_size=32000, vision_tower_name=str(folder / "tower"))
     with torch.device("meta"):
         model = hf_llava_ft.LlavaForCausalLM(config).to(torch.bfloat16)
     model = model.to_empty(device="cpu")
     for parameter in model.parameters():
         parameter.data.normal_(std=0.02)
-    CLIPVisionModel(vision).save_pretrained(folder / "tower")
+    CLIPVisionModel(config.vision_config).save_pretrained(folder / "tower")
     model.save_pretrained(folder / "llava", checkpoint_format="llava", max_shard_size=SHARD_SIZE)
     model.save_pretrained(folder / "llava-hf", checkpoint_format="llava-hf", max_shard_size=SHARD_SIZE)
 

@@ -16,8 +16,9 @@ from hf_llava_ft.arguments import TuningArguments
 from hf_llava_ft.checkpoints import inspect_checkpoint, load_config
 from hf_llava_ft.errors import UserError, exit_on_user_error
 from hf_llava_ft.estimate_memory import DEFAULT_BUCKET, DEFAULT_LIVE, Engine
+from hf_llava_ft.estimate_pictures import parsed_size, picture_of, worst_picture
 from hf_llava_ft.estimate_plan import GIB, SET_ASIDE, Estimate, Estimator, Plan
-from hf_llava_ft.estimate_trace import Batch, image_tokens
+from hf_llava_ft.estimate_trace import Batch
 from hf_llava_ft.parsing import resolve
 
 CARDS = (16, 24, 40, 80, 141)
@@ -51,6 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--engine", choices=get_args(Engine), help="Default: that of --deepspeed, else single or ddp.")
     parser.add_argument("--devices", type=_positive, default=1, help="Devices that train together.")
     parser.add_argument("--images", type=int, choices=range(65), default=1, metavar="N", help="Pictures in a row.")
+    parser.add_argument(
+        "--picture_size", default="640x480", metavar="WxH", help="LLaVA-1.6: width and height of a picture, or worst."
+    )
     parser.add_argument("--text_tokens", type=_positive, default=200, help="Tokens of a row beside its pictures.")
     parser.add_argument("--supervised_tokens", type=_positive, help="Of these, learned ones; default: all.")
     parser.add_argument("--tflops", type=float, default=989.0, help="Peak of a device, TFLOP/s; default: H100, H200.")
@@ -62,8 +66,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError(text)
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
     return int(text)
 
 
@@ -71,24 +75,24 @@ def _estimate(own: argparse.Namespace, settings: dict[str, Any]) -> Estimate:
     name = settings["model_name_or_path"]
     if name is dataclasses.MISSING:
         raise UserError("--model_name_or_path is missing: name a LLaVA, a folder with config.json or a Hub id.")
-    if own.tflops <= 0 or own.utilization <= 0:
-        raise UserError("--tflops and --utilization have to be above 0.")
+    if own.tflops <= 0 or own.utilization <= 0 or (own.fit is not None and own.fit <= 0):
+        raise UserError("--tflops, --utilization and --fit have to be above 0.")
     checkpoint = inspect_checkpoint(name, settings["revision"])
-    config = load_config(checkpoint.base if checkpoint.kind == "adapter" else name, settings["revision"])
-    if config.image_aspect_ratio == "anyres":
-        raise UserError(f"{name} is a LLaVA-1.6, whose tokens depend on the picture: estimate knows only LLaVA-1.5.")
+    is_adapter = checkpoint.kind == "adapter"
+    config = load_config(*((checkpoint.base, checkpoint.revision) if is_adapter else (name, settings["revision"])))
     try:
+        size = worst_picture(config).size if own.picture_size == "worst" else parsed_size(own.picture_size)
         tuning = TuningArguments(
             **{field.name: settings[field.name] for field in dataclasses.fields(TuningArguments) if field.init}
         )
     except ValueError as error:
         raise UserError(str(error)) from error
-    engine, bucket, live = _engine(own, settings["deepspeed"])
+    engine, bucket, live = _engine(own, settings["deepspeed"], config.text_config.hidden_size)
     if tuning.bits < 16 and engine.startswith("zero3"):
         raise UserError("ZeRO-3 does not divide weights of few bits: use --engine ddp or zero2 with qlora.")
     text = own.text_tokens
     if settings["model_max_length"] is not None:
-        text = settings["model_max_length"] - own.images * image_tokens(config)
+        text = settings["model_max_length"] - own.images * picture_of(config, size).tokens
         if text < 1:
             raise UserError(f"--model_max_length {settings['model_max_length']} has no room for the picture's tokens.")
     supervised = min(own.supervised_tokens or text, text)
@@ -96,8 +100,8 @@ def _estimate(own: argparse.Namespace, settings: dict[str, Any]) -> Estimate:
         engine,
         own.devices,
         int(settings["gradient_accumulation_steps"]),
-        bool(settings["gradient_checkpointing"]),
-        Batch(int(settings["per_device_train_batch_size"]), own.images, text, supervised),
+        _checkpointing(settings),
+        Batch(int(settings["per_device_train_batch_size"]), own.images, text, supervised, size),
         bucket,
         live,
     )
@@ -127,25 +131,37 @@ def _dtype(named: str, config: Any) -> torch.dtype:
     return dtype
 
 
-def _engine(own: argparse.Namespace, deepspeed: Any) -> tuple[Engine, int, int]:
-    """Engine, elements of a bucket, elements of ZeRO-3 that may be whole."""
+def _checkpointing(settings: dict[str, Any]) -> bool:
+    """Whether layers are computed again in the backward pass; both of transformers' names ask for it."""
+    names = ("activation_checkpointing", "gradient_checkpointing")
+    for name in names:
+        options = settings.get(f"{name}_kwargs") or {}
+        try:
+            options = json.loads(options) if isinstance(options, str) else options
+        except ValueError as error:
+            raise UserError(f"--{name}_kwargs {options} is no JSON.") from error
+        if options.get("every_n_layers", 1) != 1 or options.get("offload"):
+            raise UserError(f"--{name}_kwargs: every_n_layers and offload are not known here; leave them out.")
+    return any(settings.get(name) for name in names)
+
+
+def _engine(own: argparse.Namespace, deepspeed: Any, width: int) -> tuple[Engine, int, int]:
+    """Engine, elements of a bucket, elements of ZeRO-3 that may be whole; `width` is the language model's."""
     if deepspeed is None:
         return own.engine or ("single" if own.devices == 1 else "ddp"), DEFAULT_BUCKET, DEFAULT_LIVE
     try:
         content = deepspeed if isinstance(deepspeed, dict) else json.loads(Path(deepspeed).read_text("utf-8"))
         zero = content["zero_optimization"]
         stage, optimizer, param = (zero.get(key) for key in ("stage", "offload_optimizer", "offload_param"))
+        bucket = zero.get("reduce_bucket_size", DEFAULT_BUCKET)
+        bucket = width**2 if bucket == "auto" else int(bucket)  # as transformers fills it in
+        live = int(zero.get("stage3_max_live_parameters", DEFAULT_LIVE))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"--deepspeed {deepspeed} is no readable file with zero_optimization.") from error
     offloads = any(each and each.get("device") not in (None, "none") for each in (optimizer, param))
     name = f"zero{stage}{'_offload' if offloads else ''}"
     if name not in get_args(Engine):
         raise UserError(f"--deepspeed {deepspeed}: stage {stage} is unknown here; use 2 or 3.")
-    sizes = [zero.get("reduce_bucket_size", DEFAULT_BUCKET), zero.get("stage3_max_live_parameters", DEFAULT_LIVE)]
-    bucket, live = (
-        int(size) if isinstance(size, (int, float)) else default
-        for size, default in zip(sizes, (DEFAULT_BUCKET, DEFAULT_LIVE), strict=True)
-    )
     return own.engine or name, bucket, live  # type: ignore[return-value]
 
 
@@ -170,8 +186,9 @@ def _print(result: Estimate, own: argparse.Namespace, console: Console) -> None:
     seconds = result.seconds_a_step(own.tflops, own.utilization)
     rows = batch.size * plan.accumulation * plan.devices
     lines = {
-        "micro-batch": f"{batch.size} rows of {batch.images} image(s) and {batch.text_tokens} text tokens, "
+        "micro-batch": f"{batch.size} row(s) of {batch.images} image(s) and {batch.text_tokens} text tokens, "
         f"{batch.supervised} of them learned",
+        "image": _picture(result),
         "accumulation": f"{plan.accumulation}; {rows} rows a step on {plan.devices} device(s)",
         "gradient checkpointing": "on" if plan.gradient_checkpointing else "off",
         "fits on": ", ".join(f"{card} GB: {'yes' if result.fits(card) else 'no'}" for card in CARDS)
@@ -185,10 +202,22 @@ def _print(result: Estimate, own: argparse.Namespace, console: Console) -> None:
     console.print(STATEMENT, highlight=False)
 
 
+def _picture(result: Estimate) -> str:
+    picture, worst = result.picture, result.worst
+    if worst.crops == 1:
+        return f"{picture.tokens} tokens, whatever its size"
+    return (
+        f"{picture.size[1]}x{picture.size[0]}: {picture.crops} crops, {picture.tokens} tokens; at worst "
+        f"{worst.size[1]}x{worst.size[0]}: {worst.crops} crops, {worst.tokens} tokens"
+    )
+
+
 def _write(path: Path, result: Estimate, own: argparse.Namespace) -> None:
     seconds = result.seconds_a_step(own.tflops, own.utilization)
     content = {
         "plan": dataclasses.asdict(result.plan),
+        "picture": dataclasses.asdict(result.picture),
+        "worst_picture": dataclasses.asdict(result.worst),
         "parameters": [dataclasses.asdict(part) for part in result.parts],
         "bytes_on_a_device": {**result.memory, "together": result.total},
         "bytes_on_the_host": result.states.host,

@@ -8,6 +8,7 @@ import torch
 from hf_llava_ft.arguments import TuningArguments
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.estimate_memory import DEFAULT_BUCKET, DEFAULT_LIVE, Engine, StateBytes, divided, state_bytes
+from hf_llava_ft.estimate_pictures import Picture, picture_of, worst_picture
 from hf_llava_ft.estimate_trace import Batch, MicroBatch, Precision, build_model, trace_micro_batch
 from hf_llava_ft.tuning import TrainedPart, trained_parts
 
@@ -37,9 +38,11 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Bytes on one device, and what trains."""
+    """Bytes on one device, and what trains; `worst` is the picture that could take most tokens."""
 
     plan: Plan
+    picture: Picture
+    worst: Picture
     parts: list[TrainedPart]
     states: StateBytes
     micro_batch: MicroBatch
@@ -77,6 +80,8 @@ class Estimator:
     def __init__(self, config: Any, tuning: TuningArguments, dtype: torch.dtype, autocast: bool, attention, optim):
         self.config, self.tuning, self.attention, self.optim = config, tuning, attention, optim
         self.dtype, self.autocast = dtype, autocast
+        self._states: dict[Precision, tuple[list[TrainedPart], StateBytes]] = {}
+        self._micro_batches: dict[tuple[Precision, Batch, bool], MicroBatch] = {}
 
     def estimate(self, plan: Plan) -> Estimate:
         under_zero = plan.engine.startswith("zero")
@@ -84,29 +89,37 @@ class Estimator:
         precision = Precision(
             self.dtype, autocast=self.autocast and not under_zero, whole_model=whole if under_zero else None
         )
-        model = build_model(self.config, self.tuning, precision, self.attention)
-        parts = trained_parts(model)
-        states = state_bytes(model, self.tuning, self.optim)
-        trained = sum(part.num_trainable for part in parts)
+        parts, states = self._states_in(precision)
         states = divided(
             states,
-            trained,
+            sum(part.num_trainable for part in parts),
             plan.engine,
             plan.devices,
             element=whole.itemsize,
             bucket=plan.bucket,
             live=plan.live,
         )
-        del model
-        micro = trace_micro_batch(
-            self.config,
-            self.tuning,
-            precision,
-            plan.batch,
-            gradient_checkpointing=plan.gradient_checkpointing,
-            attention=self.attention,
-        )
-        return Estimate(plan, parts, states, micro)
+        picture = picture_of(self.config, plan.batch.picture_size)
+        return Estimate(plan, picture, worst_picture(self.config), parts, states, self._micro_batch(precision, plan))
+
+    def _states_in(self, precision: Precision) -> tuple[list[TrainedPart], StateBytes]:
+        if precision not in self._states:
+            model = build_model(self.config, self.tuning, precision, self.attention)
+            self._states[precision] = trained_parts(model), state_bytes(model, self.tuning, self.optim)
+        return self._states[precision]
+
+    def _micro_batch(self, precision: Precision, plan: Plan) -> MicroBatch:
+        key = precision, plan.batch, plan.gradient_checkpointing
+        if key not in self._micro_batches:
+            self._micro_batches[key] = trace_micro_batch(
+                self.config,
+                self.tuning,
+                precision,
+                plan.batch,
+                gradient_checkpointing=plan.gradient_checkpointing,
+                attention=self.attention,
+            )
+        return self._micro_batches[key]
 
     def fit(self, plan: Plan, card: float, global_batch: int) -> Estimate:
         """The largest micro-batch on a card of so many GiB, without gradient checkpointing if there is one."""
@@ -126,9 +139,22 @@ class Estimator:
                     if found.fits(card):
                         return found
         raise UserError(
-            f"--fit {card:g}: a single row needs {smallest / GIB:.1f} GiB with gradient checkpointing: use qlora, "
-            f"shorter rows, zero3 on more devices, or an offload."
+            f"--fit {card:g}: a single row needs {smallest / GIB:.1f} GiB with gradient checkpointing: use "
+            f"{self._less_memory(plan.engine)}."
         )
+
+    def _less_memory(self, engine: Engine) -> str:
+        """What needs less memory than this kind of training in this engine."""
+        ways = ["shorter rows"]
+        if not self.tuning.is_lora:
+            ways.append("--train_type lora")
+        elif self.tuning.bits == 16:
+            ways.append("--train_type qlora")
+        if self.tuning.bits == 16 and not engine.startswith("zero3"):
+            ways.append("--engine zero3 on more devices")
+        if self.tuning.bits == 16 and engine != "zero3_offload":
+            ways.append("--engine zero3_offload")
+        return f"{', '.join(ways[:-1])} or {ways[-1]}" if len(ways) > 1 else ways[0]
 
 
 def _with_batch(plan: Plan, size: int, share: int, checkpointing: bool) -> Plan:

@@ -19,9 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_llava_ft.arguments import TuningArguments
 from hf_llava_ft.estimate_bytes import BytesAlive
+from hf_llava_ft.estimate_pictures import TYPICAL_SIZE, Picture, picture_of
+from hf_llava_ft.loss import LossOverTokens
 from hf_llava_ft.modeling.configuration_llava import LlavaConfig
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
-from hf_llava_ft.trainer import LossOverTokens
 from hf_llava_ft.tuning import LANGUAGE_MODEL, part_of, with_tuning
 
 _FEW_LAYERS = (2, 3)
@@ -37,12 +38,14 @@ class Batch:
         images (`int`): pictures in a row.
         text_tokens (`int`): other tokens in a row.
         supervised (`int`): tokens of a row that the loss counts.
+        picture_size (`tuple[int, int]`): height and width of a picture; matters in LLaVA-1.6 only.
     """
 
     size: int
     images: int
     text_tokens: int
     supervised: int
+    picture_size: tuple[int, int] = TYPICAL_SIZE
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,9 @@ def _trace(
 ) -> tuple[float, MicroBatch]:
     """The peak of the vision part's forward pass, and the costs of the whole with the peak of all that follows."""
     model = build_model(config, tuning, precision, attention)
+    # Not fake ones: crops and tokens follow from the numbers in them.
+    picture = picture_of(config, batch.picture_size)
+    image_sizes = torch.tensor([picture.size] * (batch.size * batch.images))
     with FakeTensorMode():
         _put_on_fake_device(model)
         if gradient_checkpointing:
@@ -166,7 +172,7 @@ def _trace(
         dtype = torch.bfloat16 if precision.autocast else torch.float32
         with counter, bytes_alive:
             with torch.autocast("cpu", dtype, enabled=precision.autocast):
-                embeds = _embedded(model, config, batch)
+                embeds = _embedded(model, config, batch, picture, image_sizes)
                 vision_peak = bytes_alive.start_peak_anew()
                 loss, logits = _loss(model, config, batch, embeds, bytes_alive)
                 del embeds
@@ -198,18 +204,21 @@ def _put_on_fake_device(model: nn.Module) -> None:
                 tensors[name] = fakes[id(tensor)]
 
 
-def _embedded(model: Any, config: LlavaConfig, batch: Batch) -> torch.Tensor:
+def _embedded(
+    model: Any, config: LlavaConfig, batch: Batch, picture: Picture, image_sizes: torch.Tensor
+) -> torch.Tensor:
     """`float[B, T, D]`: the rows with the features of their pictures in front of the text."""
     llava = _unwrapped(model).model
-    features = image_tokens(config) * batch.images
-    ids = torch.zeros(batch.size, features + batch.text_tokens, dtype=torch.int64)
+    ids = torch.zeros(batch.size, picture.tokens * batch.images + batch.text_tokens, dtype=torch.int64)
     embeds = model.get_input_embeddings()(ids)
     if not batch.images:
         return embeds
-    vision = config.vision_config
-    pixels = torch.zeros(batch.size * batch.images, 3, vision.image_size, vision.image_size)
+    edge = config.vision_config.image_size
+    pixels = torch.zeros(batch.size * batch.images * picture.crops, 3, edge, edge)
     pixels = pixels.to(llava.vision_tower.dtype)
-    images = torch.cat(tuple(llava.get_image_features(pixel_values=pixels, return_dict=True).pooler_output))
+    sizes = image_sizes if config.image_aspect_ratio == "anyres" else None
+    features = llava.get_image_features(pixel_values=pixels, image_sizes=sizes, return_dict=True).pooler_output
+    images = torch.cat(tuple(features))
     rows = torch.arange(ids.shape[1] * batch.size)[: len(images)]
     flat = embeds.reshape(-1, embeds.shape[-1])
     return flat.index_copy(0, rows, images.to(flat.dtype)).view_as(embeds)
@@ -236,32 +245,31 @@ def _unwrapped(model: Any) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def image_tokens(config: LlavaConfig) -> int:
-    """Tokens of one picture of LLaVA-1.5; in LLaVA-1.6 they depend on the picture."""
-    vision = config.vision_config
-    patches = (vision.image_size // vision.patch_size) ** 2
-    extra = config.vision_feature_select_strategy == "full" and vision.model_type == "clip_vision_model"
-    return patches + int(extra)
-
-
 def _forget_gradient(parameter: torch.Tensor) -> None:
     parameter.grad = None  # counted with the states
 
 
 def _attention_operations() -> dict[Any, Any]:
-    """Of the fused attention that fake tensors take, which PyTorch's counter does not know. Causal attention computes
-    half of the products; the backward pass has two for one of the forward pass."""
+    """
+    Of the fused attention that fake tensors take, which PyTorch's counter does not know.
+
+    Causal attention computes half of the products; the backward pass has two for one of the forward pass. A mask says
+    causal here too: the rows have no padding, and transformers, to which fake tensors look like a trace, writes out
+    the mask that it leaves to the kernel otherwise.
+    """
 
     def products(query: Any, key: Any, value: Any, is_causal: bool) -> float:
         batch, heads, num_queries, width = query
         total = 2 * batch * heads * num_queries * key[-2] * (width + value[-1])
         return total / 2 if is_causal else total
 
-    def forward(query, key, value, dropout_p=0.0, is_causal=False, *args, **kwargs):
-        return products(query, key, value, is_causal)
+    def forward(query, key, value, dropout_p=0.0, is_causal=False, *args, attn_mask=None, **kwargs):
+        return products(query, key, value, is_causal or attn_mask is not None)
 
-    def backward(grad_out, query, key, value, out, logsumexp, dropout_p=0.0, is_causal=False, *args, **kwargs):
-        return 2 * products(query, key, value, is_causal)
+    def backward(
+        grad_out, query, key, value, out, logsumexp, dropout_p=0.0, is_causal=False, *args, attn_mask=None, **kwargs
+    ):
+        return 2 * products(query, key, value, is_causal or attn_mask is not None)
 
     aten = torch.ops.aten
     return {

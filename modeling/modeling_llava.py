@@ -188,7 +188,9 @@ class LlavaBaseModel(NativeLlavaModel):
         if self.config.has_image_newline:
             parts.append(self.image_newline)
         trains = torch.is_grad_enabled() and self.training and any(part.requires_grad for part in parts)
-        if not trains and not is_deepspeed_zero3_enabled():
+        # A part that is shared out has to be gathered by all processes at once: `full_tensor` is FSDP2's.
+        is_sharded = is_deepspeed_zero3_enabled() or any(hasattr(part, "full_tensor") for part in parts)
+        if not trains and not is_sharded:
             return inputs_embeds
         vision = self.config.vision_config
         shape = (1, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size)
@@ -276,6 +278,17 @@ class LlavaForCausalLM(LlavaCheckpointMixin, LlavaForConditionalGeneration):
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
         )
+
+    def enable_input_require_grads(self):
+        """As in transformers; but a frozen tower gets no gradient, for which checkpointing would compute it again."""
+        super().enable_input_require_grads()
+        tower = self.model.vision_tower
+
+        def cut_off_if_frozen(module, inputs, output):
+            needed = inputs[0].requires_grad or any(parameter.requires_grad for parameter in tower.parameters())
+            return None if needed else output.detach()
+
+        self._require_grads_hooks.append(tower.get_input_embeddings().register_forward_hook(cut_off_if_frozen))
 
     def next_token_targets(self, labels: torch.Tensor, input_ids, attention_mask) -> torch.Tensor:
         """`int64[B, T]`: at each position the label of the next one, or -100."""

@@ -1,6 +1,8 @@
 """Memory and operations from configurations, against real tensors and real operations."""
 
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,8 @@ from hf_llava_ft.arguments import TuningArguments
 from hf_llava_ft.cli import app
 from hf_llava_ft.estimate_memory import StateBytes, divided, state_bytes
 from hf_llava_ft.estimate_trace import Batch, Precision, build_model, trace_micro_batch
+from hf_llava_ft.loss import LossOverTokens
 from hf_llava_ft.quantization import quantization_config
-from hf_llava_ft.trainer import LossOverTokens
 from hf_llava_ft.tuning import with_tuning
 
 FLOAT32 = Precision(torch.float32)
@@ -26,9 +28,9 @@ def tuning(train_type: str, **fields) -> TuningArguments:
     return TuningArguments(train_type=train_type, lora_r=4, lora_alpha=8, **fields)
 
 
-def real_inputs() -> dict:
-    ids = torch.randint(3, 1000, (ROWS.size, 16 + ROWS.text_tokens))
-    ids[:, 1:17] = 1024
+def real_inputs(image_tokens: int = 16) -> dict:
+    ids = torch.randint(3, 1000, (ROWS.size, image_tokens + ROWS.text_tokens))
+    ids[:, 1 : 1 + image_tokens] = 1024
     labels = torch.full_like(ids, -100)
     labels[:, -ROWS.supervised :] = ids[:, -ROWS.supervised :]
     pixels = torch.randn(ROWS.size, 3, 56, 56)
@@ -90,19 +92,28 @@ def test_states_are_those_of_a_real_model_after_a_step(tiny_checkpoint, train_ty
     assert (other.weights, other.optimizer) != (states.weights, states.optimizer)
 
 
+class Saved:
+    """A tensor that autograd keeps, as long as it does."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
+
+
 def saved_bytes(model, inputs: dict) -> int:
-    """What autograd keeps for the backward pass, without the weights."""
+    """What autograd keeps from the forward to the backward pass, without the weights."""
     known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    saved: dict[int, torch.Tensor] = {}
+    kept: weakref.WeakSet[Saved] = weakref.WeakSet()
 
     def pack(tensor):
-        if tensor.untyped_storage()._cdata not in known:
-            saved[tensor.untyped_storage()._cdata] = tensor
-        return tensor
+        saved = Saved(tensor)
+        kept.add(saved)
+        return saved
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
         output = model(**inputs)
-    total = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    gc.collect()  # what checkpointing saves of layers without a gradient, it drops again
+    storages = {each.tensor.untyped_storage()._cdata: each.tensor.untyped_storage() for each in kept}
+    total = sum(storage.nbytes() for name, storage in storages.items() if name not in known)
     del output
     return total
 
@@ -125,6 +136,35 @@ def test_what_is_held_is_what_autograd_saves(tiny, train_type, checkpointing):
     assert estimates[checkpointing].held == pytest.approx(measured, rel=0.15)
     assert estimates[not checkpointing].held != pytest.approx(measured, rel=0.15)
     assert estimates[checkpointing].peak >= estimates[checkpointing].held
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("train_type", ["lora", "freeze_vision"])
+def test_what_a_middling_model_holds_is_what_autograd_saves(train_type, checkpointing):
+    """A language model of 12 layers of width 512, the tower of LLaVA-1.5 at half its resolution, in 16 bits."""
+    config = llava_7b()
+    sizes = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 12}
+    for name, size in (sizes | {"num_attention_heads": 8, "num_key_value_heads": 8}).items():
+        setattr(config.text_config, name, size)
+    config.text_config.head_dim = 64
+    config.vision_config.image_size = 168  # 144 tokens
+    rows, arguments = Batch(2, 1, 120, 60), tuning(train_type)
+    real = hf_llava_ft.LlavaForCausalLM(config).to(torch.bfloat16)
+    real.loss_function = LossOverTokens(num_tokens=32000, image_token_id=32000)
+    model = with_tuning(real, arguments, "").train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    ids = torch.randint(3, 1000, (2, 144 + 120))
+    ids[:, :144] = 32000
+    labels = torch.full_like(ids, -100)
+    labels[:, -60:] = ids[:, -60:]
+    inputs = {"input_ids": ids, "labels": labels, "pixel_values": torch.randn(2, 3, 168, 168)}
+    with torch.autocast("cpu", torch.bfloat16):
+        measured = saved_bytes(model, inputs | {"supervised_logits_only": True, "use_cache": False})
+    precision = Precision(torch.bfloat16, autocast=True)
+    traced = trace_micro_batch(config, arguments, precision, rows, gradient_checkpointing=checkpointing)
+    assert traced.held == pytest.approx(measured, rel=0.15)
 
 
 def llava_7b() -> hf_llava_ft.LlavaConfig:
@@ -150,23 +190,36 @@ def llava_7b() -> hf_llava_ft.LlavaConfig:
     return hf_llava_ft.LlavaConfig(text_config=text, vision_config=vision, image_token_index=32000)
 
 
-# Computed by hand from the sizes: 576 + 200 tokens, causal attention, the head at the text's positions or at all.
-BY_HAND = [("freeze_vision", 31.7, 41.9), ("lora", 22.9, 33.6), ("projector", 21.4, 31.6)]
+def operations_by_hand(train_type: str, checkpointing: bool) -> float:
+    """Of LLaVA-1.5-7B for 576 + 200 tokens: a multiply-add is two, attention is causal, the head reads the text."""
+    tokens, supervised, width, layers = 776, 200, 4096, 32
+    weights = layers * (4 * width**2 + 3 * width * 11008)
+    lora = 128 * layers * (4 * 2 * width + 3 * (width + 11008)) if train_type == "lora" else 0
+    attention = layers * 2 * 2 * tokens**2 / 2 * width
+    head = 2 * width * 32064 * supervised
+    layers_once = 2 * (weights + lora) * tokens + attention
+    tower = 24 * (2 * 577 * (4 * 1024**2 + 2 * 1024 * 4096) + 4 * 577**2 * 1024) + 2 * 576 * 3 * 14**2 * 1024
+    projector = 2 * 576 * (1024 * width + width**2)
+    trained = weights + lora if train_type == "freeze_vision" else lora
+    # Backward: the gradient of what each layer reads, and that of the weights that train.
+    backward = 2 * (weights + lora) * tokens + 2 * trained * tokens + 2 * attention
+    head_backward = head * (2 if train_type == "freeze_vision" else 1)
+    projector_backward = projector + 2 * 576 * width**2  # of the pictures' features nobody asks
+    total = tower + projector + layers_once + head + backward + head_backward + projector_backward
+    return total + layers_once * checkpointing
 
 
-@pytest.mark.parametrize(("train_type", "plain", "checkpointed"), BY_HAND)
+@pytest.mark.parametrize("train_type", ["freeze_vision", "lora", "projector"])
 @pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_operations_of_llava_7b_are_those_computed_by_hand(train_type, plain, checkpointed, checkpointing):
+def test_operations_of_llava_7b_are_those_computed_by_hand(train_type, checkpointing):
     rows = Batch(size=1, images=1, text_tokens=200, supervised=200)
     precision = Precision(torch.bfloat16, autocast=True)
     with set_checkpoint_early_stop(False):  # computed by hand, every operation of a layer is repeated
         traced = trace_micro_batch(
             llava_7b(), TuningArguments(train_type=train_type), precision, rows, gradient_checkpointing=checkpointing
         )
-    right, wrong = (checkpointed, plain) if checkpointing else (plain, checkpointed)
-    # With layers repeated, up to 3.6 % more are counted here than by hand; why is not known.
-    assert traced.operations / 1e12 == pytest.approx(right, rel=0.04 if checkpointing else 0.03)
-    assert traced.operations / 1e12 != pytest.approx(wrong, rel=0.03)
+    assert traced.operations == pytest.approx(operations_by_hand(train_type, checkpointing), rel=0.001)
+    assert traced.operations != pytest.approx(operations_by_hand(train_type, not checkpointing), rel=0.1)
 
 
 def test_zero_divides_what_it_says():
@@ -197,6 +250,11 @@ def test_the_command_needs_no_weights_and_fits(tiny, tmp_path, checkout):
     memory = content["bytes_on_a_device"]
     assert memory["together"] == sum(size for name, size in memory.items() if name != "together")
     assert content["plan"]["engine"] == "zero3" and content["fits_on_gb"]["16"]
+    assert content["plan"]["bucket"] == 64**2  # "auto" in the file, which transformers fills in
+
+    assert not content["plan"]["gradient_checkpointing"]
+    assert run(*words, "--activation_checkpointing", "True").exit_code == 0  # the newer name of it
+    assert json.loads(out.read_text())["plan"]["gradient_checkpointing"]
 
     fitted = run(*words, "--fit", "16", "--global_batch", "8", "--devices", "2")
     assert fitted.exit_code == 0, fitted.output
@@ -217,6 +275,7 @@ def test_the_command_needs_no_weights_and_fits(tiny, tmp_path, checkout):
         ("--model", "MODEL", "--deepspeed", "no.json"),
         ("--model", "MODEL", "--devices", "0"),
         ("--model", "MODEL", "--dtype", "int8"),
+        ("--model", "MODEL", "--gradient_checkpointing_kwargs", '{"every_n_layers": 2}'),
         ("--model", "MODEL", "--fit", "16", "--global_batch", "3", "--devices", "2"),
     ],
 )
