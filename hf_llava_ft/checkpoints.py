@@ -1,20 +1,20 @@
 """Opening a LLaVA, whatever kind of folder it is in. What a folder holds is decided by its files, never by its
 name."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal, cast
 
 import torch
+from huggingface_hub import is_offline_mode
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import MODEL_MAPPING, AutoConfig
-from transformers.utils import cached_file
 
 from hf_llava_ft.embeddings import grow_embeddings
 from hf_llava_ft.errors import UserError
+from hf_llava_ft.hub_files import find_file, first_line, has_file, hub_refusal, not_here, read_json
 from hf_llava_ft.modeling.configuration_llava import LlavaConfig
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
 from hf_llava_ft.modeling.original_config_llava import is_original
@@ -63,22 +63,25 @@ class Checkpoint:
 def inspect_checkpoint(path: str, revision: str | None = None, base: str | None = None) -> Checkpoint:
     """
     Args:
+        revision (`str`, *optional*): branch, tag or commit of `path` on the Hub.
         base (`str`, *optional*): instead of the base that an adapter or a projector names.
 
     Raises:
         UserError: if there is neither a model nor a part of one at `path`, or a part does not name its base.
     """
-    found = {name: _read_json(path, name, revision) for name in (ADAPTER_CONFIG, "config.json")}
+    found = {name: read_json(path, name, revision) for name in (ADAPTER_CONFIG, "config.json")}
     adapter, config = found[ADAPTER_CONFIG], found["config.json"]
     if adapter is not None:
-        original = _file(path, NON_LORA_FILE, revision) or (config is not None and is_original(config))
-        named = base or adapter.get("base_model_name_or_path")
+        original = has_file(path, NON_LORA_FILE, revision) or (config is not None and is_original(config))
+        own_base = adapter.get("base_model_name_or_path")
+        named = base or own_base
         if not named:
             raise UserError(f"{path}: {ADAPTER_CONFIG} does not name the base model; pass it with --base.")
-        return Checkpoint(path, named, adapter.get("revision"), "original_lora" if original else "adapter")
+        base_revision = adapter.get("revision") if named == own_base else None
+        return Checkpoint(path, named, base_revision, "original_lora" if original else "adapter")
     if config is not None:
-        has_weights = any(_file(path, name, revision) for name in _WEIGHTS)
-        if not has_weights and _file(path, PROJECTOR_FILE, revision):
+        has_weights = any(has_file(path, name, revision) for name in _WEIGHTS)
+        if not has_weights and has_file(path, PROJECTOR_FILE, revision):
             named = base or config.get("_name_or_path")
             if not named:
                 raise UserError(f"{path} is a projector and does not name the model it was trained on: pass --base.")
@@ -86,53 +89,30 @@ def inspect_checkpoint(path: str, revision: str | None = None, base: str | None 
         return Checkpoint(path, path, revision, "model")
     if Path(path).exists():
         raise UserError(f"{path} is not a model folder: it has neither config.json nor {ADAPTER_CONFIG}.")
-    raise UserError(f"{path} is neither a folder nor a model on the Hub that can be reached from here.")
+    if is_offline_mode():
+        raise UserError(not_here(path, revision))
+    raise UserError(f"{path} is a repository without a model: it has neither config.json nor {ADAPTER_CONFIG}.")
 
 
 def is_language_model(path: str, revision: str | None = None) -> bool:
     """Whether there is a model at `path` that is no LLaVA, nor a part of one: what a tower can be put in front of."""
-    config = _read_json(path, "config.json", revision)
-    if config is None or is_original(config) or "text_config" in config or _file(path, ADAPTER_CONFIG, revision):
+    config = read_json(path, "config.json", revision)
+    if config is None or is_original(config) or "text_config" in config or has_file(path, ADAPTER_CONFIG, revision):
         return False
     return any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in config.get("architectures") or ())
-
-
-def _read_json(path: str, name: str, revision: str | None) -> dict[str, Any] | None:
-    file = _file(path, name, revision)
-    if file is None:
-        return None
-    try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: {name} cannot be read: {_first_line(error)}.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: {name} is not a JSON object.")
-    return content
-
-
-def _file(path: str, name: str, revision: str | None) -> str | None:
-    try:
-        return cached_file(
-            path,
-            name,
-            revision=revision,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            _raise_exceptions_for_gated_repo=True,
-        )
-    except (OSError, ValueError):  # not a folder, and no valid or no existing repository id
-        return None
 
 
 def load_config(path: str, revision: str | None = None) -> LlavaConfig:
     """The configuration at `path` in our form, whichever dialect it is written in."""
     register()
+    if read_json(path, "config.json", revision) is None and not Path(path).is_dir():
+        raise UserError(not_here(path, revision))
     try:
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
         if not isinstance(config, LlavaConfig):
             config = LlavaConfig.from_pretrained(path, revision=revision or "main")
     except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"{path} is not a LLaVA this package can read: {_first_line(error)}") from error
+        raise UserError(f"{path} is not a LLaVA this package can read: {first_line(error)}") from error
     return config
 
 
@@ -140,12 +120,12 @@ def load_processor(path: str, revision: str | None = None, *, base: str | None =
     """The processor at `path`; for an adapter or projector without one, made from its settings and its base."""
     register()
     checkpoint = inspect_checkpoint(path, revision, base)
-    has_own = _file(path, "processor_config.json", revision) is not None
+    has_own = has_file(path, "processor_config.json", revision)
     try:
         if checkpoint.kind in ("original_lora", "projector") and not has_own:
             config = load_config(path, revision)
             return LlavaProcessor.build(
-                load_tokenizer(checkpoint.base),
+                load_tokenizer(checkpoint.base, revision=checkpoint.revision),
                 config.vision_config,
                 image_aspect_ratio=config.image_aspect_ratio or "square",
                 vision_feature_select_strategy=config.vision_feature_select_strategy,
@@ -160,7 +140,10 @@ def load_processor(path: str, revision: str | None = None, *, base: str | None =
     except UserError:
         raise
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} has no processor this package can read: {_first_line(error)}") from error
+        reason = hub_refusal(error, path, revision) or first_line(error)
+        if "backend tokenizer" in reason:  # and then lists kinds of files over several lines
+            reason = "there is no tokenizer in it, or one that cannot be read."
+        raise UserError(f"{path} has no processor this package can read: {reason}") from error
 
 
 def load_model(
@@ -188,7 +171,15 @@ def load_model(
     checkpoint = inspect_checkpoint(path, revision, base)
     check_attention(attn_implementation)
     folder = _folder(path, revision)
-    model = _load_whole(checkpoint, folder, dtype=dtype, attn_implementation=attn_implementation, **kwargs)
+    if (
+        checkpoint.kind == "adapter"
+        and Path(path).is_dir()
+        and not any((folder / name).is_file() for name in ADAPTER_FILES)
+    ):
+        raise UserError(
+            f"{path} has an adapter_config.json and no {' or '.join(ADAPTER_FILES)} beside it: copy it there."
+        )
+    model = _load_whole(checkpoint, folder, revision, dtype=dtype, attn_implementation=attn_implementation, **kwargs)
     if processor is not None:
         fit_to_processor(model, processor)
     if checkpoint.kind == "original_lora":
@@ -197,16 +188,21 @@ def load_model(
         try:
             return PeftModel.from_pretrained(model, path, revision=revision)
         except DAMAGED as error:
-            raise UserError(f"the adapter at {path} does not fit {checkpoint.base}: {_first_line(error)}") from error
+            refusal = hub_refusal(error, path, revision)
+            raise UserError(
+                f"the adapter at {path} cannot be loaded: {refusal}"
+                if refusal
+                else f"the adapter at {path} does not fit {checkpoint.base}: {first_line(error)}"
+            ) from error
     return model
 
 
-def _load_whole(checkpoint: Checkpoint, folder: Path, **kwargs: Any) -> LlavaForCausalLM:
-    """The model that an adapter is put on: the base, with what else a folder of the original holds."""
+def _load_whole(checkpoint: Checkpoint, folder: Path, revision: str | None, **kwargs: Any) -> LlavaForCausalLM:
+    """The model that an adapter is put on: the base, with what else a folder of the original, at `revision`, holds."""
     extra_weights, num_tokens = None, None
     if checkpoint.kind in ("original_lora", "projector"):
         # The settings of the part hold for the whole; its base may be a bare language model.
-        config = load_config(checkpoint.path)
+        config = load_config(checkpoint.path, revision)
         extra_weights = read_projector(folder) if checkpoint.kind == "projector" else read_non_lora(folder)
         num_tokens = config.text_config.vocab_size
         config.text_config.vocab_size = _vocab_size(checkpoint)
@@ -224,7 +220,8 @@ def _load_whole(checkpoint: Checkpoint, folder: Path, **kwargs: Any) -> LlavaFor
             grow_embeddings(model, num_tokens, multiple=None)
             model.load_state_dict(embeddings, strict=False)
     except DAMAGED as error:
-        raise UserError(f"the model at {checkpoint.base} cannot be loaded: {_first_line(error)}") from error
+        reason = hub_refusal(error, checkpoint.base, checkpoint.revision) or first_line(error)
+        raise UserError(f"the model at {checkpoint.base} cannot be loaded: {reason}") from error
     return model
 
 
@@ -241,12 +238,9 @@ _EMBEDDINGS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 
 def _vocab_size(checkpoint: Checkpoint) -> int:
     """Rows of the embedding of the base, which may be a LLaVA of either dialect or a bare language model."""
-    base = _read_json(checkpoint.base, "config.json", checkpoint.revision)
+    base = read_json(checkpoint.base, "config.json", checkpoint.revision)
     if base is None:
-        raise UserError(
-            f"the base of {checkpoint.path} is {checkpoint.base}, which is neither a folder nor a model on the Hub "
-            f"that can be reached from here: pass --base."
-        )
+        raise UserError(f"the base of {checkpoint.path} is {checkpoint.base}, which holds no model: pass --base.")
     return int((base.get("text_config") or base)["vocab_size"])
 
 
@@ -254,7 +248,8 @@ def _folder(path: str, revision: str | None) -> Path:
     """The folder on this machine in which the files of `path` are, downloading what an adapter or projector needs."""
     if Path(path).is_dir():
         return Path(path)
-    files = [_file(path, name, revision) for name in (*ADAPTER_FILES, NON_LORA_FILE, PROJECTOR_FILE, "config.json")]
+    names = (*ADAPTER_FILES, NON_LORA_FILE, PROJECTOR_FILE, "config.json", ADAPTER_CONFIG)
+    files = [find_file(path, name, revision) for name in names]
     return Path(next(file for file in files if file)).parent
 
 
@@ -286,7 +281,3 @@ def check_attention(attn_implementation: str) -> None:
             f"--attn_implementation {attn_implementation} needs the flash-attn package and an NVIDIA GPU: "
             f"pip install 'hf-llava-ft[flash-attn]' --no-build-isolation, or use --attn_implementation sdpa."
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

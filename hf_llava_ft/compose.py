@@ -17,6 +17,7 @@ from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
 from hf_llava_ft.original_folders import load_projector
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
+from hf_llava_ft.training_facts import TrainingFacts, base_facts
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,8 @@ def compose_llava(
     )
     if projector is not None:
         load_projector(model, projector)
-    return save_composed(model, processor, output_dir)
+    made_of = base_facts([language, vision], revision)
+    return save_composed(model, processor, output_dir, TrainingFacts(base=made_of) if made_of else None)
 
 
 def _config_of(flag: str, name: str, revision: str | None = None) -> Any:
@@ -165,9 +167,13 @@ def compose_from_parts(
     return model.eval(), processor
 
 
-def save_composed(model: LlavaForCausalLM, processor: LlavaProcessor, output_dir: str | Path) -> Path:
-    """Writes model and processor; the folder appears under its name when it is complete."""
+def save_composed(
+    model: LlavaForCausalLM, processor: LlavaProcessor, output_dir: str | Path, facts: TrainingFacts | None = None
+) -> Path:
+    """Writes model and processor, and `facts` about them; the folder appears under its name when it is complete."""
     with staged_folder(output_dir) as staged:
         model.save_pretrained(staged)
         processor.save_pretrained(staged)
+        if facts is not None:
+            facts.save(staged)
     return Path(output_dir)

@@ -19,7 +19,9 @@ from hf_llava_ft.checkpoints import (
     load_processor,
 )
 from hf_llava_ft.errors import UserError
+from hf_llava_ft.hub_files import find_file
 from hf_llava_ft.original_folders import write_original_lora, write_projector
+from hf_llava_ft.training_facts import training_facts
 from hf_llava_ft.verify import Probe, Verification, reference_outputs, verify
 
 Format = Literal["llava-hf", "llava"]
@@ -55,15 +57,18 @@ def convert(
     checkpoint_format: Format,
     *,
     base: str | None = None,
+    revision: str | None = None,
     vision_tower: str | None = None,
     dtype: str = "auto",
     probe: Probe | None = None,
 ) -> Converted:
     """
     Writes what is at `model`, a whole model, an adapter or a projector, to `output_dir` in `checkpoint_format`.
+    What is known of the training goes along as `training.json`.
 
     Args:
         base (`str`, *optional*): instead of the base that an adapter or projector names.
+        revision (`str`, *optional*): branch, tag or commit of `model` on the Hub.
         vision_tower (`str`, *optional*): folder or Hub id of the tower, which the original format names instead of
             describing; by default the name the model has.
         dtype (`str`): dtype of the weights; `auto` keeps it.
@@ -72,11 +77,12 @@ def convert(
         UserError: if the format cannot express the model, or the folder answers otherwise than the model did; then
             nothing stays at `output_dir`.
     """
-    checkpoint = inspect_checkpoint(model, base=base)
+    checkpoint = inspect_checkpoint(model, revision, base)
+    facts = training_facts(model, revision)
     probe = probe or Probe()
     with staged_folder(output_dir) as staged:
-        processor = load_processor(model, base=base)
-        loaded: Any = load_model(model, base=base, dtype=dtype)
+        processor = load_processor(model, revision, base=base)
+        loaded: Any = load_model(model, base=base, revision=revision, dtype=dtype)
         whole = loaded.get_base_model() if checkpoint.is_adapter else loaded
         if vision_tower is not None:
             whole.config.vision_tower_name = vision_tower
@@ -94,6 +100,8 @@ def convert(
                 fit_to_processor(whole, processor)  # after writing: the original has no row for an image
         except ValueError as error:
             raise UserError(f"{model} cannot be written as {checkpoint_format}: {error}") from error
+        if facts is not None:
+            facts.save(staged)
         reference = reference_outputs(loaded, processor, probe)
         verification = verify(staged, reference, processor, probe, dtype=whole.dtype, base=checkpoint.base)
         if not verification.ok:
@@ -105,18 +113,19 @@ def _write_native(model: Any, checkpoint: Checkpoint, folder: Path) -> None:
     if not checkpoint.is_adapter:
         model.save_pretrained(folder, checkpoint_format="llava-hf" if model.config.is_native else "nested")
         return
-    if not _is_llava(checkpoint.base):
+    if not _is_llava(checkpoint.base, checkpoint.revision):
         raise UserError(
             f"{checkpoint.path} was trained on the bare language model {checkpoint.base}, on which no adapter of the "
             f"format llava-hf can stand: merge it with llava-ft merge, or name a LLaVA made of it with --base."
         )
     model.peft_config["default"].base_model_name_or_path = checkpoint.base
+    model.peft_config["default"].revision = checkpoint.revision
     model.save_pretrained(folder)
 
 
-def _is_llava(path: str) -> bool:
+def _is_llava(path: str, revision: str | None) -> bool:
     try:
-        load_config(path)
+        load_config(path, revision)
     except UserError:
         return False
     return True
@@ -124,7 +133,7 @@ def _is_llava(path: str) -> bool:
 
 def _write_original(model: Any, checkpoint: Checkpoint, folder: Path) -> None:
     if checkpoint.is_adapter:
-        write_original_lora(model, checkpoint.base, folder)
+        write_original_lora(model, checkpoint.base, folder, checkpoint.revision)
     elif checkpoint.kind == "projector":
         write_projector(model, folder)
     else:
@@ -133,6 +142,6 @@ def _write_original(model: Any, checkpoint: Checkpoint, folder: Path) -> None:
 
 def _copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     for name in _TOKENIZER_FILES:
-        source = Path(checkpoint.base, name)
-        if source.is_file():
+        source = find_file(checkpoint.base, name, checkpoint.revision)
+        if source is not None:
             shutil.copyfile(source, folder / name)

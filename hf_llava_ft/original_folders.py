@@ -163,9 +163,13 @@ def _check_plain(model: PeftModel) -> None:
         )
 
 
-def write_original_lora(model: PeftModel, base: str, folder: Path) -> None:
+def write_original_lora(model: PeftModel, base: str, folder: Path, revision: str | None = None) -> None:
     """
     Writes the LoRA folder of a PEFT model: adapter, `non_lora_trainables.bin` and config.json.
+
+    Args:
+        base (`str`): folder or Hub id of the base.
+        revision (`str`, *optional*): of the base on the Hub.
 
     Raises:
         UserError: for an adapter that the original, which has plain LoRA on the language model, cannot express.
@@ -186,6 +190,7 @@ def write_original_lora(model: PeftModel, base: str, folder: Path) -> None:
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
+        "revision": revision,
         "inference_mode": True,
         "modules_to_save": None,
         "target_modules": sorted(modules),

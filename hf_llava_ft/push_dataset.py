@@ -1,14 +1,107 @@
-"""The entry point of `hub_scripts/push_dataset.py`: data of any format to a Parquet data set, here or on the Hub."""
+"""Data of any format to a Parquet data set, here or on the Hub; entry point of `hub_scripts/push_dataset.py` too."""
 
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hf_llava_ft.errors import UserError, exit_on_user_error
 
+if TYPE_CHECKING:
+    from hf_llava_ft.data.export import ExportedDataset
+    from hf_llava_ft.hub_upload import Uploaded
+
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
+
+
+@dataclass(frozen=True)
+class PushedData:
+    """
+    Args:
+        exported (`ExportedDataset`): what was written and read back.
+        files (`dict[str, int]`): bytes of each file, by its path in the repository.
+        card (`str`): the text of README.md.
+        uploaded (`Uploaded`, *optional*): none if it was not to be uploaded.
+    """
+
+    exported: "ExportedDataset"
+    files: dict[str, int]
+    card: str
+    uploaded: "Uploaded | None"
+
+
+def push_data(
+    data_path: str,
+    repo_id: str | None,
+    *,
+    image_folder: str | None = None,
+    output_dir: Path | None = None,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    dry_run: bool = False,
+    verify: bool = True,
+    commit_message: str | None = None,
+    max_shard_size: str = "500MB",
+    allow_outside: bool = False,
+    allow_urls: bool = False,
+    tell: Callable[[str], None] = lambda text: None,
+) -> PushedData:
+    """
+    Writes data of any format as a Parquet data set with a card, reads it back, and uploads it in one commit.
+
+    Args:
+        repo_id (`str`, *optional*): `user/name`; without it nothing is uploaded.
+        output_dir (`Path`, *optional*): where the data set stays; by default it is written to a temporary folder.
+        verify (`bool`): whether the commit is downloaded into an empty cache and compared, byte by byte.
+        tell: is given a line on each step.
+
+    Raises:
+        UserError: at the first row that is wrong, or if the Hub refuses.
+    """
+    from hf_llava_ft.data.export import export_dataset
+    from hf_llava_ft.data.formats import open_source
+    from hf_llava_ft.hub_download import check_same_files, download, files_of
+    from hf_llava_ft.hub_staging import replaced_by
+    from hf_llava_ft.hub_upload import Upload, check_login
+
+    if create_pr and revision not in (None, "main"):
+        raise UserError("a pull request is made on main: leave out --revision or --create_pr.")
+    if repo_id is not None and not dry_run:
+        check_login(repo_id)
+    sources = open_source(data_path, image_folder, allow_outside=allow_outside, allow_urls=allow_urls)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = output_dir or Path(temporary, "dataset")
+        exported = export_dataset(sources, folder, max_shard_size, name=repo_id)
+        for source in sources:
+            tell(source.describe(exported.num_rows if len(sources) == 1 else None))
+        files = {name: (folder / name).stat().st_size for name in files_of(folder)}
+        tell(
+            f"Written and read back: {exported.num_rows:,} rows and {exported.num_images:,} images in "
+            f"{'1 file' if exported.num_shards == 1 else f'{exported.num_shards} files'} of "
+            f"{exported.download_bytes / 2**20:,.1f} MiB in all."
+        )
+        card, uploaded = (folder / "README.md").read_text(encoding="utf-8"), None
+        if repo_id is not None and not dry_run:
+            uploaded = Upload(
+                folder,
+                repo_id,
+                "dataset",
+                commit_message or "Upload a data set for LLaVA",
+                private=private,
+                revision=revision,
+                create_pr=create_pr,
+                replaces=lambda name: replaced_by(None, name),
+            ).run()
+            if verify:
+                tell(f"Downloading commit {uploaded.commit[:12]} into an empty cache, to compare it.")
+                with tempfile.TemporaryDirectory() as cache:
+                    received = download(uploaded, Path(cache), list(files))
+                    check_same_files(folder, received, f"commit {uploaded.commit} of {repo_id}")
+        return PushedData(exported, files, card, uploaded)
 
 
 @app.command()
@@ -28,61 +121,22 @@ def push_dataset(
     with exit_on_user_error():
         if output_dir is None and repo_id is None:
             raise UserError("nowhere to write to: give --output_dir, --repo_id, or both.")
-        if repo_id is not None:
-            _check_upload(repo_id)
-        from hf_llava_ft.data.export import export_dataset
-        from hf_llava_ft.data.formats import open_source
-
-        sources = open_source(data_path, image_folder, allow_outside=allow_images_outside, allow_urls=allow_image_urls)
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = output_dir or Path(temporary) / "dataset"
-            exported = export_dataset(sources, folder, max_shard_size, name=repo_id)
-            for source in sources:
-                typer.echo(source.describe(exported.num_rows if len(sources) == 1 else None), err=True)
-            files = "1 file" if exported.num_shards == 1 else f"{exported.num_shards} files"
-            typer.echo(
-                f"Written and read back: {exported.num_rows:,} rows and {exported.num_images:,} images in {files} of "
-                f"{exported.download_bytes / 2**20:,.1f} MiB in all.",
-                err=True,
-            )
-            if output_dir is not None:
-                typer.echo(f"The data set is at {output_dir}.", err=True)
-            if repo_id is not None:
-                typer.echo(f"Uploaded: {_upload(folder, repo_id, private)}", err=True)
-
-
-def _check_upload(repo_id: str) -> None:
-    """Refuses a name or a login that the Hub will not take, before anything is read."""
-    import huggingface_hub
-
-    try:
-        huggingface_hub.utils.validate_repo_id(repo_id)
-        huggingface_hub.whoami()
-    # Of the Hub's answers, the network, a token that is not there, and names that are none.
-    except (huggingface_hub.errors.HfHubHTTPError, OSError, ValueError) as error:
-        raise _refused(repo_id, error) from error
-
-
-def _upload(folder: Path, repo_id: str, private: bool) -> str:
-    """One commit, so that nobody ever loads half of it; the address of the data set."""
-    import huggingface_hub
-
-    try:
-        api = huggingface_hub.HfApi()
-        url = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
-        api.upload_folder(
-            repo_id=repo_id, repo_type="dataset", folder_path=folder, commit_message="Upload a data set for LLaVA"
+        pushed = push_data(
+            data_path,
+            repo_id,
+            image_folder=image_folder,
+            output_dir=output_dir,
+            private=private,
+            max_shard_size=max_shard_size,
+            allow_outside=allow_images_outside,
+            allow_urls=allow_image_urls,
+            tell=lambda text: typer.echo(text, err=True),
         )
-    except (huggingface_hub.errors.HfHubHTTPError, OSError, ValueError) as error:
-        raise _refused(repo_id, error) from error
-    return str(url)
-
-
-def _refused(repo_id: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:300].rstrip(".")
-    return UserError(
-        f"{repo_id} can't be uploaded to ({reason}); log in with `hf auth login`, or check name and network."
-    )
+        if output_dir is not None:
+            typer.echo(f"The data set is at {output_dir}.", err=True)
+        if pushed.uploaded is not None:
+            done = "Uploaded" if pushed.uploaded.changed else "Nothing has changed at"
+            typer.echo(f"{done}: {pushed.uploaded.url}", err=True)
 
 
 def main() -> None:

@@ -1,5 +1,5 @@
-"""Registers our classes with transformers' Auto classes. Native classes, and folders of `model_type: llava`, stay
-theirs."""
+"""Registers our classes with transformers' Auto classes. Where transformers has a class of its own for a folder, that
+one stays; it has none for LLaVA under `AutoModelForCausalLM`, which gives ours for every kind of folder."""
 
 from functools import cache
 
@@ -10,6 +10,9 @@ def register() -> None:
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
     from transformers.conversion_mapping import register_checkpoint_conversion_mapping
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.models.llava.configuration_llava import LlavaConfig as NativeLlavaConfig
+    from transformers.models.llava_next.configuration_llava_next import LlavaNextConfig as NativeLlavaNextConfig
 
     from hf_llava_ft.modeling.configuration_llava import LlavaConfig
     from hf_llava_ft.modeling.modeling_llava import LlavaBaseModel, LlavaForCausalLM
@@ -24,6 +27,9 @@ def register() -> None:
     # exist_ok: the Auto mappings also compare class names, and transformers has a `LlavaConfig` of its own.
     AutoModel.register(LlavaConfig, LlavaBaseModel, exist_ok=True)
     AutoModelForCausalLM.register(LlavaConfig, LlavaForCausalLM, exist_ok=True)
+    for native_config in (NativeLlavaConfig, NativeLlavaNextConfig):
+        # Not through AutoModelForCausalLM.register, which wants the class of the configuration to be the model's own.
+        MODEL_FOR_CAUSAL_LM_MAPPING.register(native_config, LlavaForCausalLM, exist_ok=True)  # type: ignore[arg-type]
     AutoModelForImageTextToText.register(LlavaConfig, LlavaForCausalLM, exist_ok=True)
     AutoProcessor.register(LlavaConfig, LlavaProcessor, exist_ok=True)
     register_checkpoint_conversion_mapping(LlavaConfig.model_type, [*reading_conversions()], overwrite=True)

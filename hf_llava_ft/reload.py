@@ -4,7 +4,9 @@ Run as a program in a fresh process, it cannot import this package when transfor
 without the code that the folder carries, so that what it reports holds for people who do not have this package.
 `verify.py` starts it and says which loader to take, and calls `probe_outputs` for the reference.
 
-    python reload.py MODEL_DIR BASE_OR_EMPTY LOADER PROBE_DIR OUTPUT.safetensors
+    python reload.py MODEL_DIR BASE_OR_EMPTY COMMIT_OR_EMPTY LOADER PROBE_DIR OUTPUT.safetensors
+
+The commit is that of a base on the Hub.
 """
 
 import json
@@ -67,7 +69,13 @@ def whole_model(model_dir: str | Path, base: str | None) -> str:
     return base if base and is_adapter else str(model_dir)
 
 
-def load(model_dir: str, base: str, loader: Loader) -> tuple[Any, Any]:
+def base_revision(model_dir: str | Path, base: str) -> str | None:
+    """The revision of `base` that the adapter in `model_dir` was trained on, if that is its base."""
+    settings = json.loads(Path(model_dir, "adapter_config.json").read_text(encoding="utf-8"))
+    return settings.get("revision") if settings.get("base_model_name_or_path") == base else None
+
+
+def load(model_dir: str, base: str, commit: str, loader: Loader) -> tuple[Any, Any]:
     """Model and processor."""
     if loader == "hf_llava_ft":
         from hf_llava_ft.checkpoints import load_model, load_processor
@@ -79,7 +87,9 @@ def load(model_dir: str, base: str, loader: Loader) -> tuple[Any, Any]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     whole, trust = whole_model(model_dir, base), loader == "trust_remote_code"
-    model: Any = AutoModelForImageTextToText.from_pretrained(whole, dtype="auto", trust_remote_code=trust)
+    model: Any = AutoModelForImageTextToText.from_pretrained(
+        whole, revision=commit or None, dtype="auto", trust_remote_code=trust
+    )
     if whole != model_dir:
         from peft import PeftModel
 
@@ -87,10 +97,10 @@ def load(model_dir: str, base: str, loader: Loader) -> tuple[Any, Any]:
     return model, AutoProcessor.from_pretrained(model_dir, trust_remote_code=trust)
 
 
-def main(model_dir: str, base: str, loader: Loader, probe_dir: str, output: str) -> None:
+def main(model_dir: str, base: str, commit: str, loader: Loader, probe_dir: str, output: str) -> None:
     from safetensors.torch import save_file
 
-    model, processor = load(model_dir, base, loader)
+    model, processor = load(model_dir, base, commit, loader)
     outputs = {}
     for index, probe in enumerate(json.loads(Path(probe_dir, "probes.json").read_text(encoding="utf-8"))):
         images = [Image.open(Path(probe_dir, name)) for name in probe["images"]]

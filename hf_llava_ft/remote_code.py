@@ -14,6 +14,8 @@ from hf_llava_ft.modeling import checkpoint_mixin_llava
 from hf_llava_ft.modeling.checkpoint_mixin_llava import AUTO_MAP
 from hf_llava_ft.processing import processing_llava
 
+# What `llava-ft export --for endpoints` puts beside a model.
+ENDPOINT_HANDLER = Path(__file__).with_name("serving") / "endpoint_handler.py"
 # The files whose `auto_map` transformers follows.
 _SETTINGS = ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
@@ -35,9 +37,7 @@ def carries_our_code(folder: str | Path) -> bool:
 
 def runs_only_our_code(folder: str | Path) -> bool:
     """Whether all that `trust_remote_code=True` runs from `folder` is files of this package; true if that is none."""
-    folder = Path(folder)
-    sources = [Path(file).parent for file in (checkpoint_mixin_llava.__file__, processing_llava.__file__)]
-    ours = {path.name: path.read_bytes() for source in sources for path in source.glob("*.py")}
+    folder, ours = Path(folder), own_code()
     try:
         # Not only the files that are named: transformers also runs custom_generate/generate.py.
         found = [*folder.glob("*.py"), *folder.glob("custom_generate/*.py")]
@@ -50,6 +50,13 @@ def runs_only_our_code(folder: str | Path) -> bool:
         return False
     # "repository--module.Class" is code in another repository, and a path is code in another folder.
     return not re.search(r"--|/|\\", json.dumps(named))
+
+
+def own_code() -> dict[str, bytes]:
+    """The files of this package that travel with a model, by their name in its folder."""
+    sources = [Path(file).parent for file in (checkpoint_mixin_llava.__file__, processing_llava.__file__)]
+    code = {path.name: path.read_bytes() for source in sources for path in source.glob("*.py")}
+    return code | {"handler.py": ENDPOINT_HANDLER.read_bytes()}
 
 
 def _auto_maps(text: str) -> list:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from hf_llava_ft import reload
 from hf_llava_ft.errors import UserError
+from hf_llava_ft.hub_files import settings_folder
 from hf_llava_ft.reload import Loader
 from hf_llava_ft.remote_code import carries_our_code, runs_only_our_code
 
@@ -78,11 +79,19 @@ def reference_outputs(model, processor, probe: Probe) -> dict[str, torch.Tensor]
 
 def loader_for(model_dir: str | Path, base: str | None = None) -> Loader:
     """What it takes to load `model_dir`, which may be an adapter of `base`."""
-    whole = reload.whole_model(model_dir, base)
+    whole, _ = _whole_model(model_dir, base)
     if reload.is_native(whole):
         return "transformers"
     # An adapter has a processor of its own.
     return "trust_remote_code" if carries_our_code(whole) and runs_only_our_code(model_dir) else "hf_llava_ft"
+
+
+def _whole_model(model_dir: str | Path, base: str | None) -> tuple[Path, str]:
+    """A folder with settings and code of the whole model, and the commit they are of if that is on the Hub."""
+    whole = reload.whole_model(model_dir, base)
+    if Path(whole).is_dir():
+        return Path(whole), ""
+    return settings_folder(whole, reload.base_revision(model_dir, whole))
 
 
 def reloaded_outputs(
@@ -113,7 +122,8 @@ def reloaded_outputs(
         program = Path(reload.__file__).read_text(encoding="utf-8")
         if base and Path(base).is_dir():
             base = os.fspath(Path(base).resolve())
-        arguments = [os.fspath(Path(model_dir).resolve()), base or "", loader, scratch, os.fspath(output)]
+        _, commit = _whole_model(model_dir, base)
+        arguments = [os.fspath(Path(model_dir).resolve()), base or "", commit, loader, scratch, os.fspath(output)]
         done = subprocess.run(
             [sys.executable, "-c", program, *arguments],
             cwd=None if loader == "hf_llava_ft" else scratch,
@@ -156,12 +166,18 @@ def verify(
     """
     loader = loader_for(model_dir, base)
     [reloaded] = reloaded_outputs(model_dir, [probe], base, loader)
-    return _compare(reference, reloaded, processor, LOGIT_TOLERANCE[dtype], loader)
+    return compare_outputs(reference, reloaded, processor, LOGIT_TOLERANCE[dtype], loader)
 
 
-def _compare(
-    reference: dict[str, torch.Tensor], reloaded: dict[str, torch.Tensor], processor, tolerance, loader: Loader
+def compare_outputs(
+    reference: dict[str, torch.Tensor], reloaded: dict[str, torch.Tensor], processor, tolerance: float, loader: Loader
 ) -> Verification:
+    """
+    Args:
+        reference, reloaded: of `reload.probe_outputs`.
+        tolerance (`float`): largest difference of two logits that is rounding, relative to the largest logit.
+        loader (`Loader`): what loaded the folder that `reloaded` is of.
+    """
     answer = processor.tokenizer.decode(reloaded["answer_ids"][0], skip_special_tokens=True).strip()
     if not torch.equal(reference["input_ids"], reloaded["input_ids"]):
         differences = ["the saved processor turns the same question into other tokens"]

@@ -1,4 +1,4 @@
-"""Merge a LoRA adapter into its base, and check the result in a fresh process.
+"""Merge a LoRA adapter into its base, and check the result in a fresh process: `llava-ft merge`.
 
 python hub_scripts/merge_lora.py --adapter runs/quickstart/adapter --output_dir merged
 """

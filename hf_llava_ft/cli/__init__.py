@@ -2,6 +2,7 @@
 at once."""
 
 from hf_llava_ft.cli.application import app as app
+from hf_llava_ft.noise import hide_noise
 
 # They register themselves, and `--help` lists them in this order.
 from hf_llava_ft.cli import training, models, hub  # noqa: F401  # isort: skip
@@ -9,4 +10,5 @@ from hf_llava_ft.cli import training, models, hub  # noqa: F401  # isort: skip
 
 def main() -> None:
     """Entry point of the console script. Click's own usage errors exit with code 2 too."""
+    hide_noise()
     app()

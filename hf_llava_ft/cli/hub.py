@@ -1,1 +1,138 @@
 """`llava-ft push`: what goes to the Hub."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from hf_llava_ft.cli.application import JsonOption, app, write_json
+from hf_llava_ft.errors import UserError, exit_on_user_error
+
+if TYPE_CHECKING:
+    from hf_llava_ft.hub_upload import Uploaded
+
+_BASE_HELP = "Hub id of the base of an adapter or projector, if it was trained on a folder."
+
+
+@app.command()
+def push(
+    path: Annotated[
+        str,
+        typer.Argument(metavar="PATH", help="Folder of an adapter, a model or a projector; or data of any format."),
+    ],
+    repo_id: Annotated[str, typer.Option("--repo_id", help="user/name; made if it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch; made from main if not there.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create_pr", help="Offer it as a pull request.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry_run", help="List what would go, and the card; upload nothing.")
+    ] = False,
+    no_verify: Annotated[
+        bool, typer.Option("--no_verify", help="Don't load it, neither before the upload nor after.")
+    ] = False,
+    keep_card: Annotated[
+        bool, typer.Option("--keep_card", help="Leave README.md on the Hub as it is; without it, it is written anew.")
+    ] = False,
+    commit_message: Annotated[str | None, typer.Option("--commit_message", help="Of the one commit.")] = None,
+    license: Annotated[str | None, typer.Option("--license", help="As on the Hub; default: the base's.")] = None,
+    language: Annotated[list[str] | None, typer.Option("--language", help="en, de, ...; may be repeated.")] = None,
+    run: Annotated[Path | None, typer.Option("--run", help="Folder of the training run, for the card.")] = None,
+    base: Annotated[str | None, typer.Option("--base", help=_BASE_HELP)] = None,
+    samples: Annotated[
+        int, typer.Option("--samples", min=0, help="So many pictures of --eval_prompts go on the card. They are data.")
+    ] = 0,
+    image_folder: Annotated[
+        str | None, typer.Option("--image_folder", help="Of data: the folder its image paths are relative to.")
+    ] = None,
+    kinds: Annotated[list[str] | None, typer.Option("--kind", hidden=True, help="Nothing else is pushed.")] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Upload an adapter, a model, a projector or data in one commit, and check that it works for the next person."""
+    with exit_on_user_error():
+        common: dict[str, Any] = {
+            "private": private,
+            "revision": revision,
+            "create_pr": create_pr,
+            "dry_run": dry_run,
+            "verify": not no_verify,
+            "commit_message": commit_message,
+            "tell": lambda text: typer.echo(text, err=True),
+        }
+        if not _holds_model(path):
+            given = {"--license": license, "--language": language, "--run": run, "--base": base, "--samples": samples}
+            given["--keep_card"] = keep_card
+            wrong = [name for name, value in given.items() if value]
+            if kinds:
+                raise UserError(f"{path} holds no {kinds[0]}: it has neither config.json nor adapter_config.json.")
+            if wrong:
+                raise UserError(f"{wrong[0]} is for models, and {path} holds none: it has no config.json.")
+            from hf_llava_ft.push_dataset import push_data
+
+            data = push_data(path, repo_id, image_folder=image_folder, **common)
+            content: dict[str, Any] = {"kind": "dataset", "files": data.files}
+            left_out, card, uploaded, checked = [], data.card, data.uploaded, "downloaded again and compared"
+        else:
+            if image_folder is not None:
+                raise UserError(f"--image_folder is for data, and {path} holds a model.")
+            from hf_llava_ft import push as pushing
+
+            pushed = pushing.push(
+                path,
+                repo_id,
+                keep_card=keep_card,
+                license=license,
+                language=language,
+                run=run,
+                base=base,
+                samples=samples,
+                kinds=cast(Any, tuple(kinds)) if kinds else None,
+                **common,
+            )
+            content = {"kind": pushed.kind, "files": pushed.files}
+            left_out, card, uploaded = pushed.left_out, pushed.card, pushed.uploaded
+            checked = "downloaded again and loaded in a fresh process"
+            if pushed.verification is not None:
+                found = pushed.verification
+                content |= {"loader": found.loader, "logit_difference": found.logit_difference}
+                checked += f" (largest logit difference {found.logit_difference:.1e})"
+        if uploaded is None:
+            _print_dry_run(repo_id, content["files"], left_out, card)
+        else:
+            _print_uploaded(uploaded, "" if no_verify else checked)
+        if json_file is not None:
+            write_json(json_file, content | {"uploaded": None if uploaded is None else vars(uploaded)})
+
+
+def _holds_model(path: str) -> bool:
+    """Anything else may be data."""
+    if any(Path(path, name).is_file() for name in ("config.json", "adapter_config.json", "mm_projector.bin")):
+        return True
+    checkpoints = sorted(Path(path).glob("checkpoint-*"), key=lambda folder: folder.stat().st_mtime)
+    if checkpoints:
+        raise UserError(
+            f"{path} is a training run without a model, because it has not ended: push {checkpoints[-1]}, or go on "
+            f"training."
+        )
+    return False
+
+
+def _print_dry_run(repo_id: str, files: dict[str, int], left_out: list[str], card: str) -> None:
+    typer.echo(f"{repo_id} would get {len(files)} files in one commit:")
+    for name, size in files.items():
+        typer.echo(f"  {size:>14,}  {name}")
+    if left_out:
+        typer.echo(f"These stay here: {', '.join(left_out)}")
+    typer.echo(f"\n{card}")
+
+
+def _print_uploaded(uploaded: "Uploaded", checked: str) -> None:
+    if uploaded.changed:
+        typer.echo(f"Uploaded: {uploaded.url} (commit {uploaded.commit}).", err=True)
+    else:
+        typer.echo(f"Nothing has changed: {uploaded.url} holds all of it (commit {uploaded.commit}).", err=True)
+    if uploaded.deleted:
+        typer.echo(f"Files of the version before are deleted: {', '.join(uploaded.deleted)}.", err=True)
+    if checked:
+        typer.echo(f"Verified: {checked}.", err=True)
+    else:
+        typer.echo("Not verified: nobody has tried whether it loads for others, and answers as it did here.", err=True)

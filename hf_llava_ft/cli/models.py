@@ -1,4 +1,4 @@
-"""`llava-ft merge | convert | generate | chat`: what is done with a model or an adapter."""
+"""`llava-ft merge | convert | export | verify | generate | chat`: what is done with a model or an adapter."""
 
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -11,6 +11,7 @@ from hf_llava_ft.cli.application import (
     JsonOption,
     MaxNewTokensOption,
     ModelOption,
+    RevisionOption,
     TemperatureOption,
     app,
     print_note_on_code,
@@ -29,6 +30,7 @@ def merge(
     adapter: Annotated[str, typer.Option("--adapter", help="Adapter folder or Hub id.")],
     output_dir: Annotated[Path, typer.Option("--output_dir", help="Where the merged model is written.")],
     base: BaseOption = None,
+    revision: RevisionOption = None,
     dtype: Annotated[
         str, typer.Option("--dtype", help="dtype of the merged weights: auto (the base's), float32, ...")
     ] = "auto",
@@ -38,7 +40,7 @@ def merge(
     with exit_on_user_error():
         from hf_llava_ft.merge import merge_adapter
 
-        merged = merge_adapter(adapter, output_dir, base=base, dtype=dtype)
+        merged = merge_adapter(adapter, output_dir, base=base, revision=revision, dtype=dtype)
         difference = merged.verification.logit_difference
         typer.echo(f"Merged and verified: {merged.output_dir} (largest logit difference {difference:.1e}).", err=True)
         print_note_on_code(output_dir)
@@ -53,6 +55,7 @@ def convert(
     output_dir: Annotated[Path, typer.Option("--output_dir", help="Where the new folder is written.")],
     checkpoint_format: Annotated[str, typer.Option("--format", help=_FORMAT_HELP)],
     base: BaseOption = None,
+    revision: RevisionOption = None,
     vision_tower: Annotated[
         str | None, typer.Option("--vision_tower", help="Name of the tower for the format llava.")
     ] = None,
@@ -66,7 +69,13 @@ def convert(
         from hf_llava_ft.convert import convert as convert_checkpoint
 
         done = convert_checkpoint(
-            model, output_dir, cast(Any, checkpoint_format), base=base, vision_tower=vision_tower, dtype=dtype
+            model,
+            output_dir,
+            cast(Any, checkpoint_format),
+            base=base,
+            revision=revision,
+            vision_tower=vision_tower,
+            dtype=dtype,
         )
         difference = done.verification.logit_difference
         typer.echo(f"Converted and verified: {done.output_dir} (largest logit difference {difference:.1e}).", err=True)
@@ -77,11 +86,83 @@ def convert(
 
 
 @app.command()
+def export(
+    model: ModelOption,
+    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where the folder is written.")],
+    server: Annotated[str, typer.Option("--for", help="vllm, sglang, llama.cpp, ollama or endpoints.")],
+    base: BaseOption = None,
+    revision: RevisionOption = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="dtype of the weights: auto (kept), bfloat16, ...")] = "auto",
+    keep_adapter: Annotated[
+        bool, typer.Option("--keep_adapter", help="For vllm: a base, and a LoRA of the language model beside it.")
+    ] = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Write the folder that a server needs, with an adapter merged, and check it; then say how to serve it."""
+    with exit_on_user_error():
+        from hf_llava_ft.serving import export_for_serving
+
+        done = export_for_serving(
+            model,
+            output_dir,
+            cast(Any, server),
+            base=base,
+            revision=revision,
+            dtype=dtype,
+            keep_adapter=keep_adapter,
+        )
+        difference = done.logit_difference
+        typer.echo(f"Exported and verified: {done.output_dir} (largest logit difference {difference:.1e}).", err=True)
+        print_note_on_code(output_dir)
+        for note in done.notes:
+            typer.echo(f"Note: {note}", err=True)
+        if done.commands:
+            typer.echo("\n".join([f"cd {done.output_dir}", *done.commands]))
+        if json_file is not None:
+            result = {"output_dir": str(output_dir), "for": server, "verified": True, "logit_difference": difference}
+            write_json(json_file, result | {"commands": done.commands, "notes": done.notes})
+
+
+@app.command()
+def verify(
+    model: ModelOption,
+    base: BaseOption = None,
+    revision: RevisionOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Load a model or an adapter as others would, in a fresh process, and compare it with what this package reads.
+
+    Ends with 0 if both answer the same, 1 if not, 2 if it can't be loaded.
+    """
+    with exit_on_user_error():
+        from hf_llava_ft.verify_published import verify_for_others
+
+        found = verify_for_others(model, base=base, revision=revision)
+        by = {
+            "transformers": "transformers",
+            "trust_remote_code": "transformers with trust_remote_code=True",
+            "hf_llava_ft": "this package",
+        }[found.loader]
+        if found.ok:
+            difference = f"largest logit difference {found.logit_difference:.1e}"
+            typer.echo(f"Verified: {model} loads with {by} and answers the same ({difference}).", err=True)
+        else:
+            typer.echo(f"Not the same: {model}, loaded with {by}: {'; '.join(found.differences)}.", err=True)
+        typer.echo(f"Asked what is in a test picture, it says: {found.answer!r}")
+        if json_file is not None:
+            result = {"ok": found.ok, "loader": found.loader, "differences": found.differences}
+            write_json(json_file, result | {"logit_difference": found.logit_difference, "answer": found.answer})
+        if not found.ok:
+            raise typer.Exit(1)
+
+
+@app.command()
 def generate(
     model: ModelOption,
     prompt: Annotated[str, typer.Option("--prompt", help="The question.")],
     image: Annotated[list[str] | None, typer.Option("--image", help="Path or URL; may be repeated.")] = None,
     base: BaseOption = None,
+    revision: RevisionOption = None,
     max_new_tokens: MaxNewTokensOption = 256,
     temperature: TemperatureOption = 0.0,
     attn_implementation: AttentionOption = "sdpa",
@@ -92,7 +173,8 @@ def generate(
         from hf_llava_ft.answering import Conversation, load_for_answering, open_image
 
         images = [open_image(source) for source in image or []]
-        conversation = Conversation(*load_for_answering(model, base=base, attn_implementation=attn_implementation))
+        parts = load_for_answering(model, base=base, revision=revision, attn_implementation=attn_implementation)
+        conversation = Conversation(*parts)
         answer = _print_stream(conversation, prompt, images, max_new_tokens=max_new_tokens, temperature=temperature)
         if json_file is not None:
             write_json(json_file, {"prompt": prompt, "images": image or [], "answer": answer})
@@ -103,6 +185,7 @@ def chat(
     model: ModelOption,
     image: Annotated[list[str] | None, typer.Option("--image", help="Path or URL to begin with.")] = None,
     base: BaseOption = None,
+    revision: RevisionOption = None,
     max_new_tokens: MaxNewTokensOption = 256,
     temperature: TemperatureOption = 0.0,
     attn_implementation: AttentionOption = "sdpa",
@@ -112,7 +195,7 @@ def chat(
         from hf_llava_ft.answering import Conversation, load_for_answering, open_image
 
         pending = [open_image(source) for source in image or []]
-        parts = load_for_answering(model, base=base, attn_implementation=attn_implementation)
+        parts = load_for_answering(model, base=base, revision=revision, attn_implementation=attn_implementation)
         conversation = Conversation(*parts)
         typer.echo("/image PATH_OR_URL adds a picture, /new begins anew, /quit ends.", err=True)
         while True:

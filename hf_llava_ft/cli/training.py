@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hf_llava_ft.cli.application import JsonOption, app, print_note_on_code, write_json
+from hf_llava_ft.cli.application import JsonOption, app, print_note_on_code, writable_file, write_json
 from hf_llava_ft.errors import exit_on_user_error
 
 
@@ -29,6 +29,7 @@ def compose(
     vision: Annotated[str, typer.Option("--vision", help="CLIP or SigLIP model: folder or Hub id.")],
     language: Annotated[str, typer.Option("--language", help="Decoder language model: folder or Hub id.")],
     output_dir: Annotated[Path, typer.Option("--output_dir", help="Where the new LLaVA is written.")],
+    revision: Annotated[str | None, typer.Option("--revision", help="Of the language model on the Hub.")] = None,
     version: Annotated[str | None, typer.Option("--version", help="Chat template; default: the tokenizer's.")] = None,
     projector_type: Annotated[
         str, typer.Option("--mm_projector_type", help="linear, mlp{N}x_gelu, identity.")
@@ -47,6 +48,7 @@ def compose(
             vision,
             language,
             output_dir,
+            revision=revision,
             version=version,
             projector_type=projector_type,
             vision_feature_layer=vision_feature_layer,
@@ -97,7 +99,9 @@ def check(
     preview: Annotated[
         int, typer.Option("--preview", min=0, help="Print so many rows with what is learned marked.")
     ] = 0,
-    report: Annotated[Path | None, typer.Option("--report", help="Also write the result as an HTML page.")] = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", callback=writable_file, help="Also write the result as an HTML page.")
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Look at a whole data set before training: rows, images, tokens, and everything that training would refuse.

@@ -1,5 +1,7 @@
 """README.md of a data set: what the Hub and `datasets` read from it, and what a person does."""
 
+import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,9 +11,17 @@ from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCardData
 
 from hf_llava_ft.data.builder import FEATURES
+from hf_llava_ft.markdown import code_block, escaped
 
 if TYPE_CHECKING:
     from hf_llava_ft.data.export import ExportedDataset
+
+_LOAD = """
+import datasets
+
+rows = datasets.load_dataset({name}, split="train")
+print(rows[0]["messages"], rows[0]["images"])
+"""
 
 _TEXT = """
 # {title}
@@ -26,18 +36,11 @@ Conversations about images, to fine-tune LLaVA on: {rows} with {images} embedded
 | `num_words` | words of all turns, `<image>` included: the length that LLaVA groups rows by |
 | `num_images` | number of images |
 
-```python
-import datasets
-
-rows = datasets.load_dataset("{name}", split="train")
-print(rows[0]["messages"], rows[0]["images"])
-```
+{load}
 
 Train on it:
 
-```
-llava-ft train --data_path {name} ...
-```
+{train}
 
 It was written, and read back, with hf_llava_ft. Its license is that of the images and texts it was made of: state it
 here, and where they come from.
@@ -61,8 +64,9 @@ def write_card(path: Path, exported: "ExportedDataset", name: str) -> None:
     config = {"data_files": [{"split": "train", "path": "data/train-*"}]}
     MetadataConfigs({"default": config}).to_dataset_card_data(data)
     text = _TEXT.format(
-        title=name.rpartition("/")[2],
-        name=name,
+        title=escaped(name.rpartition("/")[2]),
+        load=code_block("python", _LOAD.format(name=json.dumps(name))),
+        train=code_block("sh", f"llava-ft train --data_path {shlex.quote(name)} ..."),
         rows=f"{exported.num_rows:,} row{'' if exported.num_rows == 1 else 's'}",
         images=f"{exported.num_images:,} image{'' if exported.num_images == 1 else 's'}",
     )

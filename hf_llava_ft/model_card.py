@@ -1,0 +1,235 @@
+"""The card of a model, an adapter or a projector on the Hub: README.md with its pictures, and `training.json`.
+
+Metadata is made here, the text in `model_card_text.py`, `model_card_training.py` and `model_card_loading.py`. Whatever
+comes from a user or a model is escaped, and what is not known is left out.
+"""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from hf_llava_ft.checkpoints import ADAPTER_CONFIG, Kind
+from hf_llava_ft.errors import UserError
+from hf_llava_ft.hub_files import find_file, read_json
+from hf_llava_ft.markdown import escaped
+from hf_llava_ft.model_card_loading import loading_section
+from hf_llava_ft.model_card_samples import write_samples
+from hf_llava_ft.model_card_text import (
+    data_section,
+    evaluation_section,
+    limits_section,
+    samples_section,
+    summary_paragraph,
+    verification_section,
+    versions_section,
+)
+from hf_llava_ft.model_card_training import training_section
+from hf_llava_ft.plots import save_loss_plot
+from hf_llava_ft.reload import Loader
+from hf_llava_ft.training_facts import TrainingFacts, hub_id, training_facts
+from hf_llava_ft.verify import Verification, loader_for
+
+CARD_FILE, ASSETS_FOLDER = "README.md", "assets"
+_PLOT = "loss.png"
+_REVISION = re.compile(r"(?!.*\.\.)[\w.-]+(/[\w.-]+)*")
+_LICENSE_FIELDS = ("license", "license_name", "license_link")
+# The models on the Hub that something was made of: name, and commit, tag or branch.
+Bases = list[tuple[str, str | None]]
+
+
+def write_card(
+    staged: Path,
+    *,
+    kind: Kind,
+    repo_id: str,
+    run: Path | None = None,
+    base: str | None = None,
+    base_revision: str | None = None,
+    verification: Verification | None = None,
+    license: str | None = None,
+    language: str | list[str] | None = None,
+    samples: int = 0,
+) -> ModelCard:
+    """
+    Writes `README.md`, `training.json` (what is known of the training) and `assets/` into the folder that goes to the
+    Hub, in place of those that are there.
+
+    Args:
+        staged (`Path`): the folder, with everything else that goes to the Hub in it.
+        kind (`Kind`): what it holds; see `checkpoints.py`.
+        repo_id (`str`): `user/name`, what others load it by.
+        run (`Path`, *optional*): folder of the training run, with `train_summary.json`, or of a model that `merge` or
+            `convert` made, with `training.json`; by default `staged` is looked into.
+        base (`str`, *optional*): Hub id of the base; by default that which adapter or training name.
+        base_revision (`str`, *optional*): its commit, tag or branch.
+        verification (`Verification`, *optional*): of the staged folder; without it the card says that there was none.
+        license (`str`, *optional*): by default that of the base's card, where that can be read.
+        language (`str` or `list[str]`, *optional*): codes such as `en`.
+        samples (`int`): so many of the run's `--eval_prompts` are shown with their pictures and answers. They are the
+            user's data: none unless asked for.
+
+    Returns:
+        The card; `card.validate()` asks the Hub about it.
+
+    Raises:
+        UserError: if samples are asked for and not there, or a name is none that the Hub takes.
+    """
+    staged = Path(staged)
+    facts = (training_facts(run) if run else None) or training_facts(staged)
+    bases = _bases(staged, kind, base, base_revision, facts)
+    for name, revision in [(repo_id, None), *bases]:
+        _check_name(name, revision)
+    stated = {"license": license} if license else _license_of(bases)
+    loader = verification.loader if verification else _loader(staged, kind, bases)
+    evaluated = _evaluated(facts)
+
+    shutil.rmtree(staged / ASSETS_FOLDER, ignore_errors=True)
+    shown = write_samples(run or staged, samples, staged / ASSETS_FOLDER, ASSETS_FOLDER) if samples > 0 else []
+    if facts is not None:
+        facts.save(staged)
+    text = [
+        f"# {escaped(repo_id.rpartition('/')[2])}",
+        summary_paragraph(kind, bases, facts),
+        _loading(staged, kind, repo_id, loader, bases),
+        samples_section(shown),
+        training_section(facts, _write_plot(staged, facts)),
+        evaluation_section(facts, evaluated),
+        data_section(facts),
+        verification_section(verification),
+        limits_section(facts, bases, bool(stated)),
+        versions_section(facts),
+    ]
+    data = _metadata(kind, repo_id, loader, bases, facts, evaluated, {**stated, "language": language})
+    card = ModelCard(f"---\n{data}\n---\n\n" + "\n\n".join(filter(None, text)) + "\n")
+    card.save(staged / CARD_FILE)
+    return card
+
+
+def _check_name(name: str, revision: str | None) -> None:
+    """They stand in links and in programs that people copy."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"{name!r} is no name that the Hub takes: use one like user/name.") from error
+    if revision is not None and not _REVISION.fullmatch(revision):
+        raise UserError(f"{revision!r} is no revision of {name}: name a branch, a tag or a commit.")
+
+
+def _bases(staged: Path, kind: Kind, base: str | None, revision: str | None, facts: TrainingFacts | None) -> Bases:
+    """What is said; else what the adapter names; else what training began with."""
+    trained_from: Bases = [(each["name"], each.get("commit")) for each in (facts.base if facts else [])]
+    if base is None and kind in ("adapter", "original_lora"):
+        adapter = read_json(str(staged), ADAPTER_CONFIG) or {}
+        named = adapter.get("base_model_name_or_path")
+        if isinstance(named, str) and hub_id(named) and not Path(named).exists():
+            base, revision = named, revision or adapter.get("revision")
+    if base is None:
+        return trained_from
+    return [(base, revision or dict(trained_from).get(base))]
+
+
+def _license_of(bases: Bases) -> dict[str, str]:
+    """That of the models it was made of, if they have one and the same."""
+    found = [_license_on_card(name, revision) for name, revision in bases]
+    return found[0] if found and all(each == found[0] for each in found) else {}
+
+
+def _license_on_card(name: str, revision: str | None) -> dict[str, str]:
+    try:
+        file = find_file(name, CARD_FILE, revision)
+        data: Any = ModelCard.load(file, ignore_metadata_errors=True).data if file else {}
+    except (UserError, OSError, ValueError):  # a model that is gone, or a card that is no YAML
+        return {}
+    return {field: value for field in _LICENSE_FIELDS if isinstance(value := data.get(field), str)}
+
+
+def _loader(staged: Path, kind: Kind, bases: Bases) -> Loader:
+    if kind == "model":
+        return loader_for(staged)
+    if kind != "adapter" or not bases:
+        return "hf_llava_ft"
+    try:
+        return loader_for(staged, bases[0][0])
+    except UserError:  # a base that cannot be reached from here; this package can tell whatever it is
+        return "hf_llava_ft"
+
+
+def _loading(staged: Path, kind: Kind, repo_id: str, loader: Loader, bases: Bases) -> str:
+    name, revision = bases[0] if len(bases) == 1 else (None, None)
+    tower = (read_json(str(staged), "config.json") or {}).get("mm_vision_tower") if kind == "projector" else None
+    is_on_hub = isinstance(tower, str) and hub_id(tower) is not None and not Path(tower).exists()
+    return loading_section(
+        kind, repo_id, loader, base=name, base_revision=revision, vision_tower=tower if is_on_hub else None
+    )
+
+
+def _write_plot(staged: Path, facts: TrainingFacts | None) -> str | None:
+    """The path of the loss curve inside the repository."""
+    if facts is None or not facts.losses:
+        return None
+    (staged / ASSETS_FOLDER).mkdir(exist_ok=True)
+    save_loss_plot(
+        [loss for _, loss, _ in facts.losses],
+        staged / ASSETS_FOLDER / _PLOT,
+        learning_rates=[rate for _, _, rate in facts.losses],
+        steps=[int(step) for step, _, _ in facts.losses],
+        evaluated=[(int(step), loss) for step, loss in facts.evaluated],
+    )
+    return f"{ASSETS_FOLDER}/{_PLOT}"
+
+
+def _evaluated(facts: TrainingFacts | None) -> tuple[int, float] | None:
+    """Step and loss of the evaluation that is of the weights: the last, or the best if that is what was kept."""
+    if facts is None or not facts.evaluated:
+        return None
+    step, loss = facts.evaluated[-1]
+    if facts.settings.get("load_best_model_at_end"):
+        step, loss = min(facts.evaluated, key=lambda each: each[1])
+    return int(step), loss
+
+
+def _metadata(
+    kind: Kind,
+    repo_id: str,
+    loader: Loader,
+    bases: Bases,
+    facts: TrainingFacts | None,
+    evaluated: tuple[int, float] | None,
+    stated: dict[str, Any],
+) -> ModelCardData:
+    hub_data = [source["name"].partition(":")[0] for source in (facts.sources if facts else []) if source["on_hub"]]
+    names = [name for name, _ in bases]
+    relation = "adapter" if kind != "model" else "finetune" if len(names) == 1 else "merge"
+    settings = facts.settings if facts else {}
+    how = ("dora" if settings.get("use_dora") else "lora") if kind in ("adapter", "original_lora") else None
+    library = "peft" if kind == "adapter" else "hf_llava_ft" if loader == "hf_llava_ft" else "transformers"
+    fields = {
+        **stated,
+        "library_name": "hf_llava_ft" if kind == "projector" else library,
+        # A projector answers nothing by itself.
+        "pipeline_tag": None if kind == "projector" else "image-text-to-text",
+        "base_model": (names[0] if len(names) == 1 else names) or None,
+        "base_model_relation": relation if names else None,
+        "datasets": list(dict.fromkeys(hub_data)) or None,
+        "tags": ["llava", *([how] if how else []), "hf_llava_ft"],
+    }
+    if evaluated is not None:
+        result = _eval_result(hub_data, "eval_split" in settings, evaluated[1])
+        fields |= {"model_name": repo_id.rpartition("/")[2], "eval_results": [result]}
+    return ModelCardData(**{name: value for name, value in fields.items() if value is not None})
+
+
+def _eval_result(hub_data: list[str], is_held_back: bool, loss: float) -> EvalResult:
+    return EvalResult(
+        task_type="image-text-to-text",
+        dataset_type=hub_data[0] if is_held_back and len(hub_data) == 1 else "custom",
+        dataset_name="Rows held back from training" if is_held_back else "Rows given for evaluation",
+        metric_type="loss",
+        metric_name="Evaluation loss",
+        metric_value=round(loss, 6),
+    )
