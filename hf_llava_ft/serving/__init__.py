@@ -1,0 +1,169 @@
+"""`llava-ft export`: a model, or an adapter merged into its base, as exactly the folder that a server needs.
+
+No format of another project is written here but what its own converter takes. Each folder is checked before it gets
+its name: vLLM's, SGLang's and the endpoint's are loaded in a fresh process and compared with the model they come from,
+every weight by name and shape; llama.cpp's parts are put together again and compared.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_llava_ft.artifact import staged_folder
+from hf_llava_ft.checkpoints import (
+    Checkpoint,
+    fit_to_processor,
+    inspect_checkpoint,
+    load_config,
+    load_model,
+    load_processor,
+)
+from hf_llava_ft.errors import UserError
+from hf_llava_ft.remote_code import ENDPOINT_HANDLER
+from hf_llava_ft.serving.adapters import ADAPTER, BASE, split_adapter
+from hf_llava_ft.serving.guide import commands, write_guide, write_modelfile
+from hf_llava_ft.serving.limits import SERVERS, Server, differences, refuse_what_cannot_be_served
+from hf_llava_ft.serving.names import check_names
+from hf_llava_ft.serving.parts import check_parts, write_parts
+from hf_llava_ft.serving.tokenizer import speak_to_transformers_4
+from hf_llava_ft.verify import LOGIT_TOLERANCE, Probe, reference_outputs, verify
+
+
+@dataclass(frozen=True)
+class Exported:
+    """
+    Args:
+        output_dir (`Path`): the folder.
+        commands (`list[str]`): what to run inside it, in that order.
+        notes (`list[str]`): what was done to the model, and what the server does otherwise than training.
+        logit_difference (`float`): largest difference of two logits between folder and model, relative to the largest.
+    """
+
+    output_dir: Path
+    commands: list[str]
+    notes: list[str]
+    logit_difference: float
+
+
+def export_for_serving(
+    model: str,
+    output_dir: str | Path,
+    server: Server,
+    *,
+    base: str | None = None,
+    revision: str | None = None,
+    dtype: str = "auto",
+    keep_adapter: bool = False,
+    probe: Probe | None = None,
+) -> Exported:
+    """
+    Writes what is at `model`, a whole model, an adapter or a projector, to `output_dir` for `server`.
+
+    Args:
+        base (`str`, *optional*): instead of the base that an adapter or projector names.
+        revision (`str`, *optional*): branch, tag or commit of `model` on the Hub.
+        dtype (`str`): dtype of the weights; `auto` keeps it.
+        keep_adapter (`bool`): for vLLM, which then gets a base and, beside it, the LoRA of the language model.
+
+    Raises:
+        UserError: if `server` can't serve that model, or the folder answers otherwise than the model did; then nothing
+            stays at `output_dir`.
+    """
+    if server not in SERVERS:
+        raise UserError(f"--for {server} is unknown: use {', '.join(SERVERS)}.")
+    checkpoint = inspect_checkpoint(model, revision, base)
+    refuse_what_cannot_be_served(_config_of(checkpoint, revision), server)
+    if keep_adapter and not (server == "vllm" and checkpoint.is_adapter):
+        raise UserError("--keep_adapter is for an adapter and --for vllm: no other server here takes one.")
+    probe = probe or Probe()
+    with staged_folder(output_dir) as staged:
+        processor = load_processor(model, revision, base=base)
+        loaded: Any = load_model(model, processor, base=base, revision=revision, dtype=dtype)
+        fit_to_processor(loaded.get_base_model() if checkpoint.is_adapter else loaded, processor)
+        reference = reference_outputs(loaded, processor, probe)
+        loaded, rank, notes = _without_adapter(loaded, processor, checkpoint, staged if keep_adapter else None)
+        loaded.config.use_cache = loaded.config.text_config.use_cache = True
+        config, model_dtype = loaded.config, loaded.dtype
+        in_parts = server in ("llama.cpp", "ollama")
+        whole = staged / BASE if keep_adapter else staged
+        if in_parts:
+            write_parts(loaded, processor, staged)
+        else:
+            _write_whole(loaded, processor, whole, server)
+        del loaded  # each check loads what was written, and two would be in memory
+        if in_parts:
+            tolerance = LOGIT_TOLERANCE[model_dtype]
+            difference = check_parts(staged, config, reference, len(processor.tokenizer), tolerance)
+        else:
+            served, on = (staged / ADAPTER, str(whole)) if keep_adapter else (whole, None)
+            verification = verify(served, reference, processor, probe, model_dtype, base=on)
+            if not verification.ok:
+                raise UserError(f"the exported model is not the same: {'; '.join(verification.differences)}.")
+            difference = verification.logit_difference
+        if server == "ollama" and not write_modelfile(staged, processor):
+            notes.append("The prompt can't be said in Ollama's words: write TEMPLATE into the Modelfile yourself.")
+        notes += differences(config, processor, server)
+        lines = commands(server, config, processor.image_processor, rank)
+        write_guide(staged, f"This folder is for {server}", lines, notes)
+    return Exported(Path(output_dir), lines, notes, difference)
+
+
+def _without_adapter(
+    model: Any, processor: Any, checkpoint: Checkpoint, kept_in: Path | None
+) -> tuple[Any, int, list[str]]:
+    """
+    The whole model with its adapter merged, or, with `kept_in`, the LoRA of the language model written there; the rank
+    of what was kept, or 0; and what is to be said of it.
+    """
+    if not checkpoint.is_adapter:
+        return model, 0, []
+    if kept_in is None:
+        note = f"The adapter is merged into {_shown(checkpoint.base)}: the folder is whole."
+        return model.merge_and_unload(), 0, [note]
+    base, rank, merged = split_adapter(model, kept_in / ADAPTER)
+    processor.save_pretrained(kept_in / ADAPTER)
+    notes = [
+        "vLLM takes LoRA of the language model only: what the adapter has in the "
+        f"{' and the '.join(merged)} is merged into base/."
+    ]
+    return base, rank, notes if merged else []
+
+
+def _config_of(checkpoint: Checkpoint, revision: str | None) -> Any:
+    """The configuration of the whole model; that of a part, where the original wrote one with it."""
+    if checkpoint.kind in ("original_lora", "projector"):
+        return load_config(checkpoint.path, revision)
+    return load_config(checkpoint.base, checkpoint.revision)
+
+
+def _shown(base: str) -> str:
+    """A Hub id as it is; of a folder of this machine its last name only."""
+    return Path(base).name if Path(base).exists() else base
+
+
+def _write_whole(model: Any, processor: Any, folder: Path, server: Server) -> None:
+    """Writes the folder that transformers loads."""
+    model.save_pretrained(folder, checkpoint_format="llava-hf" if model.config.is_native else "nested")
+    processor.save_pretrained(folder)
+    if model.config.is_native:
+        _speak_to_older_readers(processor, folder)
+        check_names(folder, model.config.to_native())
+    if server == "endpoints":
+        shutil.copyfile(ENDPOINT_HANDLER, folder / "handler.py")
+
+
+def _speak_to_older_readers(processor: Any, folder: Path) -> None:
+    """
+    Says twice what transformers 5 moved: the settings of tokenizer and image processor, which transformers 4 would not
+    find, and the base of the rotary embedding, which it would take for 10,000 without a word.
+    """
+    path = folder / "config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    rope = settings["text_config"].get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        settings["text_config"]["rope_theta"] = rope["rope_theta"]
+        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    processor.image_processor.save_pretrained(folder)
+    speak_to_transformers_4(folder)
