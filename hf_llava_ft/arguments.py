@@ -220,6 +220,9 @@ class LlavaTrainingArguments(TrainingArguments):
             per micro-batch, then the mean of those over accumulation steps and ranks.
         early_stopping_patience (`int`, *optional*):
             End when the loss of so many evaluations in a row was no better than the best before; the best is loaded.
+        try_longest_batch (`"auto"`, `"true"` or `"false"`):
+            Try the batch of the longest rows before the first step, so that too little memory is known then. `auto` is
+            on a GPU. It leaves no trace in the run. Not with streaming, and not under DeepSpeed.
         learning_rate, lr_scheduler_type, warmup_steps, logging_steps, per_device_train_batch_size:
             the same arguments with LLaVA's defaults.
     """
@@ -244,11 +247,20 @@ class LlavaTrainingArguments(TrainingArguments):
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "End after so many evaluations that were no better, and keep the best."}
     )
+    try_longest_batch: str = field(
+        default="auto",
+        metadata={"help": "Try the batch of the longest rows before the first step: auto (on a GPU), true or false."},
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay False: the collator reads all columns."}
     )
 
     def __post_init__(self):
+        self.try_longest_batch = str(self.try_longest_batch).lower()
+        if self.try_longest_batch not in ("auto", "true", "false"):
+            raise ValueError(f"try_longest_batch {self.try_longest_batch} is none of auto, true and false.")
+        if str(self.fsdp).lower() in ("true", "false"):  # of which transformers takes no words, only the bare flag
+            self.fsdp = True if str(self.fsdp).lower() == "true" else None  # type: ignore[assignment]
         if self.early_stopping_patience is not None:
             if self.early_stopping_patience < 1:
                 raise ValueError(

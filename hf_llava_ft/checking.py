@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from hf_llava_ft.checkpoints import inspect_checkpoint, load_config, load_processor
+from hf_llava_ft.checkpoints import inspect_checkpoint, load_config
 from hf_llava_ft.data.check import check_data
 from hf_llava_ft.data.check_report import write_check_report
 from hf_llava_ft.data.check_result import CheckResult
@@ -15,35 +15,7 @@ from hf_llava_ft.data.formats import Source, open_source
 from hf_llava_ft.data.pictures import decode_failure
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.preview import first_rows, print_preview
-from hf_llava_ft.processing.processing_llava import LlavaProcessor
-
-
-def processor_for_training(
-    model: str, revision: str | None = None, version: str | None = None, base: str | None = None
-) -> LlavaProcessor:
-    """
-    The processor of a model, with the chat template that it is trained under.
-
-    Args:
-        model (`str`): folder or Hub id.
-        version (`str`, *optional*): name of a chat template, instead of the model's.
-        base (`str`, *optional*): of an adapter.
-
-    Raises:
-        UserError: if there is none, or its template does not mark what ends an answer.
-    """
-    processor = load_processor(model, revision, base=base)
-    if version is not None:
-        try:
-            processor.use_chat_template(version)
-        except ValueError as error:
-            raise UserError(f"--version: {error}") from error
-    if processor.stop_token_id is None and processor.stop_string is None:
-        raise UserError(
-            f"{model}: its chat template does not mark what ends an answer, so the "
-            f"model would never learn to stop: choose one of ours, --version v1 for LLaVA-1.5."
-        )
-    return processor
+from hf_llava_ft.training_processor import processor_for_training
 
 
 def run_check(

@@ -1,7 +1,8 @@
-"""Questions that the model in training answers at each evaluation: `--eval_prompts`."""
+"""Questions that the model answers before training and at each evaluation: `--eval_prompts`."""
 
 import json
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from hf_llava_ft.data.schema import row_place
 from hf_llava_ft.data.values import row_images
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.evaluation import untouched_rng
+from hf_llava_ft.fsdp import uses_fsdp
 from hf_llava_ft.page import THUMBNAIL_PIXELS
+from hf_llava_ft.throughput import Throughput
 
-ANSWERS_FILE = "eval_answers.jsonl"
+ANSWERS_FILE, PICTURES_FOLDER = "eval_answers.jsonl", "eval_pictures"
 
 
 @dataclass(frozen=True)
@@ -91,8 +94,10 @@ def open_eval_prompts(data_args: DataArguments) -> list[EvalPrompt]:
 def _rows(path: Path) -> list[Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--eval_prompts {path} cannot be read: {error}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--eval_prompts {path} is not UTF-8 text; save it as UTF-8.") from error
+    except OSError as error:
+        raise UserError(f"--eval_prompts {path} cannot be read: {error.strerror or error}.") from error
     try:
         if text.lstrip().startswith("["):
             return json.loads(text)
@@ -113,8 +118,8 @@ def _question(row: dict[str, Any], place: str) -> str:
 
 class EvalAnswers(TrainerCallback):
     """
-    Answers the prompts greedily at each evaluation: printed, kept in `eval_answers.jsonl` of the output folder, and
-    given to TensorBoard where it is on.
+    Answers the prompts greedily before the first step, which is step 0, and at each evaluation: printed, kept in
+    `eval_answers.jsonl` of the output folder, with small pictures beside it, and given to TensorBoard where it is on.
 
     Training goes on as if it had not been. Under ZeRO-3 and FSDP, where no process has all the weights, all of them
     answer together; else the first one does, and the others wait.
@@ -128,26 +133,35 @@ class EvalAnswers(TrainerCallback):
     Attributes:
         answers (`list[dict]`): the lines of the file: `step`, `index`, `prompt`, `images`, `answer`.
         tensorboard (`TensorBoardCallback`, *optional*): the Trainer's.
+        throughput (`Throughput`, *optional*): the Trainer's, which the answers before the first step pause.
     """
 
     def __init__(self, prompts: list[EvalPrompt], processor: Any, max_new_tokens: int, console: Console):
         self.prompts, self.processor, self.max_new_tokens, self.console = prompts, processor, max_new_tokens, console
         self.answers: list[dict[str, Any]] = []
         self.tensorboard: TensorBoardCallback | None = None
+        self.throughput: Throughput | None = None
         self._shown_pictures = False
+        self._asked_at: int | None = None  # the last step, in every process
+        self._kept_pictures = False
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
         path = Path(str(args.output_dir), ANSWERS_FILE)
-        if not state.is_world_process_zero or not path.exists():
-            return
-        # Of the steps that a resumed run goes on from; those behind them are asked again, and other runs are over.
-        lines = path.read_text(encoding="utf-8").splitlines()
-        self.answers = [answer for answer in map(json.loads, lines) if answer["step"] <= state.global_step > 0]
-        self._write(path)
+        if state.is_world_process_zero and path.exists():
+            # Of the steps that a resumed run goes on from; those behind them are asked again, and other runs are over.
+            lines = path.read_text(encoding="utf-8").splitlines()
+            self.answers = [answer for answer in map(json.loads, lines) if answer["step"] <= state.global_step > 0]
+            self._write(path)
+        if state.global_step == 0:
+            with nullcontext() if self.throughput is None else self.throughput.paused():
+                self.on_evaluate(args, state, control, model=model)
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
+        if self._asked_at == state.global_step:
+            return
+        self._asked_at = state.global_step
         is_first = state.is_world_process_zero
-        if not is_first and not is_deepspeed_zero3_enabled() and not getattr(args, "fsdp", None):
+        if not is_first and not is_deepspeed_zero3_enabled() and not uses_fsdp(args):
             return
         was_training = model.training
         model.eval()
@@ -158,6 +172,8 @@ class EvalAnswers(TrainerCallback):
             model.train(was_training)
         if not is_first:
             return
+        # A run that is resumed behind its last step is asked there again.
+        self.answers = [answer for answer in self.answers if answer["step"] != state.global_step]
         for index, (prompt, answer) in enumerate(zip(self.prompts, said, strict=True)):
             line = {"step": state.global_step, "index": index, "prompt": prompt.question, "images": prompt.images}
             self.answers.append({**line, "answer": answer})
@@ -169,6 +185,7 @@ class EvalAnswers(TrainerCallback):
                 soft_wrap=True,
             )
         self._write(Path(str(args.output_dir), ANSWERS_FILE))
+        self._keep_pictures(Path(str(args.output_dir), PICTURES_FOLDER))
         self._show(said, state.global_step)
 
     def find_tensorboard(self, callbacks: Iterable[TrainerCallback]) -> None:
@@ -181,6 +198,16 @@ class EvalAnswers(TrainerCallback):
         for picture in (picture for pictures in small for picture in pictures):
             picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
         return small
+
+    def _keep_pictures(self, folder: Path) -> None:
+        """Small ones, as a model card shows them: `0-0.jpg` is the first of the first prompt."""
+        if self._kept_pictures or not any(prompt.images for prompt in self.prompts):
+            return
+        self._kept_pictures = True
+        folder.mkdir(exist_ok=True)
+        for index, pictures in enumerate(self.thumbnails()):
+            for number, picture in enumerate(pictures):
+                picture.save(folder / f"{index}-{number}.jpg", quality=90)
 
     def _answer(self, model: Any, prompt: EvalPrompt, args: Any) -> str:
         pictures = prompt.pictures()

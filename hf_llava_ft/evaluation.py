@@ -1,12 +1,13 @@
 """Evaluation while training: which rows it is of, and that nothing of it reaches the training itself."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from datasets import Dataset
+from transformers import TrainerState
 from transformers.trainer_utils import IntervalStrategy
 
 from hf_llava_ft.arguments import DataArguments, LlavaTrainingArguments
@@ -84,6 +85,18 @@ def held_out(rows: SoundRows, dataset: Dataset, share: float, seed: int) -> tupl
         )
     order = np.random.default_rng(seed).permutation(len(dataset))
     return dataset.select(np.sort(order[number:])), dataset.select(np.sort(order[:number]))
+
+
+def tell_of_early_stop(state: TrainerState, args: LlavaTrainingArguments, tell: Callable[[str], None]) -> None:
+    """Says at which step a run ended early, and which checkpoint is its result."""
+    if args.early_stopping_patience is None or state.global_step >= state.max_steps:
+        return
+    patience = args.early_stopping_patience
+    worse = "1 evaluation was" if patience == 1 else f"{patience} evaluations in a row were"
+    tell(
+        f"Stopped after step {state.global_step} of {state.max_steps}: {worse} no better. The result is that of step "
+        f"{state.best_global_step}, {args.metric_for_best_model} {state.best_metric:.4f}."
+    )
 
 
 def data_seed(args: LlavaTrainingArguments) -> int:

@@ -10,14 +10,18 @@ from hf_llava_ft.page import data_address, facts_list, said, trained_table, writ
 from hf_llava_ft.plots import loss_plot_svg, save_loss_plot
 
 REPORT_FILE, PLOT_FILE = "report.html", "loss.png"
+SUPERVISED = "supervised_tokens"
+MAX_STEPS = 8  # columns of answers
 STYLE = """
-.wide{overflow-x:auto}.wide table{min-width:520px}.wide tr:first-child{display:table-row}.wide tr{display:table-row}
-.wide th,.wide td{display:table-cell;text-align:left;vertical-align:top;min-width:130px}.wide td::before{content:none}
-.wide td{white-space:pre-wrap;overflow-wrap:anywhere;padding:8px 14px 8px 0}
-.wide img{width:96px;height:auto;border-radius:6px;margin:0 4px 0 0}
+.said{overflow-x:auto}.said table{min-width:520px}.said img{width:96px;height:auto;border-radius:6px;margin:0 4px 0 0}
+.said th,.said td{text-align:left;vertical-align:top;min-width:130px}
+.said td{white-space:pre-wrap;overflow-wrap:anywhere;padding:8px 14px 8px 0}
 .legend{color:var(--muted)}.legend b{color:var(--good)}.settings{columns:2;column-gap:36px;font-size:.9rem}
-.settings div{break-inside:avoid;margin:0 0 8px}.settings dl{display:block}
-@media(max-width:720px){.settings{columns:1}}
+.settings dl{display:block}.settings dl>div{break-inside:avoid;display:flex;justify-content:space-between;gap:16px}
+.settings dl>div{padding:4px 0;border-bottom:1px solid var(--rule)}.settings dt{font-weight:400}
+.settings dd{text-align:right;font-variant-numeric:tabular-nums}
+@media(max-width:720px){.settings{columns:1}.said table{min-width:0}.said td{display:block;padding:4px 0}
+.said td+td::before{content:attr(data-name);display:block;font-size:.85rem;font-weight:600}}
 """
 
 
@@ -69,9 +73,11 @@ def write_run_report(
 
 def _headline(summary: dict[str, Any]) -> str:
     settings = summary["settings"]
+    model, data = str(settings.get("model_name_or_path")), [each["name"] for each in summary["data"]["sources"]]
+    name = Path(model).name if model.startswith(("/", "~", ".")) else model
     return (
-        f"{settings.get('model_name_or_path')} on {settings.get('data_path')}, {settings.get('train_type')}: "
-        f"{summary['steps']:,} steps, {summary['epochs'] or 0:.3g} epochs."
+        f"{name} on {', '.join(data)}, {settings.get('train_type')}: {summary['steps']:,} steps, "
+        f"{summary['epochs'] or 0:.3g} epochs."
     )
 
 
@@ -92,10 +98,11 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     facts.append(("seconds of training", f"{summary['seconds_without_evaluation']:,.1f}"))
     if summary["seconds"] - summary["seconds_without_evaluation"] > 0:
         facts.append(("seconds in all", f"{summary['seconds']:,.1f}"))
-    for name in ("samples", "tokens", "supervised_tokens"):
+    for name in ("samples", "tokens", SUPERVISED):
         per_second = summary[f"{name}_per_second"]
         speed = "" if per_second is None else f", {per_second:,.1f} a second"
-        facts.append((name.replace("_", " "), f"{summary[name]:,}{speed}"))
+        share = f" ({100 * (summary['supervised_share'] or 0):.3g}%)" if name == SUPERVISED else ""
+        facts.append((name.replace("_", " "), f"{summary[name]:,}{share}{speed}"))
     peak = summary["peak_memory"]
     if peak["bytes"] is not None:
         facts.append(("peak memory", f"{peak['bytes'] / 2**30:.2f} GiB ({peak['of']})"))
@@ -105,14 +112,14 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
 def _data(data: dict[str, Any]) -> dict[str, str]:
     facts = {name.replace("_", " "): _shown(data[name]) for name in data if name != "sources"}
     for source in data["sources"]:
-        facts[source["where"]] = f"{source['format']}, {source['bytes']:,} bytes, weight {source['weight']:g}"
+        facts[source["name"]] = f"{source['format']}, {source['bytes']:,} bytes, weight {source['weight']:g}"
     return facts
 
 
 def _shown(value: Any) -> str:
     if value is None:
         return "not known before reading"
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return " ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
 
 
 def _named(title: str, values: dict[str, str]) -> str:
@@ -121,18 +128,29 @@ def _named(title: str, values: dict[str, str]) -> str:
 
 def _answers(answers: list[dict[str, Any]], pictures: list[list[Image.Image]]) -> str:
     """A row for each prompt, a column for each step."""
-    steps = sorted({answer["step"] for answer in answers})
+    steps, note = _shown_steps(sorted({answer["step"] for answer in answers}))
+    names = {step: f"step {step}" for step in steps} | {0: "before training"}
     by_prompt: dict[int, dict[int, str]] = {}
     questions = {}
     for answer in answers:
         by_prompt.setdefault(answer["index"], {})[answer["step"]] = answer["answer"]
         questions[answer["index"]] = answer["prompt"]
-    rows = ["<th>prompt</th>" + "".join(f"<th>step {step}</th>" for step in steps)]
+    rows = ["<th>prompt</th>" + "".join(f"<th>{names[step]}</th>" for step in steps)]
     for index, said_at in sorted(by_prompt.items()):
         images = "".join(
             f'<img src="{data_address(picture)}" alt="" width="{picture.width}" height="{picture.height}">'
             for picture in (pictures[index] if index < len(pictures) else [])
         )
-        cells = "".join(f'<td dir="auto">{said(said_at.get(step, ""))}</td>' for step in steps)
+        cells = "".join(
+            f'<td dir="auto" data-name="{names[step]}">{said(said_at.get(step, ""))}</td>' for step in steps
+        )
         rows.append(f"<td>{images}<div>{escape(questions[index])}</div></td>{cells}")
-    return f'<div class="wide"><table>{"".join(f"<tr>{row}</tr>" for row in rows)}</table></div>'
+    return f'{note}<div class="said"><table>{"".join(f"<tr>{row}</tr>" for row in rows)}</table></div>'
+
+
+def _shown_steps(steps: list[int]) -> tuple[list[int], str]:
+    """At most `MAX_STEPS` of the steps, evenly spaced with the first and the last, and a paragraph that says so."""
+    if len(steps) <= MAX_STEPS:
+        return steps, ""
+    kept = [steps[round(index * (len(steps) - 1) / (MAX_STEPS - 1))] for index in range(MAX_STEPS)]
+    return kept, f'<p class="legend">{MAX_STEPS} of {len(steps)} times; all are in eval_answers.jsonl.</p>'

@@ -1,6 +1,8 @@
 """How much a run reads: samples, tokens and supervised tokens."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +31,7 @@ class Throughput:
     The sums are kept on the device of the batches, so that counting waits for nothing.
 
     Attributes:
-        paused_seconds (`float`): spent in evaluation.
+        paused_seconds (`float`): spent in what is no training, evaluation above all.
     """
 
     def __init__(self):
@@ -42,6 +44,15 @@ class Throughput:
         """Begins the time that [`training_seconds`] counts; what was counted before is forgotten."""
         self.paused_seconds, self._samples, self._tokens = 0.0, 0, None
         self._started = time.monotonic()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time inside is that of no training."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.paused_seconds += time.monotonic() - started
 
     def count(self, batch: dict[str, Any]) -> None:
         """
@@ -70,5 +81,5 @@ class Throughput:
         return Counts(*sums.tolist())
 
     def training_seconds(self) -> float:
-        """Since the start, without the time in evaluation."""
+        """Since the start, without the pauses."""
         return 0.0 if self._started is None else time.monotonic() - self._started - self.paused_seconds

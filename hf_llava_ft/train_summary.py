@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import TrainerState, TrainingArguments
 
 from hf_llava_ft.arguments import LlavaTrainingArguments
@@ -20,12 +21,17 @@ from hf_llava_ft.data.formats import Source
 from hf_llava_ft.page import write_atomically
 from hf_llava_ft.settings import SECRET, default_of
 from hf_llava_ft.throughput import Counts
-from hf_llava_ft.tuning import TrainedPart
+from hf_llava_ft.training_facts import SUMMARY_FILE as SUMMARY_FILE
+from hf_llava_ft.tuning import TrainedPart, learning_rate_of
 
-SUMMARY_FILE = "train_summary.json"
 _PACKAGES = (
     *("hf-llava-ft", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors"),
     *("pillow", "deepspeed", "bitsandbytes", "flash-attn"),
+)
+# Of transformers' settings, those that say how it was trained even where nothing was said.
+_ALWAYS_SHOWN = frozenset(
+    ("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate")
+    + ("lr_scheduler_type", "warmup_steps", "optim", "seed")
 )
 # A set with its pictures inside may have a terabyte: of a file past this size only its ends are read.
 _MAX_BYTES_READ = 2**30
@@ -34,7 +40,8 @@ _BYTES_OF_AN_END = 16 * 2**20
 
 def settings_of(*arguments: Any) -> dict[str, Any]:
     """
-    The settings of a run by name: all of ours, and those of transformers that are not at their default.
+    The settings of a run by name: all of ours, and those of transformers that are not at their default or say
+    how it was trained.
 
     Secrets are hidden and the home folder is `~`.
 
@@ -47,7 +54,8 @@ def settings_of(*arguments: Any) -> dict[str, Any]:
         is_training = isinstance(part, LlavaTrainingArguments)
         for field in dataclasses.fields(part):
             value, default = getattr(part, field.name), default_of(field)
-            if not field.init or (is_training and field.name in theirs and _is_default(value, default)):
+            is_theirs = is_training and field.name in theirs and field.name not in _ALWAYS_SHOWN
+            if not field.init or (is_theirs and _is_default(value, default)):
                 continue
             found[field.name] = "(hidden)" if SECRET.search(field.name) and value is not None else _plain(value)
     return found
@@ -80,17 +88,19 @@ def without_home(text: str) -> str:
     return text.replace(f"{home}{os.sep}", f"~{os.sep}") if home else text
 
 
-def data_facts(sources: Iterable[Source], num_rows: int | None) -> dict[str, Any]:
+def data_facts(sources: Iterable[Source], trained_on: Dataset | None = None) -> dict[str, Any]:
     """
     What a run was trained on.
 
     Args:
-        num_rows (`int`, *optional*): that are trained on; None where rows are streamed.
+        sources (`Iterable[Source]`): where the rows come from.
+        trained_on (`datasets.Dataset`, *optional*): the rows; without it, as where they are streamed, none is counted.
 
     Returns:
-        `rows`; `sources`, of which each has `where`, `format`, `weight`, `bytes` and `fingerprint`; and `fingerprint`
-        of all. It is the BLAKE2b of the data files, in order, without their names; of a file past 1 GiB that of its
-        size and its first and last 16 MiB. Images that lie beside a file are not in it.
+        `rows`, `rows_with_images` and `images`, or None; `sources`, of which each has `where`, `name` (the same
+        without the folders it lies in), `format`, `weight`, `bytes` and `fingerprint`; and `fingerprint` of all. It is
+        the BLAKE2b of the data files, in order, without their names; of a file past 1 GiB that of its size and its
+        first and last 16 MiB. Images that lie beside a file are not in it.
     """
     facts = []
     for source in sources:
@@ -98,22 +108,27 @@ def data_facts(sources: Iterable[Source], num_rows: int | None) -> dict[str, Any
         digest = blake2b(digest_size=16)
         for file in files:
             _add_file(digest, file)
-        where, num_bytes = without_home(str(source.where)), sum(file.stat().st_size for file in files)
         facts.append(
             {
-                "where": where,
+                "where": without_home(str(source.where)),
+                "name": _name_of(str(source.where)),
                 "format": source.format,
                 "weight": source.weight,
-                "bytes": num_bytes,
+                "bytes": sum(file.stat().st_size for file in files),
                 "fingerprint": digest.hexdigest(),
             }
         )
     together = json.dumps([[each["fingerprint"], each["weight"]] for each in facts]).encode()
-    return {
-        "rows": num_rows,
-        "fingerprint": blake2b(together, digest_size=16).hexdigest(),
-        "sources": facts,
-    }
+    counts: dict[str, int | None] = dict.fromkeys(("rows", "rows_with_images", "images"))
+    if trained_on is not None:
+        images = trained_on.select_columns(["num_images"]).with_format("numpy")[:]["num_images"]
+        counts = {"rows": len(images), "rows_with_images": int((images > 0).sum()), "images": int(images.sum())}
+    return {**counts, "fingerprint": blake2b(together, digest_size=16).hexdigest(), "sources": facts}
+
+
+def _name_of(where: str) -> str:
+    """A Hub id is its own name; of a file or folder it is the last part."""
+    return Path(where).name if os.path.isabs(where) or os.path.exists(where) else where
 
 
 def _add_file(digest: Any, file: Path) -> None:
@@ -155,6 +170,7 @@ def peak_memory(device: torch.device) -> dict[str, Any]:
 def train_summary(
     *,
     settings: dict[str, Any],
+    base: list[dict[str, str]],
     data: dict[str, Any],
     trained: list[TrainedPart],
     state: TrainerState,
@@ -168,13 +184,14 @@ def train_summary(
 
     Args:
         settings: of [`settings_of`].
+        base: of `training_facts.base_facts`.
         data: of [`data_facts`].
         trained (`list[TrainedPart]`): what trained.
         state (`TrainerState`): at the end of training.
         counts (`Counts`): of all processes, of this run, without what a run before it did when it was resumed.
         seconds (`float`): of the training loop.
         seconds_training (`float`): without the time in evaluation; speeds are of these.
-        args (`LlavaTrainingArguments`): for the device and the number of processes.
+        args (`LlavaTrainingArguments`): for seed, batch, learning rates, device and number of processes.
     """
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     evaluated = [{"step": e["step"], "loss": e["eval_loss"]} for e in state.log_history if "eval_loss" in e]
@@ -192,11 +209,15 @@ def train_summary(
         "seconds": round(seconds, 3),
         "seconds_without_evaluation": round(seconds_training, 3),
         **dataclasses.asdict(counts),
+        "supervised_share": round(counts.supervised_tokens / counts.tokens, 4) if counts.tokens else None,
         **per_second,
+        "rows_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "seed": args.seed,
         "peak_memory": peak_memory(args.device),
         "device": device,
         "num_processes": args.world_size,
-        "trained": [dataclasses.asdict(part) for part in trained],
+        "base": base,
+        "trained": [{**dataclasses.asdict(part), "learning_rate": learning_rate_of(part, args)} for part in trained],
         "data": data,
         "settings": settings,
         "versions": versions(),

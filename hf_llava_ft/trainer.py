@@ -4,16 +4,11 @@ Learning rates of their own for projector and tower; batches by modality and len
 positions only; checkpoints in the layout that the model is read from. The loss is the mean over the supervised tokens
 of the whole optimiser step, over accumulation and ranks; the original's mean of the means of the micro-batches is
 `loss_normalization="micro_batch"`.
-
-What may surprise: rows of the head that stand for no token, and that of `<image>`, have no part in the loss. They were
-added to give an id to an image, or to fill the head up to a round number; the original has none of them, and no answer
-ever holds them. With them in the sum, every probability would be a little too small, and they would be trained.
 """
 
 import os
 import shutil
-import time
-from dataclasses import dataclass
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +17,6 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
-from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -35,12 +28,18 @@ from hf_llava_ft.data.sampler import ModalityLengthSampler, OriginalOrderSampler
 from hf_llava_ft.data.stream_loader import StreamPosition, refuse_grouping, stream_dataloader
 from hf_llava_ft.data.streaming import LlavaStream
 from hf_llava_ft.evaluation import row_losses, untouched_rng
+from hf_llava_ft.fsdp import check_fsdp, share_out_by_layers, whole_state_dict
+from hf_llava_ft.longest_batch import LongestBatch
+from hf_llava_ft.loss import LossOverTokens
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
 from hf_llava_ft.modeling.weight_names_llava import name_in_memory
+from hf_llava_ft.moved_weights import MovedWeights
+from hf_llava_ft.out_of_memory import advice, advice_for_evaluation, told_of_out_of_memory
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.processing.uint8_pixels_llava import can_hand_over_uint8, normalize_pixels
 from hf_llava_ft.resume import SEAL, seal
 from hf_llava_ft.throughput import Throughput
+from hf_llava_ft.trainer_push import PushingTrainer
 from hf_llava_ft.tuning import PROJECTOR, VISION_TOWER, part_of
 
 # Steps whose rows are sorted by length together, as transformers' own LengthGroupedSampler has it. The original sorts
@@ -48,7 +47,7 @@ from hf_llava_ft.tuning import PROJECTOR, VISION_TOWER, part_of
 LENGTH_POOL_STEPS = 50
 
 
-class LlavaTrainer(Trainer):
+class LlavaTrainer(PushingTrainer):
     """
     As `transformers.Trainer`; `processing_class` is the [`LlavaProcessor`], from which the collator is made when none
     is given.
@@ -64,8 +63,10 @@ class LlavaTrainer(Trainer):
         processor = kwargs.get("processing_class")
         if data_collator is None and isinstance(processor, LlavaProcessor):
             data_collator = LlavaCollator(processor, uint8_pixels=True)
-        # First, so that what it refuses is said before a progress bar is up.
-        kwargs["callbacks"] = [StreamPosition(), *(kwargs.get("callbacks") or [])]
+        self.longest_batch = LongestBatch(self)
+        # First, so that what they refuse is said before a progress bar is up.
+        own = [StreamPosition(), self.longest_batch, MovedWeights()]
+        kwargs["callbacks"] = [*own, *(kwargs.get("callbacks") or [])]
         super().__init__(model=model, args=args or LlavaTrainingArguments(), data_collator=data_collator, **kwargs)
         if isinstance(self.train_dataset, LlavaStream):
             refuse_grouping(self.args)
@@ -77,11 +78,26 @@ class LlavaTrainer(Trainer):
             # The Trainer then counts no tokens: the model gives the mean, which is divided by the accumulation steps.
             # In transformers 5.17 as in 5.23.
             self.model_accepts_loss_kwargs = False
+        check_fsdp(self.args, is_running=self.is_fsdp_enabled)
+        if self.is_fsdp_enabled:
+            share_out_by_layers(self.accelerator.state.fsdp_plugin, self.model)  # type: ignore[arg-type]
         self.throughput = Throughput()
 
     def train(self, *args, **kwargs):
+        """As in transformers; too little memory is a `UserError` that says what to change."""
         self.throughput.start()
-        return super().train(*args, **kwargs)
+        with told_of_out_of_memory(self._what_did_not_fit):
+            return super().train(*args, **kwargs)
+
+    def _what_did_not_fit(self) -> str:
+        trying = self.longest_batch.trying
+        doing = f"step {self.state.global_step + 1}" if trying is None else f"{trying}, tried before the first step"
+        return f"{doing}. {advice(self.model, self.args)}"
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """As in transformers, which trains a step too many where a run is resumed that had reached `max_steps`."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
 
     def get_batch_samples(self, *args, **kwargs):
         """As in transformers; what is in the batches is counted in `throughput`."""
@@ -91,13 +107,11 @@ class LlavaTrainer(Trainer):
         return batches, num_items
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """As in transformers, but that the training after it is what it would have been without."""
-        started = time.monotonic()
-        try:
-            with untouched_rng():
-                return super().evaluate(*args, **kwargs)
-        finally:
-            self.throughput.paused_seconds += time.monotonic() - started
+        """As in transformers, but that the training after it is what it would have been without. Too little memory is
+        a `UserError` that says what to change."""
+        what = f"the evaluation after step {self.state.global_step}. {advice_for_evaluation(self.args)}"
+        with self.throughput.paused(), untouched_rng(), told_of_out_of_memory(lambda: what):
+            return super().evaluate(*args, **kwargs)
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
         """
@@ -209,7 +223,13 @@ class LlavaTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             seal(folder)
+            self.push_checkpoint(folder)
             rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def save_model(self, *args, **kwargs) -> None:
+        """As in transformers, and the whole weights under FSDP too, however the state of the run is saved."""
+        with whole_state_dict(self.accelerator.state.fsdp_plugin) if self.is_fsdp_enabled else nullcontext():
+            super().save_model(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -243,36 +263,6 @@ class LlavaTrainer(Trainer):
             raise ValueError(
                 f"{resume_from_checkpoint} lacks weights of this model, {min(missing - tied)} among them."
             )
-
-
-@dataclass(frozen=True)
-class LossOverTokens:
-    """
-    transformers' loss of a causal language model, over the tokens that an answer can hold.
-
-    Args:
-        num_tokens (`int`): ids from here on stand for no token.
-        image_token_id (`int`): not a token either.
-    """
-
-    num_tokens: int
-    image_token_id: int
-
-    def __call__(self, logits: torch.Tensor, labels, vocab_size: int, **kwargs) -> torch.Tensor:
-        """As `ForCausalLMLoss`, with `logits` `float[..., V]`."""
-        logits = self.over_tokens(logits)
-        return ForCausalLMLoss(logits, labels, logits.shape[-1], **kwargs)
-
-    def over_tokens(self, logits: torch.Tensor) -> torch.Tensor:
-        """`float[..., V]` without the ids that stand for no token; that of the image token, among others, is -inf."""
-        num_kept = min(self.num_tokens, logits.shape[-1])
-        if self.image_token_id == num_kept - 1:
-            num_kept -= 1
-        logits = logits[..., :num_kept]
-        if self.image_token_id < num_kept:
-            image = torch.tensor([self.image_token_id], device=logits.device)
-            logits = logits.index_fill(-1, image, float("-inf"))
-        return logits
 
 
 def _split_off(optimizer: torch.optim.Optimizer, parameters: set[nn.Parameter], learning_rate: float) -> None:

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from rich.table import Table
 from torch import nn
 
-from hf_llava_ft.arguments import TuningArguments
+from hf_llava_ft.arguments import LlavaTrainingArguments, TuningArguments
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
 from hf_llava_ft.quantization import is_quantized, prepare_quantized
@@ -221,6 +222,28 @@ def trained_parts(model: nn.Module) -> list[TrainedPart]:
         for part in (*PARTS, OTHER)
         if part in counts
     ]
+
+
+def learning_rate_of(part: TrainedPart, args: LlavaTrainingArguments) -> str:
+    """Peak learning rate of a part as text; a dash for a frozen one."""
+    if not part.num_trainable:
+        return "-"
+    own = {PROJECTOR: args.mm_projector_lr, VISION_TOWER: args.mm_vision_tower_lr}.get(part.part)
+    return f"{args.learning_rate if own is None else own:g}"
+
+
+def table_of_parts(parts: list[TrainedPart], args: LlavaTrainingArguments) -> Table:
+    """What trains, as it is printed before the first step."""
+    table = Table(title="What trains")
+    table.add_column("part")
+    for number in ("trainable", "of"):
+        table.add_column(number, justify="right")
+    table.add_column("dtype")
+    table.add_column("learning rate", justify="right")
+    for part in parts:
+        rate = learning_rate_of(part, args)
+        table.add_row(part.part, f"{part.num_trainable:,}", f"{part.num_total:,}", part.dtype, rate)
+    return table
 
 
 def _num_weights(parameter: torch.Tensor) -> int:

@@ -8,13 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_llava_ft.data import bad_rows
+from hf_llava_ft.data import known_problems
 from hf_llava_ft.data.bad_rows import SKIPPED_FILE, sound_rows, told_of_skipped
 from hf_llava_ft.data.collator import LlavaCollator
 from hf_llava_ft.data.formats import load_data
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.processing.processing_llava import LlavaProcessor
-from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
 from hf_llava_ft.train import main as train
 
 
@@ -85,8 +83,8 @@ def test_a_sound_set_is_the_same_either_way_and_as_load_data_gives_it(folder, ti
 def test_what_is_bad_is_remembered_until_a_file_changes(folder, tiny_processor, monkeypatch):
     data = write(folder, MIXED)
     calls = []
-    check = bad_rows.check_data
-    monkeypatch.setattr(bad_rows, "check_data", lambda sources: calls.append(1) or check(sources))
+    check = known_problems.check_data
+    monkeypatch.setattr(known_problems, "check_data", lambda sources: calls.append(1) or check(sources))
     for _ in range(2):
         assert len(opened(folder, data).that_fit(tiny_processor, 500)) == 6
     assert len(calls) == 1
@@ -113,18 +111,6 @@ def test_a_broken_file_or_one_without_a_good_row_is_refused_under_both(folder, t
 
 
 # ---------------------------------------------------------------------- too long
-
-
-@pytest.fixture(params=["pad", "anyres"])
-def processor(request, tiny, golden):
-    pinpoints = {"image_grid_pinpoints": [[56, 112], [112, 56]]} if request.param == "anyres" else {}
-    return LlavaProcessor.build(
-        load_tokenizer(golden / "tokenizer_tiny"),
-        tiny.config().vision_config,
-        version="v1",
-        image_aspect_ratio=request.param,
-        **pinpoints,
-    )
 
 
 def test_every_limit_trains_a_prefix_or_leaves_the_row_out(folder, processor):

@@ -3,7 +3,6 @@ hostile files end in sentences."""
 
 import json
 import struct
-import sys
 import zlib
 
 import numpy as np
@@ -12,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from hf_llava_ft.cli import main
 from hf_llava_ft.data.check import check_data
 from hf_llava_ft.data.check_images import image_facts
 from hf_llava_ft.data.check_statistics import length_statistics, padding_waste
@@ -20,22 +18,6 @@ from hf_llava_ft.data.collator import open_picture
 from hf_llava_ft.data.formats import open_source
 from hf_llava_ft.data.pictures import decode_failure
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
-
-
-@pytest.fixture
-def llava_ft(monkeypatch, capfd):
-    """A function that runs `llava-ft ARGS`; returns exit code, stdout and stderr."""
-
-    def run(*args) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["llava-ft", *map(str, args)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exit_info:
-            main()
-        out, err = capfd.readouterr()
-        assert "Traceback" not in err
-        return int(exit_info.value.code or 0), out, err
-
-    return run
 
 
 def row(row_id, question, answer, image=None):
@@ -410,6 +392,8 @@ def test_hostile_rows_end_in_sentences(llava_ft, folder, tiny_checkpoint):
         (["DATA", "--image_folder", "nowhere"], "nowhere is not a folder"),
         (["DATA", "--preview", "1"], "--model"),
         (["DATA", "--batch_size", "0"], "batch_size"),
+        (["DATA", "--report", "images"], "images cannot be written"),
+        (["DATA", "--json", "images"], "images cannot be written"),
         ([], "data"),  # typer's own sentence, or ours where an older typer gives an empty list
     ],
 )

@@ -15,8 +15,6 @@ from PIL import Image
 from hf_llava_ft.data.check import check_data
 from hf_llava_ft.data.check_report import histogram_svg, pictures_of, write_check_report
 from hf_llava_ft.data.formats import open_source
-from hf_llava_ft.processing.processing_llava import LlavaProcessor
-from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
 from hf_llava_ft.processing.uint8_pixels_llava import uint8_images
 
 ATTACK = "<script>alert(1)</script><img src=x onerror='a()'>\"></p></mark>&amp;{style}"
@@ -42,18 +40,6 @@ class Page(HTMLParser):
     def handle_data(self, data):
         self.text += data
         self.marked += data if self._depth else ""
-
-
-@pytest.fixture(params=["pad", "anyres"])
-def processor(request, tiny, golden):
-    pinpoints = {"image_grid_pinpoints": [[56, 112], [112, 56]]} if request.param == "anyres" else {}
-    return LlavaProcessor.build(
-        load_tokenizer(golden / "tokenizer_tiny"),
-        tiny.config().vision_config,
-        version="v1",
-        image_aspect_ratio=request.param,
-        **pinpoints,
-    )
 
 
 def picture(width, height):

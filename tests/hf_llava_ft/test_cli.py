@@ -14,23 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import hf_llava_ft
-from hf_llava_ft.cli import main
 from hf_llava_ft.train import parse_arguments
-
-
-@pytest.fixture
-def llava_ft(monkeypatch, capfd):
-    """A function that runs `llava-ft ARGS`; returns exit code, stdout and stderr."""
-
-    def run(*args) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["llava-ft", *map(str, args)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exit_info:
-            main()
-        out, err = capfd.readouterr()
-        return int(exit_info.value.code or 0), out, err
-
-    return run
 
 
 def train_flags(model, data, folder, output_dir, **more) -> list[str]:
@@ -164,6 +148,17 @@ def test_a_folder_that_is_no_model(llava_ft, llava_json, tmp_path):
         assert code == 2 and expected in sentence(err)
         code, _, err = llava_ft("generate", "--model", model, "--prompt", "q")
         assert code == 2 and expected in sentence(err)
+
+
+def test_the_version(llava_ft):
+    assert llava_ft("--version")[:2] == (0, f"{hf_llava_ft.__version__}\n")
+
+
+def test_an_adapter_without_its_weights(llava_ft, tiny_checkpoint, tmp_path):
+    settings = {"peft_type": "LORA", "base_model_name_or_path": str(tiny_checkpoint)}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    code, _, err = llava_ft("merge", "--adapter", tmp_path, "--output_dir", tmp_path / "merged")
+    assert code == 2 and "no adapter_model.safetensors" in sentence(err) and not (tmp_path / "merged").exists()
 
 
 def test_a_model_that_is_no_llava(llava_ft, llava_json, tmp_path, tiny_processor):

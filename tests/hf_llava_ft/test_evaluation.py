@@ -17,9 +17,10 @@ from hf_llava_ft.data.collator import LlavaCollator
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.eval_prompts import ANSWERS_FILE
 from hf_llava_ft.evaluation import held_out, untouched_rng
+from hf_llava_ft.loss import LossOverTokens
 from hf_llava_ft.parsing import resolve
+from hf_llava_ft.train import main as train_main
 from hf_llava_ft.train import train
-from hf_llava_ft.trainer import LossOverTokens
 
 
 @pytest.fixture
@@ -178,7 +179,7 @@ def test_held_out_rows_are_not_trained_on(run):
     assert result.summary["samples"] == 9 and result.summary["steps"] == 9
 
 
-@pytest.mark.parametrize("train_type", ["lora", "freeze_vision"])
+@pytest.mark.parametrize("train_type", [pytest.param("lora", marks=pytest.mark.slow), "freeze_vision"])
 def test_a_run_ends_when_evaluation_gets_no_better_and_keeps_the_best(run, data, tiny_checkpoint, train_type):
     path, folder = data
     flags = {"eval_data_path": path, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps"}
@@ -195,6 +196,71 @@ def test_a_run_ends_when_evaluation_gets_no_better_and_keeps_the_best(run, data,
         model = load_model(str(result.adapter_dir), processor)
     expected, _ = plain_loss(model.eval(), processor, sound_rows(path, folder).that_fit(processor, 512))
     assert min(losses) == pytest.approx(expected, rel=1e-5)
+
+
+class Killed(Exception):
+    pass
+
+
+def test_answers_go_on_after_a_resume_without_a_step_twice(run, prompts, tmp_path, monkeypatch):
+    def steps_of(name):
+        lines = (tmp_path / name / ANSWERS_FILE).read_text().splitlines()
+        return [(line["step"], line["index"], line["answer"]) for line in map(json.loads, lines)]
+
+    flags = {"eval_prompts": prompts, "eval_max_new_tokens": 5, "eval_split": 0.2, "eval_strategy": "steps"}
+    flags |= {"eval_steps": 1, "save_strategy": "steps", "save_steps": 2}
+    run("whole", **flags)
+    expected = steps_of("whole")
+    assert [step for step, _, _ in expected] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+
+    def killed(self, args, state, control, **kwargs):
+        if state.global_step == 3:  # has been evaluated, and is behind the last checkpoint
+            raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.modules["hf_llava_ft.progress"].LiveProgress, "on_step_begin", killed, raising=False)
+        with pytest.raises(Killed):
+            run("broken", **flags)
+    assert [step for step, _, _ in steps_of("broken")][-1] == 3
+    run("broken", **flags, resume_from_checkpoint=True)
+    assert steps_of("broken") == expected
+    done, _ = run("broken", **flags, resume_from_checkpoint=True)  # behind its last step
+    assert steps_of("broken") == expected and done.summary["steps"] == 4
+
+
+def test_early_stopping_from_the_command_line(data, tiny_checkpoint, tmp_path, capsys):
+    path, folder = data
+    flags = {"model_name_or_path": tiny_checkpoint, "data_path": path, "image_folder": folder, "use_cpu": True}
+    flags |= {"output_dir": tmp_path / "out", "eval_data_path": path, "eval_strategy": "steps", "eval_steps": 1}
+    flags |= {"save_strategy": "steps", "save_steps": 1, "early_stopping_patience": 1, "max_steps": 40, "lora_r": 4}
+    flags |= {"learning_rate": 0.3, "lr_scheduler_type": "constant", "save_total_limit": 1}
+    train_main([str(word) for name, value in flags.items() for word in (f"--{name}", value)])
+    summary = json.loads((tmp_path / "out/train_summary.json").read_text())
+    best = summary["eval_loss"]["best"]
+    assert best["step"] == summary["steps"] - 1 < 39
+    said = f"Stopped after step {summary['steps']} of 40: 1 evaluation was no better. The result is that of step"
+    assert f"{said} {best['step']}, eval_loss {best['loss']:.4f}." in capsys.readouterr().err
+    kept = [folder.name for folder in (tmp_path / "out").glob("checkpoint-*")]
+    assert kept == [f"checkpoint-{best['step']}"]
+    found = load_file(tmp_path / "out/adapter_model.safetensors")
+    expected = load_file(tmp_path / "out" / kept[0] / "adapter_model.safetensors")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_tensorboard_shows_the_answers_and_once_the_pictures(run, prompts, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = {"eval_split": 0.2, "eval_strategy": "steps", "eval_steps": 2, "eval_max_new_tokens": 5}
+    run("out", eval_prompts=prompts, report_to="tensorboard", **flags)
+    [events] = (tmp_path / "out" / "runs").iterdir()
+    logged = EventAccumulator(str(events), {"images": 0, "tensors": 0, "scalars": 0}).Reload()
+    pictures = logged.Images("eval_prompts/0/0")
+    assert [(picture.step, picture.width, picture.height) for picture in pictures] == [(0, 61, 40)]
+    for index, question in enumerate(("What is it?", "Who?")):
+        texts = logged.Tensors(f"eval_prompts/{index}/text_summary")
+        assert [text.step for text in texts] == [0, 2, 4]
+        assert texts[0].tensor_proto.string_val[0].decode().startswith(f"{question}\n\n")
+    assert [each.step for each in logged.Scalars("eval/loss")] == [2, 4]
 
 
 @pytest.mark.parametrize(

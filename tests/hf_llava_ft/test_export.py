@@ -1,7 +1,11 @@
 """A data set written for the Hub gives back the rows it was made of, pictures byte for byte."""
 
+import ast
+import html
 import json
 import os
+import re
+import shlex
 import tracemalloc
 from pathlib import Path
 
@@ -13,11 +17,13 @@ from datasets import Image as ImageFeature
 from datasets import List
 from datasets.table import embed_table_storage
 from huggingface_hub import DatasetCard
+from markdown_it import MarkdownIt
 from PIL import Image
 from typer.testing import CliRunner
 
 from hf_llava_ft.data import export
 from hf_llava_ft.data.builder import FEATURES, LlavaConversations, load_llava_json
+from hf_llava_ft.data.dataset_card import write_card
 from hf_llava_ft.data.export import export_dataset
 from hf_llava_ft.data.formats import load_data, open_source
 from hf_llava_ft.errors import UserError
@@ -214,3 +220,14 @@ def quiet():
     datasets.disable_progress_bars()
     yield
     datasets.enable_progress_bars()
+
+
+@pytest.mark.parametrize("name", ['x"; import os', "a b", "# c\n```\nd", "<b>e</b>"])
+def test_a_folders_name_stays_text_on_the_card(folder, name):
+    exported = write(folder)
+    write_card(folder / "README.md", exported, name)
+    page = MarkdownIt("commonmark", {"html": True}).render(DatasetCard.load(folder / "README.md").text)
+    program, command = (html.unescape(each) for each in re.findall(r"<code class[^>]*>(.*?)</code>", page, re.DOTALL))
+    assert f"load_dataset({json.dumps(name)}, " in program and ast.parse(program)
+    assert shlex.split(command)[:4] == ["llava-ft", "train", "--data_path", name]
+    assert page.count("<h1>") == 1 and "<b>" not in page

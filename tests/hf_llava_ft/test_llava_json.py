@@ -12,11 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hf_llava_ft.data import builder, json_parts, llava_json
+from hf_llava_ft.data import builder, json_parts, json_rows
 from hf_llava_ft.data.builder import LlavaConversations, load_llava_json, modality_lengths
 from hf_llava_ft.data.collator import open_picture
+from hf_llava_ft.data.image_folder import ImageFolder
 from hf_llava_ft.data.json_parts import index_json, iter_part
-from hf_llava_ft.data.llava_json import ImageFolder, iter_json_rows, iter_llava_json, unreadable_images
+from hf_llava_ft.data.json_rows import iter_json_rows
+from hf_llava_ft.data.llava_json import iter_llava_json
+from hf_llava_ft.data.pictures import unreadable_images
 from hf_llava_ft.data.worker_pool import results_in_order
 from hf_llava_ft.errors import UserError
 
@@ -92,7 +95,7 @@ def test_a_buffer_that_cuts_anywhere_changes_nothing(tmp_path_factory, rows, asc
     path.write_bytes(text.encode("utf-8", "replace"))
     expected = json.loads(path.read_text(encoding="utf-8"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llava_json, "_CHUNK_CHARS", chunk)
+        patch.setattr(json_rows, "_CHUNK_CHARS", chunk)
         assert [value for _, value in iter_json_rows(str(path))] == expected
 
 
@@ -139,7 +142,7 @@ def test_files_that_are_no_text_or_no_files(tmp_path):
 
 
 def test_a_row_longer_than_any_conversation_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(llava_json, "MAX_ROW_CHARS", 2**21)
+    monkeypatch.setattr(json_rows, "MAX_ROW_CHARS", 2**21)
     path = write(tmp_path, [row(), row(answer="a" * 2**23)])
     assert "a row is longer than 2097152 characters" in sentence(iter_json_rows, path)
 

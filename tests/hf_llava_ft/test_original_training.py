@@ -19,10 +19,10 @@ from hf_llava_ft.checkpoints import load_model, load_processor
 from hf_llava_ft.data.collator import LlavaCollator
 from hf_llava_ft.data.sampler import OriginalOrderSampler, modality_length_grouped_indices
 from hf_llava_ft.errors import UserError
+from hf_llava_ft.loss import LossOverTokens
 from hf_llava_ft.modeling.weight_names_llava import ORIGINAL_NAMES
 from hf_llava_ft.train import main as train_main
 from hf_llava_ft.train import parse_arguments
-from hf_llava_ft.trainer import LossOverTokens
 from hf_llava_ft.tuning import (
     LANGUAGE_MODEL,
     LM_HEAD,

@@ -126,6 +126,36 @@ def test_a_wrong_command_line_is_refused_in_a_sentence(argv, sentence):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "allowed"),
+    [
+        ("learning_rate", "-1", "0 or more"),
+        ("mm_projector_lr", "nan", "0 or more"),
+        ("learning_rate", "inf", "0 or more"),
+        ("per_device_train_batch_size", "0", "1 or more"),
+        ("gradient_accumulation_steps", "0", "1 or more"),
+        ("num_train_epochs", "0", "more than 0"),
+        ("max_steps", "0", "1 or more, or -1 for --num_train_epochs"),
+        ("lora_r", "0", "1 or more"),
+        ("lora_dropout", "1.5", "0 or more and less than 1"),
+        ("model_max_length", "-5", "1 or more"),
+        ("dataloader_num_workers", "-1", "0 or more"),
+        ("seed", "-1", "0 to 4294967295"),
+    ],
+)
+def test_a_number_that_cannot_be_meant_is_refused_with_those_that_can(recipe, flag, value, allowed):
+    for argv in ([*MINIMAL, f"--{flag}={value}"], [recipe(f"{flag}: {value}\n"), *MINIMAL]):
+        with pytest.raises(UserError) as caught:
+            resolve(argv).to_json()
+        assert str(caught.value).startswith(f"--{flag} ") and str(caught.value).endswith(f": give {allowed}.")
+
+
+def test_numbers_at_the_edges_of_their_ranges_are_taken():
+    edges = ["--learning_rate", "0", "--max_steps", "-1", "--num_train_epochs", "0.01", "--lora_dropout", "0"]
+    edges += ["--lora_r", "1", "--dataloader_num_workers", "0", "--seed", "4294967295", "--warmup_steps", "0"]
+    resolve([*MINIMAL, *edges]).to_json()
+
+
 def test_truth_values_as_switch_and_as_word():
     for word, value in ((["--tf32"], True), (["--tf32", "True"], True), (["--tf32", "false"], False)):
         assert resolve([*MINIMAL, *word]).by_name["tf32"].value is value

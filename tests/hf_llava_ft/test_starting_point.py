@@ -78,6 +78,39 @@ def test_both_stages_without_touching_a_file_name(script, golden, tmp_path):
     assert merge_adapter(adapter, tmp_path / "merged").verification.ok
 
 
+@pytest.mark.parametrize("train_type", ["freeze_vision", pytest.param("lora", marks=pytest.mark.slow)])
+def test_the_tokens_around_an_image_survive_training(script, tmp_path, monkeypatch, train_type):
+    trained = []
+    save = hf_llava_ft.LlavaTrainer.save_model
+
+    def remembered(self, *args, **kwargs):
+        names = ("embed_tokens.weight", "lm_head.weight")
+        trained.extend(w.detach().clone() for n, w in self.model.named_parameters() if n.endswith(names))
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(hf_llava_ft.LlavaTrainer, "save_model", remembered)
+    flags = ["--mm_use_im_start_end", True, "--version", "v1", "--learning_rate", "1e-2"]
+    lora = ["--lora_enable", True, "--lora_r", 4] if train_type == "lora" else []
+    folder = script("out", *flags, *lora, unsaid="--mm_use_im_start_end False")
+    if lora:
+        verified = merge_adapter(folder, tmp_path / "merged").verification
+        assert verified is not None and verified.ok
+    for place in [folder, tmp_path / "merged"] if lora else [folder]:
+        processor = hf_llava_ft.load_processor(str(place))
+        start, end = ids = processor.tokenizer.convert_tokens_to_ids(["<im_start>", "<im_end>"])
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+        )
+        assert "<im_start><image><im_end>" in text
+        assert [each for each in processor.tokenizer(text)["input_ids"] if each in ids] == [start, end]
+        model = hf_llava_ft.load_model(str(place), processor)
+        found = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        for rows, expected in zip(found, trained, strict=True):
+            assert torch.equal(rows[ids], expected[ids])
+        # Both begin as the same mean; only training can tell them apart.
+        assert torch.equal(found[0][start], found[0][end]) == bool(lora)
+
+
 def test_what_nobody_says_is_a_linear_projector_over_the_last_layer_as_in_the_original(script):
     unsaid = "--mm_projector_type mlp2x_gelu --mm_vision_select_layer -2"
     folder = script("stage1", "--tune_mm_mlp_adapter", True, "--version", "plain", unsaid=unsaid)

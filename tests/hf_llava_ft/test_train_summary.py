@@ -16,6 +16,7 @@ from hf_llava_ft.data.collator import LlavaCollator
 from hf_llava_ft.data.formats import load_data, open_source
 from hf_llava_ft.parsing import resolve
 from hf_llava_ft.progress import LiveProgress, duration
+from hf_llava_ft.run_report import MAX_STEPS, _shown_steps
 from hf_llava_ft.throughput import Counts, Throughput
 from hf_llava_ft.train import train
 from hf_llava_ft.train_summary import SUMMARY_FILE, data_facts, settings_of
@@ -60,6 +61,14 @@ def test_the_summary_tells_of_the_run(run, tiny_processor, tmp_path):
     assert "weight_decay" not in summary["settings"]  # as transformers has it
     assert summary["versions"]["torch"] == version("torch")
     assert summary["data"]["sources"][0]["bytes"] == path.stat().st_size
+    assert summary["data"]["sources"][0]["name"] == "data.json"
+    # Of five rows the third is of text alone; four are trained on, and one is evaluated.
+    evaluated_text = summary["data"]["rows_with_images"] == 4
+    assert (summary["data"]["rows"], summary["data"]["images"]) == (4, 4 if evaluated_text else 3)
+    assert summary["seed"] == 7 and summary["rows_per_step"] == 2 and summary["base"] == []  # a folder has no commit
+    assert summary["supervised_share"] == round(summary["supervised_tokens"] / summary["tokens"], 4) > 0
+    assert {part["part"]: part["learning_rate"] for part in summary["trained"]}["language_model"] == "0.0002"
+    assert {part["part"]: part["learning_rate"] for part in summary["trained"]}["vision_tower"] == "-"
     assert [part["part"] for part in summary["trained"] if part["num_trainable"]] == [
         *("multi_modal_projector", "language_model"),
     ]
@@ -89,19 +98,19 @@ def test_report_and_plot_show_answers_escaped_and_ask_for_nothing(run, tmp_path,
     prompts.write_text(json.dumps(rows))
     _, printed, _ = run(eval_prompts=prompts, eval_max_new_tokens=4, eval_split=0.2, eval_strategy="epoch")
     lines = [json.loads(line) for line in (tmp_path / "out" / "eval_answers.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["index"]) for line in lines] == [(2, 0), (2, 1)]
+    assert [(line["step"], line["index"]) for line in lines] == [(0, 0), (0, 1), (2, 0), (2, 1)]
     assert lines[1]["prompt"] == "What is number 3?" and lines[1]["images"] == ["3.png"]
     assert "What is number 3? (3.png)" in printed
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<script>" not in page and "&lt;script&gt;alert(1)" in page
     assert page.count("data:image/jpeg;base64,") == 3 and "http" not in page.replace("http-equiv", "")
-    assert "Evaluation" in page and "step 2" in page
+    assert "Evaluation" in page and "before training" in page and "step 2" in page
     with Image.open(tmp_path / "out" / "loss.png") as plot:
         assert plot.size == (900, 450)
 
 
-def test_the_first_answer_is_that_of_the_trained_model(run, tmp_path, tiny_checkpoint):
-    """At the end of a run without evaluations, the answers are those that the saved result gives."""
+def test_the_answers_are_those_of_the_model_before_and_after(run, tmp_path, tiny_checkpoint):
+    """In a run without evaluations, the answers are those of the model before it, and of the saved result."""
     from peft import PeftModel
 
     from hf_llava_ft.answering import Conversation
@@ -111,14 +120,23 @@ def test_the_first_answer_is_that_of_the_trained_model(run, tmp_path, tiny_check
     prompts.write_text('{"image": "1.png", "prompt": "What is it?"}\n')
     flags = {"eval_prompts": prompts, "eval_max_new_tokens": 8, "learning_rate": 0.01, "num_train_epochs": 6}
     result, _, (_, folder) = run(**flags)
-    [line] = map(json.loads, (tmp_path / "out" / "eval_answers.jsonl").read_text().splitlines())
+    before, after = map(json.loads, (tmp_path / "out" / "eval_answers.jsonl").read_text().splitlines())
     processor = load_processor(str(result.adapter_dir))
     base = load_model(str(tiny_checkpoint), processor).eval()
     with Image.open(folder / "1.png") as picture:
         ask = {"images": [picture.convert("RGB")], "max_new_tokens": 8}
         untrained = Conversation(base, processor).ask("What is it?", **ask)
         trained = PeftModel.from_pretrained(base, str(result.adapter_dir)).eval()
-        assert line["answer"] == Conversation(trained, processor).ask("What is it?", **ask) != untrained
+        assert before["answer"] == untrained
+        assert after["answer"] == Conversation(trained, processor).ask("What is it?", **ask) != untrained
+    assert (before["step"], after["step"]) == (0, result.summary["steps"])
+
+
+def test_the_report_of_a_long_run_shows_some_of_its_answers():
+    steps, note = _shown_steps(list(range(0, 1001, 10)))
+    assert len(steps) == MAX_STEPS and (steps[0], steps[-1]) == (0, 1000) and steps == sorted(set(steps))
+    assert f"{MAX_STEPS} of 101 times" in note
+    assert _shown_steps([0, 5, 9]) == ([0, 5, 9], "")
 
 
 def test_settings_hide_secrets_and_the_home_folder(tmp_path, monkeypatch):
@@ -139,13 +157,13 @@ def test_settings_hide_secrets_and_the_home_folder(tmp_path, monkeypatch):
 
 def test_the_fingerprint_is_of_the_contents(llava_json, tmp_path):
     path, folder = llava_json(3)
-    facts = data_facts(open_source(path, folder), 3)
+    facts = data_facts(open_source(path, folder))
     copy = tmp_path / "copy.json"
     copy.write_bytes(path.read_bytes())
-    assert data_facts(open_source(copy, folder), 3)["fingerprint"] == facts["fingerprint"]
-    assert data_facts(open_source(f"{copy}:0.5", folder), 3)["fingerprint"] != facts["fingerprint"]
+    assert data_facts(open_source(copy, folder))["fingerprint"] == facts["fingerprint"]
+    assert data_facts(open_source(f"{copy}:0.5", folder))["fingerprint"] != facts["fingerprint"]
     copy.write_bytes(path.read_bytes().replace(b"number 1?", b"number 9?"))
-    assert data_facts(open_source(copy, folder), 3)["fingerprint"] != facts["fingerprint"]
+    assert data_facts(open_source(copy, folder))["fingerprint"] != facts["fingerprint"]
 
 
 def test_counts_are_of_one_run():

@@ -11,9 +11,8 @@ from hf_llava_ft.arguments import LlavaTrainingArguments, TuningArguments
 from hf_llava_ft.checkpoints import load_model, load_processor
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.original_folders import write_original_lora
-from hf_llava_ft.train import learning_rate_of
 from hf_llava_ft.train import main as train_main
-from hf_llava_ft.tuning import PROJECTOR, VISION_TOWER, part_of, trained_parts, with_tuning
+from hf_llava_ft.tuning import PROJECTOR, VISION_TOWER, learning_rate_of, part_of, trained_parts, with_tuning
 
 LORA = {"train_type": "lora", "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 
