@@ -42,7 +42,7 @@ def open_image(source: str | Path) -> Image.Image:
     except urllib.error.URLError as error:
         raise UserError(f"the image {source} cannot be fetched: {error.reason}.") from error
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"the image {source} cannot be read: {error}.") from error
+        raise UserError(f"the image {source} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
 
 
 def up_to(stop: str, pieces: Iterable[str]) -> Iterator[str]:
@@ -156,10 +156,19 @@ class Conversation:
         self.messages.append({"role": "assistant", "content": [{"type": "text", "text": "".join(answer).strip()}]})
 
 
-def load_for_answering(path: str, *, base: str | None = None, attn_implementation: str = "sdpa", dtype: str = "auto"):
+def load_for_answering(
+    path: str,
+    *,
+    base: str | None = None,
+    revision: str | None = None,
+    attn_implementation: str = "sdpa",
+    dtype: str = "auto",
+):
     """Model, on the best device there is, and processor of `path`: an adapter, a merged, native or original
     checkpoint."""
-    processor = load_processor(path, base=base)
-    model: Any = load_model(path, processor, base=base, attn_implementation=attn_implementation, dtype=dtype)
+    processor = load_processor(path, revision, base=base)
+    model: Any = load_model(
+        path, processor, base=base, revision=revision, attn_implementation=attn_implementation, dtype=dtype
+    )
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     return model.to(device).eval(), processor

@@ -55,6 +55,11 @@ class Interruption(TrainerCallback):
             self._before = {}
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.restore()
+
+    def restore(self) -> None:
+        """Gives the signals back. For training that ends with an exception, after which no callback is called:
+        processes that are forked later would not end at SIGTERM, and a pool of them would be waited for for ever."""
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._before = {}

@@ -24,7 +24,8 @@ from hf_llava_ft.merge import merge_adapter
 from hf_llava_ft.plots import save_loss_plot
 from hf_llava_ft.report import AnsweredPhoto, answers_picture, write_report
 from hf_llava_ft.small_llava import compose_small_llava
-from hf_llava_ft.train import TrainingResult, learning_rate_of, parse_arguments, train
+from hf_llava_ft.train import TrainingResult, parse_arguments, train
+from hf_llava_ft.tuning import learning_rate_of
 from hf_llava_ft.verify import Probe, reloaded_outputs
 
 DATA = Path(quickstart_data.__file__).parent

@@ -14,6 +14,7 @@ from hf_llava_ft.arguments import DataArguments, LlavaTrainingArguments, ModelAr
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.machine import machine_problems, without_missing_tf32
 from hf_llava_ft.processing.chat_templates_llava import CHAT_TEMPLATES
+from hf_llava_ft.ranges import check_ranges
 from hf_llava_ft.starting_point import check_starting_point
 
 ARGUMENT_CLASSES: tuple[Any, ...] = (ModelArguments, DataArguments, TuningArguments, LlavaTrainingArguments)
@@ -102,6 +103,7 @@ class Settings:
         version = self.by_name["version"].value
         if version is not None and version not in CHAT_TEMPLATES:
             raise UserError(f"--version: unknown chat template {version!r}; known: {', '.join(CHAT_TEMPLATES)}.")
+        check_ranges({name: setting.value for name, setting in self.by_name.items()})
         model = _built(ModelArguments, self._of(ModelArguments))
         model.assumed = self.assumed
         data, tuning = (_built(each, self._of(each)) for each in (DataArguments, TuningArguments))

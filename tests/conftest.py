@@ -106,24 +106,32 @@ def tiny():
     return Tiny
 
 
-@pytest.fixture(scope="session")
-def tiny_processor():
+def build_tiny_processor() -> hf_llava_ft.LlavaProcessor:
     config = tiny_config()
     return hf_llava_ft.LlavaProcessor.build(
         load_tokenizer(GOLDEN / "tokenizer_tiny"), config.vision_config, version="v1", image_aspect_ratio="pad"
     )
 
 
-@pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory, tiny_processor) -> Path:
+def save_tiny_checkpoint(folder: Path) -> Path:
     """A whole native `llava` folder: model and processor."""
-    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
     model = tiny_model()
     model.generation_config.eos_token_id = [2]
     model.generation_config.pad_token_id = 0
     model.save_pretrained(folder)
-    tiny_processor.save_pretrained(folder)
+    build_tiny_processor().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_processor():
+    return build_tiny_processor()
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Path:
+    """A whole native `llava` folder: model and processor."""
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@
 too long is cut at the limit as the original does, unless the cut would go through an image or leave nothing to learn.
 
 What may surprise: a set is first opened as if all were well. Only if it is not, all of it is checked for its bad rows,
-and a cache is made without them. Which they are is remembered for as long as its files and their images stay.
+and a cache is made without them.
 """
 
 import json
@@ -21,14 +21,13 @@ from typing import Any, Literal
 
 import datasets
 import numpy as np
-from filelock import FileLock
 
-from hf_llava_ft.data.check import check_data
 from hf_llava_ft.data.check_images import stored_sizes
 from hf_llava_ft.data.formats.containers import Container
 from hf_llava_ft.data.formats.dataset import load_source
 from hf_llava_ft.data.formats.mixture import draw_rows
 from hf_llava_ft.data.formats.source import Source, open_source
+from hf_llava_ft.data.known_problems import problems_of
 from hf_llava_ft.data.lengths import token_counts
 from hf_llava_ft.data.problems import CHANGE, NOTHING_TO_LEARN, Problem, over_length
 from hf_llava_ft.data.schema import row_place
@@ -185,11 +184,11 @@ def sound_rows(
         except UserError as error:
             if on_bad_row == "raise":
                 raise
-            problems = _problems_of(source, root, error)
+            problems = problems_of(source, root, error)
             try:
                 dataset, numbers = _load_without(source, problems, root)
             except UserError:  # a row that was good when the others were found
-                problems = _problems_of(source, root, error, is_remembered=False)
+                problems = problems_of(source, root, error, is_remembered=False)
                 dataset, numbers = _load_without(source, problems, root)
             found.left_out += problems
         found.parts.append(_Part(source, dataset, numbers))
@@ -246,56 +245,3 @@ def _load_without(source: Source, problems: list[Problem], root: Path) -> tuple[
         raise UserError(f"{source.where}: {_NO_ROW}")
     dataset = load_source(rest, root)
     return dataset, np.setdiff1d(np.arange(1, len(dataset) + len(bad) + 1), bad)
-
-
-def _problems_of(source: Source, root: Path, error: UserError, is_remembered: bool = True) -> list[Problem]:
-    """All that is wrong with a source which could not be loaded because of `error`."""
-    kept = _kept_at(source, root)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{kept}.lock"):  # one process of many checks
-        if is_remembered and kept.exists():
-            known = json.loads(kept.read_text(encoding="utf-8"))
-            if known["images"] == [[path, _state(path)] for path, _ in known["images"]]:
-                return [Problem(*fields) for fields in known["problems"]]
-        problems = check_data([source]).problems
-        # A file that breaks off has rows nobody knows of.
-        if not problems or any(problem.row is None or problem.kind == "broken_file" for problem in problems):
-            raise error
-        images = [[path, _state(path)] for path in _images_of(source, {problem.row for problem in problems})]
-        unfinished = kept.with_suffix(".incomplete")
-        unfinished.write_text(json.dumps({"images": images, "problems": problems}), encoding="utf-8")
-        unfinished.replace(kept)
-        return problems
-
-
-def _kept_at(source: Source, root: Path) -> Path:
-    status = [os.stat(path) for path in source.container.files]
-    files = [[one.st_size, one.st_mtime_ns, one.st_ctime_ns, one.st_ino] for one in status]
-    images = source.images
-    options = [images.folder, images.allow_outside, images.allow_urls]
-    identity = [source.where, source.container.files, source.format, files, options]
-    digest = blake2b(json.dumps(identity).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-    return root / "llava_bad_rows" / f"{digest}.json"
-
-
-def _images_of(source: Source, numbers: set[int | None]) -> list[str]:
-    """Where the images of some rows would be, whether or not they are there."""
-    paths: dict[str, None] = {}
-    for number, raw in source.iter_raw():
-        if number in numbers:
-            try:
-                images = source.parse(raw, number)["images"]
-            except UserError:
-                continue  # no image would make that row a good one
-            for image in images:
-                if isinstance(image, str) and len(image) < 4096:
-                    paths[os.path.join(source.images.folder or "", image)] = None
-    return list(paths)
-
-
-def _state(path: str) -> list[int] | None:
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):
-        return None
-    return [status.st_size, status.st_mtime_ns]

@@ -42,7 +42,7 @@ def summary_lines(result: CheckResult, samples_per_second: float | None = None) 
         )
     ]
     formats = ", ".join(f"{name} {number:,}" for name, number in result.image_formats.items())
-    shown = f"{result.images:,} in {result.image_places:,} places"
+    shown = f"{result.images:,} in {_counted(result.image_places, 'place')}"
     lines.append(("images", f"{shown} ({formats})" if formats else shown))
     for name, number in (
         ("missing images", result.missing_images),
@@ -103,16 +103,15 @@ def _token_lines(result: CheckResult, samples_per_second: float | None) -> list[
             if samples_per_second is None
             else f"about {_duration(steps['rows_per_epoch'] / samples_per_second)} at {samples_per_second:g} samples/s"
         )
-        num_steps = steps["steps_per_epoch"]
-        counted = f"{num_steps:,} step{'' if num_steps == 1 else 's'} of {steps['batch_size']}"
-        lines.append(("one epoch", f"{steps['rows_per_epoch']:,} rows, {counted}; {time}"))
+        rows, num_steps = _counted(steps["rows_per_epoch"], "row"), _counted(steps["steps_per_epoch"], "step")
+        lines.append(("one epoch", f"{rows}, {num_steps} of {steps['batch_size']}; {time}"))
     return lines
 
 
 def _print_problems(problems: list[Problem], name: str, console: Console) -> None:
     if not problems:
         return
-    console.print(f"\n{len(problems):,} {name}{'' if len(problems) == 1 else 's'}", style="bold", highlight=False)
+    console.print(f"\n{_counted(len(problems), name)}", style="bold", highlight=False)
     for problem in chosen_problems(problems, _MAX_SHOWN):
         console.print(f"  {visible(problem.sentence)}", highlight=False, markup=False, soft_wrap=True)
     if len(problems) > _MAX_SHOWN:
@@ -145,6 +144,10 @@ def _sparkline(histogram: dict) -> str:
     top = max(counts)
     line = "".join(blocks[-(-count * (len(blocks) - 1) // top)] for count in counts)
     return f"{edges[0]} {line} {edges[-1] - 1}"
+
+
+def _counted(number: int, name: str) -> str:
+    return f"{number:,} {name}{'' if number == 1 else 's'}"
 
 
 def _duration(seconds: float) -> str:

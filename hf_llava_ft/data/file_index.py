@@ -13,8 +13,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from hf_llava_ft.data.image_folder import ImageFolder
 from hf_llava_ft.data.json_parts import JsonPart, index_json
-from hf_llava_ft.data.llava_json import ImageFolder
 from hf_llava_ft.data.worker_pool import results_in_order
 from hf_llava_ft.errors import UserError
 

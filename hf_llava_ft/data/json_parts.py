@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hf_llava_ft.data.garbage import garbage_collection_paused
-from hf_llava_ft.data.llava_json import MAX_ROW_CHARS, iter_json_rows
+from hf_llava_ft.data.json_rows import MAX_ROW_CHARS, iter_json_rows
 from hf_llava_ft.data.worker_pool import num_workers, results_in_order
 from hf_llava_ft.errors import UserError
 

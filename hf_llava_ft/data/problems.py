@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hf_llava_ft.data.llava_json import MissingImageError
+from hf_llava_ft.data.image_folder import MissingImageError
 from hf_llava_ft.data.schema import EmptyAnswer, MisplacedImage, PlaceholderMismatch, WrongTurnOrder, row_place
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.processing.processing_llava import LlavaProcessor

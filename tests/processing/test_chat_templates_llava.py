@@ -8,10 +8,10 @@ import pytest
 from hf_llava_ft.data.schema import parse_llava_row
 from hf_llava_ft.processing.chat_templates_llava import CHAT_TEMPLATES, chat_template_for, own_chat_template
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
+from tests.processing.conversations import IMAGE, answer, text, user
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "a_tokenization"
 
-IMAGE = {"type": "image", "text": None}
 V1_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -20,18 +20,6 @@ LLAMA_2_SYSTEM = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
     "provides, and assist the user with a variety of tasks using natural language."
 )
-
-
-def text(value):
-    return {"type": "text", "text": value}
-
-
-def user(*parts):
-    return {"role": "user", "content": [text(part) if isinstance(part, str) else part for part in parts]}
-
-
-def answer(value):
-    return {"role": "assistant", "content": [text(value)]}
 
 
 SYSTEM = {"role": "system", "content": [text("Be brief.")]}

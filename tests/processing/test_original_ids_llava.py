@@ -13,18 +13,16 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from PIL import Image
 from sentencepiece import SentencePieceProcessor
 
 from hf_llava_ft.data.schema import parse_llava_row
 from hf_llava_ft.processing.conversation_llava import IGNORE_INDEX
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
+from tests.processing.conversations import NUM_IMAGE_TOKENS, PICTURE
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
-PICTURE = Image.radial_gradient("L").resize((40, 24)).convert("RGB")
-NUM_IMAGE_TOKENS = 16
 IMAGE_INDEX = -200  # the original's id of an image
 
 # Questions and answers in turn.

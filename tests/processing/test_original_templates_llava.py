@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from tokenizers import Regex, pre_tokenizers
 from transformers import CLIPVisionConfig
 from transformers.models.llava.processing_llava import LlavaProcessor as NativeLlavaProcessor
@@ -24,46 +23,20 @@ from hf_llava_ft.processing.chat_templates_llava import CHAT_TEMPLATES, chat_tem
 from hf_llava_ft.processing.conversation_llava import IGNORE_INDEX
 from hf_llava_ft.processing.original_templates_llava import ORIGINAL_PROMPTS
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
+from tests.processing.conversations import (
+    IMAGE,
+    NUM_IMAGE_TOKENS,
+    answer,
+    answers,
+    conversations_of,
+    encoded,
+    supervised_texts,
+    text,
+    texts_with,
+    user,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-
-IMAGE = {"type": "image", "text": None}
-PICTURE = Image.radial_gradient("L").resize((40, 24)).convert("RGB")
-NUM_IMAGE_TOKENS = 16
-
-
-def text(value):
-    return {"type": "text", "text": value}
-
-
-def user(*parts):
-    return {"role": "user", "content": [text(part) if isinstance(part, str) else part for part in parts]}
-
-
-def answer(value):
-    return {"role": "assistant", "content": [text(value)]}
-
-
-def answers(messages) -> list[str]:
-    return [message["content"][0]["text"] for message in messages if message["role"] == "assistant"]
-
-
-def encoded(processor, messages):
-    num_images = sum(part["type"] == "image" for message in messages for part in message["content"])
-    return processor.encode_conversation(messages, [PICTURE] * num_images)
-
-
-def supervised_texts(processor, labels) -> list[str]:
-    """The text of each unbroken stretch of supervised ids."""
-    stretches, before = [], IGNORE_INDEX
-    for label in labels.tolist():
-        if label != IGNORE_INDEX:
-            if before == IGNORE_INDEX:
-                stretches.append([])
-            stretches[-1].append(label)
-        before = label
-    return [processor.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in stretches]
-
 
 # ------------------------------------------------------------------ what is rendered, and what of it is supervised
 
@@ -311,33 +284,15 @@ def test_a_checkpoint_of_the_original_is_asked_in_its_style(tmp_path, monkeypatc
 
 # ------------------------------------------------------------------ any conversation
 
-# Not NUL and surrogates, which the schema refuses, nor the character that SentencePiece writes for a space.
-CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\x00▁")
 SPECIAL_TEXTS = ["<|im_end|>", "<|im_start|>", "<|eot_id|>", "</s>", "<s>", "<unk>"]
-FRAGMENTS = st.sampled_from(
+FRAGMENTS = (
     SPECIAL_TEXTS
     + ["\n", "\n\n", "\r\n", " ", "    ", "\t", "\u00a0", "\u3000", "\x1c", "\x85", "#", "##", "###", " ### "]
     + ["<|im_start|>assistant\n", "<Image>", "</Image>", "<image"]
     + [" ASSISTANT: ", "USER: ", "Human: ", "###Assistant:", "[INST]", " [/INST] ", "<<SYS>>", "{{ x }}", "{% raw %}"]
     + ["🐱", "👩‍👩‍👧", "é", "你好", "The cat", "1. ", "'s", ":", "."]
 )
-TEXTS = st.lists(st.one_of(FRAGMENTS, st.text(CHARACTERS, max_size=4)), max_size=6).map("".join)
-TEXTS = TEXTS.filter(lambda value: "<image>" not in value)
-ANSWERS = TEXTS.filter(str.strip).map(answer)
-
-
-@st.composite
-def conversations(draw):
-    """1 to 3 rounds, with a system message or without, images anywhere in the questions."""
-    messages = []
-    if draw(st.booleans()):
-        messages.append({"role": "system", "content": [text(draw(TEXTS))]})
-    for _ in range(draw(st.integers(1, 3))):
-        pieces = draw(st.lists(TEXTS, max_size=3))  # an image between each two
-        parts = [part for piece in pieces for part in (IMAGE, piece) if part != ""]
-        messages += [user(*parts[1:]), draw(ANSWERS)]
-    return messages
-
+TEXTS = texts_with(FRAGMENTS)
 
 any_conversation = settings(max_examples=15, deadline=None, derandomize=True, database=None)
 each_version = pytest.mark.parametrize("version", RENDERED)
@@ -369,7 +324,7 @@ def fuses_with_the_prompt(kind: str, version: str, value: str) -> bool:
 @given(data=st.data())
 def test_the_supervised_ids_are_the_answers_and_what_ends_them(original_processor_for, kind, version, data):
     processor = original_processor_for(kind, version)
-    messages = data.draw(conversations())
+    messages = data.draw(conversations_of(TEXTS, max_rounds=3))
     values = answers(messages)
     # A `legacy` tokenizer puts a space of its own behind each special token, also behind one in an answer.
     assume(kind != "legacy" or not any(token in value for token in SPECIAL_TEXTS for value in values))
@@ -382,13 +337,23 @@ def test_the_supervised_ids_are_the_answers_and_what_ends_them(original_processo
         assert stretch == expected
 
 
+@pytest.mark.parametrize("kind", BYTE_LEVEL)
+@pytest.mark.parametrize("value", ["cat", " cat", "  cat", "    cat", "\tcat", "\n cat", " \n  cat", "    <|im_end|>"])
+def test_spaces_before_an_answer_are_learned_also_where_they_are_one_token_with_the_prompt(
+    original_processor_for, kind, value
+):
+    processor = original_processor_for(kind, "chatml_direct")
+    [found] = supervised_texts(processor, encoded(processor, [user("q"), answer(value)])["labels"])
+    assert found in (f"{value}<|im_end|>", f"\n{value}<|im_end|>")
+
+
 @each_kind
 @each_version
 @any_conversation
 @given(data=st.data())
 def test_the_prompt_of_a_chat_is_the_beginning_of_the_training_row(original_processor_for, kind, version, data):
     processor = original_processor_for(kind, version)
-    messages = data.draw(conversations())
+    messages = data.draw(conversations_of(TEXTS, max_rounds=3))
     row, spans = processor.render(messages)
     row_ids = processor.tokenizer(row).input_ids
     places = [index for index, message in enumerate(messages) if message["role"] == "assistant"]

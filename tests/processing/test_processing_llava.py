@@ -19,12 +19,22 @@ from hf_llava_ft.errors import UserError
 from hf_llava_ft.processing.chat_templates_llava import CHAT_TEMPLATES
 from hf_llava_ft.processing.conversation_llava import IGNORE_INDEX
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
+from tests.processing.conversations import (
+    IMAGE,
+    NUM_IMAGE_TOKENS,
+    PICTURE,
+    answer,
+    answers,
+    conversations_of,
+    encoded,
+    num_images,
+    supervised_texts,
+    text,
+    texts_with,
+    user,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-
-IMAGE = {"type": "image", "text": None}
-PICTURE = Image.radial_gradient("L").resize((40, 24)).convert("RGB")
-NUM_IMAGE_TOKENS = 16
 
 SENTENCEPIECE = ["llama", "llama, chatml"]
 TEMPLATES = [
@@ -41,42 +51,6 @@ TEMPLATES = [
 TRIMMED = [("byte-level, trimmed offsets", template) for kind, template in TEMPLATES if kind == "byte-level"]
 
 
-def text(value):
-    return {"type": "text", "text": value}
-
-
-def user(*parts):
-    return {"role": "user", "content": [text(part) if isinstance(part, str) else part for part in parts]}
-
-
-def answer(value):
-    return {"role": "assistant", "content": [text(value)]}
-
-
-def num_images(messages) -> int:
-    return sum(part["type"] == "image" for message in messages for part in message["content"])
-
-
-def answers(messages) -> list[str]:
-    return [message["content"][0]["text"] for message in messages if message["role"] == "assistant"]
-
-
-def encoded(processor, messages):
-    return processor.encode_conversation(messages, [PICTURE] * num_images(messages))
-
-
-def supervised_texts(processor, labels) -> list[str]:
-    """The text of each unbroken stretch of supervised ids."""
-    stretches, before = [], IGNORE_INDEX
-    for label in labels.tolist():
-        if label != IGNORE_INDEX:
-            if before == IGNORE_INDEX:
-                stretches.append([])
-            stretches[-1].append(label)
-        before = label
-    return [processor.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in stretches]
-
-
 def learned(kind: str, template: str, value: str, eos: str) -> str:
     """What the supervised ids of the answer `value` decode to."""
     if template in ("chatml", "own"):
@@ -90,9 +64,7 @@ def learned(kind: str, template: str, value: str, eos: str) -> str:
 
 # ------------------------------------------------------------------ any conversation
 
-# Not NUL and surrogates, which the schema refuses, nor the character that SentencePiece writes for a space.
-CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\x00▁")
-FRAGMENTS = st.sampled_from(
+FRAGMENTS = (
     ["\n", "\n\n", "\r\n", " ", "    ", "\t", "\u00a0", "\u3000", "\u2028", "\x1c", "\x85"]
     + ["<|im_end|>", "<|im_start|>assistant\n", "<|endoftext|>", "</s>", "<s>", "<unk>", "<pad>", "<image", "image>"]
     + ["ASSISTANT:", " ASSISTANT: ", "USER: ", "[INST]", " [/INST] ", "<<SYS>>", "### ", "<0x0A>"]
@@ -111,27 +83,13 @@ FRAGMENTS = st.sampled_from(
         ".",
     ]
 )
-TEXTS = st.lists(st.one_of(FRAGMENTS, st.text(CHARACTERS, max_size=4)), max_size=6).map("".join)
-TEXTS = TEXTS.filter(lambda value: "<image>" not in value)
+TEXTS = texts_with(FRAGMENTS)
 ANSWERS = TEXTS.filter(str.strip).map(answer)
 CAPTIONS = st.builds(lambda words, caption: [user(IMAGE, words), caption], TEXTS.filter(bool), ANSWERS)
 
 
-@st.composite
-def conversations(draw):
-    """1 to 4 rounds, with a system message or without, images anywhere in the questions; as the readers give them."""
-    messages = []
-    if draw(st.booleans()):
-        messages.append({"role": "system", "content": [text(draw(TEXTS))]})
-    for _ in range(draw(st.integers(1, 4))):
-        pieces = draw(st.lists(TEXTS, max_size=3))  # an image between each two
-        parts = [part for piece in pieces for part in (IMAGE, piece) if part != ""]
-        messages += [user(*parts[1:]), draw(ANSWERS)]
-    return messages
-
-
 def conversations_for(template: str):
-    return CAPTIONS if template == "plain" else conversations()
+    return CAPTIONS if template == "plain" else conversations_of(TEXTS, max_rounds=4)
 
 
 any_conversation = settings(max_examples=40, deadline=None, derandomize=True, database=None)

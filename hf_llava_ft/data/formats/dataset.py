@@ -28,7 +28,7 @@ from hf_llava_ft.data.formats.containers import JsonFile
 from hf_llava_ft.data.formats.dialects import LLAVA, SHAREGPT
 from hf_llava_ft.data.formats.mixture import draw_rows
 from hf_llava_ft.data.formats.source import Source, open_source
-from hf_llava_ft.data.llava_json import ImageAddressError
+from hf_llava_ft.data.image_folder import ImageAddressError
 from hf_llava_ft.errors import UserError, user_error_behind
 
 _ROWS_LOOKED_AT = 32

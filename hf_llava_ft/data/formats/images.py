@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 import datasets
 from filelock import FileLock
 
-from hf_llava_ft.data.llava_json import ImageFolder, MissingImageError
+from hf_llava_ft.data.image_folder import ImageFolder, MissingImageError
 from hf_llava_ft.data.pictures import decode_failure
 from hf_llava_ft.data.values import EmbeddedImage, ImageRef
 from hf_llava_ft.errors import UserError
