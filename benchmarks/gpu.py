@@ -44,7 +44,7 @@ from training_step import Case, TrainingStep, states_of
 from transformers import CLIPVisionConfig
 
 from hf_llava_ft.arguments import TuningArguments
-from hf_llava_ft.estimate_trace import Batch
+from hf_llava_ft.estimate.trace import Batch
 from hf_llava_ft.processing.image_processing_llava import build_image_processor
 from hf_llava_ft.processing.uint8_pixels_llava import normalize_pixels
 

@@ -14,7 +14,7 @@ from transformers import MODEL_MAPPING, AutoConfig
 
 from hf_llava_ft.embeddings import grow_embeddings
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.hub_files import find_file, first_line, has_file, hub_refusal, not_here, read_json
+from hf_llava_ft.hub.files import find_file, first_line, has_file, hub_refusal, not_here, read_json
 from hf_llava_ft.modeling.configuration_llava import LlavaConfig
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
 from hf_llava_ft.modeling.original_config_llava import is_original

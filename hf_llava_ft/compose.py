@@ -12,12 +12,12 @@ from hf_llava_ft.artifact import staged_folder
 from hf_llava_ft.checkpoints import fit_to_processor
 from hf_llava_ft.embeddings import fill_rows, grow_embeddings
 from hf_llava_ft.errors import UserError
+from hf_llava_ft.hub.training_facts import TrainingFacts, base_facts
 from hf_llava_ft.modeling.configuration_llava import LlavaConfig
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
 from hf_llava_ft.original_folders import load_projector
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
-from hf_llava_ft.training_facts import TrainingFacts, base_facts
 
 logger = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ from hf_llava_ft.checkpoints import (
     load_processor,
 )
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.hub_files import find_file
+from hf_llava_ft.hub.files import find_file
+from hf_llava_ft.hub.training_facts import training_facts
 from hf_llava_ft.original_folders import write_original_lora, write_projector
-from hf_llava_ft.training_facts import training_facts
 from hf_llava_ft.verify import Probe, Verification, reference_outputs, verify
 
 Format = Literal["llava-hf", "llava"]

@@ -7,7 +7,7 @@ from typing import Any
 from hf_llava_ft.artifact import staged_folder
 from hf_llava_ft.checkpoints import inspect_checkpoint, load_model, load_processor
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.training_facts import training_facts
+from hf_llava_ft.hub.training_facts import training_facts
 from hf_llava_ft.verify import Probe, Verification, reference_outputs, verify
 
 

@@ -24,6 +24,7 @@ from hf_llava_ft.data.collator import LlavaCollator
 from hf_llava_ft.errors import exit_on_user_error
 from hf_llava_ft.eval_prompts import EvalAnswers, open_eval_prompts
 from hf_llava_ft.evaluation import check_evaluation, tell_of_early_stop
+from hf_llava_ft.hub.training_facts import base_facts, hub_commit
 from hf_llava_ft.interruption import Interruption, TrainingInterrupted
 from hf_llava_ft.machine import is_first_process
 from hf_llava_ft.moved_weights import WrongWeightsMoved
@@ -41,7 +42,6 @@ from hf_llava_ft.run_report import write_run_report
 from hf_llava_ft.starting_point import StartingPoint, starting_point
 from hf_llava_ft.train_summary import settings_of, train_summary, write_summary
 from hf_llava_ft.trainer import LlavaTrainer
-from hf_llava_ft.training_facts import base_facts, hub_commit
 from hf_llava_ft.training_processor import processor_for_training
 from hf_llava_ft.training_rows import TrainingRows, open_all_rows, tell_of_rows_left_out
 from hf_llava_ft.tuning import TrainedPart, table_of_parts, trained_parts, with_tuning

@@ -18,10 +18,10 @@ from transformers import TrainerState, TrainingArguments
 
 from hf_llava_ft.arguments import LlavaTrainingArguments
 from hf_llava_ft.data.formats import Source
+from hf_llava_ft.hub.training_facts import SUMMARY_FILE as SUMMARY_FILE
 from hf_llava_ft.page import write_atomically
 from hf_llava_ft.settings import SECRET, default_of
 from hf_llava_ft.throughput import Counts
-from hf_llava_ft.training_facts import SUMMARY_FILE as SUMMARY_FILE
 from hf_llava_ft.tuning import TrainedPart, learning_rate_of
 
 _PACKAGES = (

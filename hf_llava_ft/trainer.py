@@ -29,6 +29,7 @@ from hf_llava_ft.data.stream_loader import StreamPosition, refuse_grouping, stre
 from hf_llava_ft.data.streaming import LlavaStream
 from hf_llava_ft.evaluation import row_losses, untouched_rng
 from hf_llava_ft.fsdp import check_fsdp, share_out_by_layers, whole_state_dict
+from hf_llava_ft.hub.trainer_push import PushingTrainer
 from hf_llava_ft.longest_batch import LongestBatch
 from hf_llava_ft.loss import LossOverTokens
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
@@ -39,7 +40,6 @@ from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.processing.uint8_pixels_llava import can_hand_over_uint8, normalize_pixels
 from hf_llava_ft.resume import SEAL, seal
 from hf_llava_ft.throughput import Throughput
-from hf_llava_ft.trainer_push import PushingTrainer
 from hf_llava_ft.tuning import PROJECTOR, VISION_TOWER, part_of
 
 # Steps whose rows are sorted by length together, as transformers' own LengthGroupedSampler has it. The original sorts

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from hf_llava_ft import reload
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.hub_files import settings_folder
+from hf_llava_ft.hub.files import settings_folder
 from hf_llava_ft.reload import Loader
 from hf_llava_ft.remote_code import carries_our_code, runs_only_our_code
 

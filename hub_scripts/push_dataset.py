@@ -4,7 +4,7 @@ python hub_scripts/push_dataset.py --data_path chat.json --image_folder images -
 python hub_scripts/push_dataset.py --data_path chat.json --image_folder images --repo_id user/my-dataset
 """
 
-from hf_llava_ft.push_dataset import main
+from hf_llava_ft.hub.push_dataset import main
 
 if __name__ == "__main__":
     main()

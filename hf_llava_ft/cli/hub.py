@@ -9,7 +9,7 @@ from hf_llava_ft.cli.application import JsonOption, app, write_json
 from hf_llava_ft.errors import UserError, exit_on_user_error
 
 if TYPE_CHECKING:
-    from hf_llava_ft.hub_upload import Uploaded
+    from hf_llava_ft.hub.upload import Uploaded
 
 _BASE_HELP = "Hub id of the base of an adapter or projector, if it was trained on a folder."
 
@@ -66,7 +66,7 @@ def push(
                 raise UserError(f"{path} holds no {kinds[0]}: it has neither config.json nor adapter_config.json.")
             if wrong:
                 raise UserError(f"{wrong[0]} is for models, and {path} holds none: it has no config.json.")
-            from hf_llava_ft.push_dataset import push_data
+            from hf_llava_ft.hub.push_dataset import push_data
 
             data = push_data(path, repo_id, image_folder=image_folder, **common)
             content: dict[str, Any] = {"kind": "dataset", "files": data.files}
@@ -74,7 +74,7 @@ def push(
         else:
             if image_folder is not None:
                 raise UserError(f"--image_folder is for data, and {path} holds a model.")
-            from hf_llava_ft import push as pushing
+            from hf_llava_ft.hub import push as pushing
 
             pushed = pushing.push(
                 path,

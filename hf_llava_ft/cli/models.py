@@ -135,7 +135,7 @@ def verify(
     Ends with 0 if both answer the same, 1 if not, 2 if it can't be loaded.
     """
     with exit_on_user_error():
-        from hf_llava_ft.verify_published import verify_for_others
+        from hf_llava_ft.hub.verify_published import verify_for_others
 
         found = verify_for_others(model, base=base, revision=revision)
         by = {

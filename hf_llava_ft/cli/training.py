@@ -138,6 +138,6 @@ def check(
 )
 def estimate(context: typer.Context) -> None:
     """Memory and time of a training run, from the model's configuration alone: the flags of train, and --fit GB."""
-    from hf_llava_ft.estimate import main as estimate_main
+    from hf_llava_ft.estimate.command import main as estimate_main
 
     estimate_main(context.args)

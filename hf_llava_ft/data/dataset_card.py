@@ -11,7 +11,7 @@ from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCardData
 
 from hf_llava_ft.data.builder import FEATURES
-from hf_llava_ft.markdown import code_block, escaped
+from hf_llava_ft.hub.markdown import code_block, escaped
 
 if TYPE_CHECKING:
     from hf_llava_ft.data.export import ExportedDataset

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 import hf_llava_ft
 from hf_llava_ft.arguments import TuningArguments
 from hf_llava_ft.cli import app
-from hf_llava_ft.estimate_memory import StateBytes, divided, state_bytes
-from hf_llava_ft.estimate_trace import Batch, Precision, build_model, trace_micro_batch
+from hf_llava_ft.estimate.memory import StateBytes, divided, state_bytes
+from hf_llava_ft.estimate.trace import Batch, Precision, build_model, trace_micro_batch
 from hf_llava_ft.loss import LossOverTokens
 from hf_llava_ft.quantization import quantization_config
 from hf_llava_ft.tuning import with_tuning

@@ -9,9 +9,9 @@ import torch
 import hf_llava_ft
 from hf_llava_ft.arguments import TuningArguments
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.estimate_memory import Engine, divided, state_bytes
-from hf_llava_ft.estimate_plan import GIB, SET_ASIDE, Estimate, Estimator, Plan
-from hf_llava_ft.estimate_trace import Batch, Precision, build_model
+from hf_llava_ft.estimate.memory import Engine, divided, state_bytes
+from hf_llava_ft.estimate.plan import GIB, SET_ASIDE, Estimate, Estimator, Plan
+from hf_llava_ft.estimate.trace import Batch, Precision, build_model
 from tests.hf_llava_ft.test_estimate import llava_7b, run
 
 ENGINES: list[tuple[Engine, int]] = [

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import hf_llava_ft
-from hf_llava_ft.estimate_pictures import TYPICAL_SIZE, parsed_size, picture_of, worst_picture
-from hf_llava_ft.estimate_trace import Batch, trace_micro_batch
+from hf_llava_ft.estimate.pictures import TYPICAL_SIZE, parsed_size, picture_of, worst_picture
+from hf_llava_ft.estimate.trace import Batch, trace_micro_batch
 from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
 from hf_llava_ft.trainer import LossOverTokens
 from hf_llava_ft.tuning import with_tuning

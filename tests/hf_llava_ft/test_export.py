@@ -27,7 +27,7 @@ from hf_llava_ft.data.dataset_card import write_card
 from hf_llava_ft.data.export import export_dataset
 from hf_llava_ft.data.formats import load_data, open_source
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.push_dataset import app
+from hf_llava_ft.hub.push_dataset import app
 
 
 @pytest.fixture

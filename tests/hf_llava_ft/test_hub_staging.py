@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_llava_ft.hub_staging import hub_name, id_of_cached
+from hf_llava_ft.hub.staging import hub_name, id_of_cached
 from tests.hub_client import MODEL_FILES, files, push
 
 

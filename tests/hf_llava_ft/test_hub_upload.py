@@ -4,7 +4,7 @@ import pytest
 from huggingface_hub import get_session
 from safetensors.torch import load_file, save_file
 
-from hf_llava_ft.hub_upload import TIMEOUTS, patiently
+from hf_llava_ft.hub.upload import TIMEOUTS, patiently
 from tests.hub_client import MODEL_FILES, files, push
 from tests.loopback.faults import CutAnswer, CutRequest, Slow, Status
 from tests.loopback.repositories import StoredFile

@@ -20,11 +20,11 @@ from PIL import Image
 
 from hf_llava_ft.answering import Conversation, load_for_answering, open_image
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.model_card import write_card
+from hf_llava_ft.hub.model_card import write_card
+from hf_llava_ft.hub.training_facts import TrainingFacts
 from hf_llava_ft.parsing import resolve
 from hf_llava_ft.starting_point import check_starting_point, read_projector_of
 from hf_llava_ft.train import train
-from hf_llava_ft.training_facts import TrainingFacts
 from hf_llava_ft.verify import Verification
 from tests.loopback_hub import LoopbackHub
 
@@ -386,7 +386,7 @@ MADE = """
 import json, sys
 from pathlib import Path
 from hf_llava_ft.merge import merge_adapter
-from hf_llava_ft.model_card import write_card
+from hf_llava_ft.hub.model_card import write_card
 from hf_llava_ft.parsing import resolve
 from hf_llava_ft.train import train
 

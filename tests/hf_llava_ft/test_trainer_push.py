@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import hf_llava_ft
 from hf_llava_ft.checkpoints import fit_to_processor, load_model
-from hf_llava_ft.hub_staging import goes
+from hf_llava_ft.hub.staging import goes
 from hf_llava_ft.resume import what_is_missing
 from tests.loopback.cards import problems
 from tests.loopback_hub import LoopbackHub, Status

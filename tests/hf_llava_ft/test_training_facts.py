@@ -6,9 +6,9 @@ import os
 import pytest
 from huggingface_hub import constants
 
-from hf_llava_ft import training_facts as module
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.training_facts import (
+from hf_llava_ft.hub import training_facts as module
+from hf_llava_ft.hub.training_facts import (
     SUMMARY_FILE,
     TRAINING_FILE,
     TrainingFacts,

@@ -14,14 +14,14 @@ from huggingface_hub import HfApi
 
 from hf_llava_ft.checkpoints import ADAPTER_CONFIG, Checkpoint, Kind, inspect_checkpoint, load_model, load_processor
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.hub_download import check_same_files, download, files_of
-from hf_llava_ft.hub_files import HTTPError, read_json
-from hf_llava_ft.hub_secrets import check_nothing_private
-from hf_llava_ft.hub_staging import hub_name, id_of_cached, is_of_card, kind_on_the_hub, replaced_by, stage
-from hf_llava_ft.hub_upload import Upload, Uploaded, check_login, patiently
-from hf_llava_ft.model_card import write_card
+from hf_llava_ft.hub.download import check_same_files, download, files_of
+from hf_llava_ft.hub.files import HTTPError, read_json
+from hf_llava_ft.hub.model_card import write_card
+from hf_llava_ft.hub.private_text import check_nothing_private
+from hf_llava_ft.hub.staging import hub_name, id_of_cached, is_of_card, kind_on_the_hub, replaced_by, stage
+from hf_llava_ft.hub.training_facts import SUMMARY_FILE, TRAINING_FILE
+from hf_llava_ft.hub.upload import Upload, Uploaded, check_login, patiently
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
-from hf_llava_ft.training_facts import SUMMARY_FILE, TRAINING_FILE
 from hf_llava_ft.verify import (
     LOGIT_TOLERANCE,
     Probe,
@@ -91,7 +91,7 @@ def push(
         verify (`bool`): whether the folder is loaded and asked, before and after the upload.
         keep_card (`bool`): leaves README.md and its pictures on the Hub as they are.
         commit_message (`str`, *optional*): of the commit.
-        license, language, samples: of the card; see [`~hf_llava_ft.model_card.write_card`].
+        license, language, samples: of the card; see [`~hf_llava_ft.hub.model_card.write_card`].
         run (`str` or `Path`, *optional*): folder of the training run; by default `path` is looked into.
         base (`str`, *optional*): Hub id of the base of an adapter or projector, if it names a folder.
         kinds (`tuple[Kind, ...]`, *optional*): what `path` may be.

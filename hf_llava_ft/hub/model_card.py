@@ -1,7 +1,7 @@
 """The card of a model, an adapter or a projector on the Hub: README.md with its pictures, and `training.json`.
 
-Metadata is made here, the text in `model_card_text.py`, `model_card_training.py` and `model_card_loading.py`. Whatever
-comes from a user or a model is escaped, and what is not known is left out.
+Metadata is made here, the text in `model_card_text.py`, `model_card_training.py` and `model_card_loading.py`.
+Whatever comes from a user or a model is escaped, and what is not known is left out.
 """
 
 import re
@@ -15,11 +15,11 @@ from huggingface_hub.utils import validate_repo_id
 
 from hf_llava_ft.checkpoints import ADAPTER_CONFIG, Kind
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.hub_files import find_file, read_json
-from hf_llava_ft.markdown import escaped
-from hf_llava_ft.model_card_loading import loading_section
-from hf_llava_ft.model_card_samples import write_samples
-from hf_llava_ft.model_card_text import (
+from hf_llava_ft.hub.files import find_file, read_json
+from hf_llava_ft.hub.markdown import escaped
+from hf_llava_ft.hub.model_card_loading import loading_section
+from hf_llava_ft.hub.model_card_samples import write_samples
+from hf_llava_ft.hub.model_card_text import (
     data_section,
     evaluation_section,
     limits_section,
@@ -28,10 +28,10 @@ from hf_llava_ft.model_card_text import (
     verification_section,
     versions_section,
 )
-from hf_llava_ft.model_card_training import training_section
+from hf_llava_ft.hub.model_card_training import training_section
+from hf_llava_ft.hub.training_facts import TrainingFacts, hub_id, training_facts
 from hf_llava_ft.plots import save_loss_plot
 from hf_llava_ft.reload import Loader
-from hf_llava_ft.training_facts import TrainingFacts, hub_id, training_facts
 from hf_llava_ft.verify import Verification, loader_for
 
 CARD_FILE, ASSETS_FOLDER = "README.md", "assets"

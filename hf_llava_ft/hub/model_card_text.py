@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hf_llava_ft.checkpoints import Kind
-from hf_llava_ft.markdown import escaped, table
-from hf_llava_ft.model_card_training import many
-from hf_llava_ft.training_facts import TrainingFacts
+from hf_llava_ft.hub.markdown import escaped, table
+from hf_llava_ft.hub.model_card_training import many
+from hf_llava_ft.hub.training_facts import TrainingFacts
 from hf_llava_ft.verify import Verification
 
 _MANY_ROWS = 1000

@@ -12,7 +12,7 @@ from hf_llava_ft.errors import UserError, exit_on_user_error
 
 if TYPE_CHECKING:
     from hf_llava_ft.data.export import ExportedDataset
-    from hf_llava_ft.hub_upload import Uploaded
+    from hf_llava_ft.hub.upload import Uploaded
 
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 
@@ -64,9 +64,9 @@ def push_data(
     """
     from hf_llava_ft.data.export import export_dataset
     from hf_llava_ft.data.formats import open_source
-    from hf_llava_ft.hub_download import check_same_files, download, files_of
-    from hf_llava_ft.hub_staging import replaced_by
-    from hf_llava_ft.hub_upload import Upload, check_login
+    from hf_llava_ft.hub.download import check_same_files, download, files_of
+    from hf_llava_ft.hub.staging import replaced_by
+    from hf_llava_ft.hub.upload import Upload, check_login
 
     if create_pr and revision not in (None, "main"):
         raise UserError("a pull request is made on main: leave out --revision or --create_pr.")

@@ -7,7 +7,7 @@ from huggingface_hub import snapshot_download
 
 from hf_llava_ft.checkpoints import inspect_checkpoint, load_model, load_processor
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.hub_files import HTTPError, hub_refusal
+from hf_llava_ft.hub.files import HTTPError, hub_refusal
 from hf_llava_ft.verify import Probe, Verification, reference_outputs, verify
 
 

@@ -27,12 +27,12 @@ from transformers.utils.hub import PushInProgress
 
 from hf_llava_ft.checkpoints import Kind
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.hub_files import HTTPError
-from hf_llava_ft.hub_refusals import push_refusal
-from hf_llava_ft.hub_secrets import check_nothing_private
-from hf_llava_ft.hub_staging import hub_name, replaced_by, stage
-from hf_llava_ft.hub_upload import Upload, Uploaded, patiently
-from hf_llava_ft.model_card import ASSETS_FOLDER, CARD_FILE, write_card
+from hf_llava_ft.hub.files import HTTPError
+from hf_llava_ft.hub.model_card import ASSETS_FOLDER, CARD_FILE, write_card
+from hf_llava_ft.hub.private_text import check_nothing_private
+from hf_llava_ft.hub.refusals import push_refusal
+from hf_llava_ft.hub.staging import hub_name, replaced_by, stage
+from hf_llava_ft.hub.upload import Upload, Uploaded, patiently
 from hf_llava_ft.resume import SEAL, seal
 
 logger = logging.get_logger(__name__)

@@ -20,8 +20,8 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import sha, validate_repo_id
 
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.hub_files import HTTPError
-from hf_llava_ft.hub_refusals import push_refusal, status_of
+from hf_llava_ft.hub.files import HTTPError
+from hf_llava_ft.hub.refusals import push_refusal, status_of
 
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")

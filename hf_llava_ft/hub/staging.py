@@ -17,11 +17,11 @@ from safetensors import safe_open
 
 from hf_llava_ft.checkpoints import ADAPTER_CONFIG, DAMAGED, Kind
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.hub_files import first_line
+from hf_llava_ft.hub.files import first_line
+from hf_llava_ft.hub.training_facts import TRAINING_FILE, hub_id
 from hf_llava_ft.modeling.original_config_llava import is_original
 from hf_llava_ft.original_folders import NON_LORA_FILE, PROJECTOR_FILE, read_weights
 from hf_llava_ft.remote_code import own_code, runs_only_our_code
-from hf_llava_ft.training_facts import TRAINING_FILE, hub_id
 
 CONFIG = "config.json"
 _INDEX = "model.safetensors.index.json"

@@ -7,9 +7,9 @@ import torch
 
 from hf_llava_ft.arguments import TuningArguments
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.estimate_memory import DEFAULT_BUCKET, DEFAULT_LIVE, Engine, StateBytes, divided, state_bytes
-from hf_llava_ft.estimate_pictures import Picture, picture_of, worst_picture
-from hf_llava_ft.estimate_trace import Batch, MicroBatch, Precision, build_model, trace_micro_batch
+from hf_llava_ft.estimate.memory import DEFAULT_BUCKET, DEFAULT_LIVE, Engine, StateBytes, divided, state_bytes
+from hf_llava_ft.estimate.pictures import Picture, picture_of, worst_picture
+from hf_llava_ft.estimate.trace import Batch, MicroBatch, Precision, build_model, trace_micro_batch
 from hf_llava_ft.tuning import TrainedPart, trained_parts
 
 GIB = 2**30
@@ -24,7 +24,7 @@ class Plan:
         engine (`Engine`): what divides the states.
         devices (`int`): that train together.
         accumulation (`int`): micro-batches of an optimiser step.
-        bucket, live (`int`): see `estimate_memory.divided`.
+        bucket, live (`int`): see `divided`.
     """
 
     engine: Engine

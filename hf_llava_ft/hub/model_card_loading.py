@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 
 from hf_llava_ft.checkpoints import Kind
-from hf_llava_ft.markdown import code_block
+from hf_llava_ft.hub.markdown import code_block
 from hf_llava_ft.original_folders import PROJECTOR_FILE
 from hf_llava_ft.reload import Loader
 

@@ -20,7 +20,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils.hub import extract_commit_hash
 
-from hf_llava_ft.checked_json import (
+from hf_llava_ft.errors import UserError
+from hf_llava_ft.hub.checked_json import (
     MAX_TEXT,
     commit_hash,
     count,
@@ -34,8 +35,7 @@ from hf_llava_ft.checked_json import (
     text,
     word,
 )
-from hf_llava_ft.errors import UserError
-from hf_llava_ft.hub_files import read_json
+from hf_llava_ft.hub.files import read_json
 from hf_llava_ft.page import write_atomically
 
 SUMMARY_FILE, TRAINING_FILE = "train_summary.json", "training.json"

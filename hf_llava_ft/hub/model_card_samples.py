@@ -8,7 +8,7 @@ from PIL import Image
 
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.eval_prompts import ANSWERS_FILE, PICTURES_FOLDER
-from hf_llava_ft.model_card_text import Sample
+from hf_llava_ft.hub.model_card_text import Sample
 from hf_llava_ft.page import thumbnail
 
 

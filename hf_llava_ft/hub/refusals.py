@@ -12,8 +12,8 @@ from huggingface_hub.errors import (
 )
 
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.hub_files import HTTPError, first_line
-from hf_llava_ft.hub_secrets import without_token
+from hf_llava_ft.hub.files import HTTPError, first_line
+from hf_llava_ft.hub.private_text import without_token
 
 _BAD_REQUEST, _UNAUTHORIZED, _FORBIDDEN, _TOO_MANY_REQUESTS, _SERVER_ERROR = 400, 401, 403, 429, 500
 _CHANGED_MEANWHILE = (409, 412)

@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_llava_ft.arguments import TuningArguments
-from hf_llava_ft.estimate_bytes import BytesAlive
-from hf_llava_ft.estimate_pictures import TYPICAL_SIZE, Picture, picture_of
+from hf_llava_ft.estimate.bytes_alive import BytesAlive
+from hf_llava_ft.estimate.pictures import TYPICAL_SIZE, Picture, picture_of
 from hf_llava_ft.loss import LossOverTokens
 from hf_llava_ft.modeling.configuration_llava import LlavaConfig
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
@@ -84,7 +84,7 @@ def build_model(config: LlavaConfig, tuning: TuningArguments, precision: Precisi
     """
     The model that `tuning` trains, on the device `meta`, where tensors have no content.
 
-    A language model of few bits has its weights whole here: `quantized_bytes` in `estimate_memory` knows their size.
+    A language model of few bits has its weights whole here: `quantized_bytes` in `memory.py` knows their size.
     """
     config = copy.deepcopy(config)
     with torch.device("meta"):
