@@ -208,7 +208,7 @@ def test_the_command(folder):
     for options, says in (
         ([], "error: nowhere to write to"),
         (["--output_dir", str(folder / "out")], "is not empty"),
-        (["--repo_id", "no name"], "error: no name can't be uploaded to (Repo id must"),
+        (["--repo_id", "no name"], "error: --repo_id no name is no name of a repository: write user/name"),
         (["--repo_id", "user/name"], "error: user/name can't be uploaded to ("),  # the tests are offline
     ):
         refused = CliRunner().invoke(app, [*map(str, arguments), *options])
