@@ -172,4 +172,5 @@ def test_fsdp_is_refused_where_ddp_would_run_in_its_place(command, tmp_path):
     argv = command("ddp", tmp_path / "out", "--fsdp", "True")
     refused = Run("ddp", argv, tmp_path / "logs")
     assert refused.wait() == 2
-    assert "--fsdp" in refused.printed() and "Traceback" not in refused.all_printed()
+    # Either process may be the first to say it; a launcher then ends the other.
+    assert "--fsdp" in refused.all_printed() and "Traceback" not in refused.all_printed()
