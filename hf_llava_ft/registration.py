@@ -30,6 +30,8 @@ def register() -> None:
     for native_config in (NativeLlavaConfig, NativeLlavaNextConfig):
         # Not through AutoModelForCausalLM.register, which wants the class of the configuration to be the model's own.
         MODEL_FOR_CAUSAL_LM_MAPPING.register(native_config, LlavaForCausalLM, exist_ok=True)  # type: ignore[arg-type]
+        if native_config not in MODEL_FOR_CAUSAL_LM_MAPPING:  # transformers 5.17 passes over configurations of its own
+            MODEL_FOR_CAUSAL_LM_MAPPING._extra_content[native_config] = LlavaForCausalLM  # type: ignore[index]
     AutoModelForImageTextToText.register(LlavaConfig, LlavaForCausalLM, exist_ok=True)
     AutoProcessor.register(LlavaConfig, LlavaProcessor, exist_ok=True)
     register_checkpoint_conversion_mapping(LlavaConfig.model_type, [*reading_conversions()], overwrite=True)

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub import create_repo
+from safetensors.torch import load_file
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
@@ -96,7 +97,9 @@ class LlavaCheckpointMixin(PreTrainedModel):
                 f"{min(missing)} among them: it is not a whole LLaVA checkpoint, or it is damaged."
             )
         if adapter is not None:
-            model.load_adapter(adapter, adapter_name=kwargs.get("adapter_name"), adapter_kwargs=adapter_kwargs)
+            read = model.load_adapter(adapter, adapter_name=kwargs.get("adapter_name"), adapter_kwargs=adapter_kwargs)
+            if read is not None and read.unexpected_keys:  # transformers 5.17 has no place for a module saved whole
+                _load_modules_saved_whole(model, str(adapter), set(read.unexpected_keys), adapter_kwargs)
         return (model, info) if output_loading_info else model
 
     @classmethod
@@ -227,3 +230,28 @@ def _base_and_adapter(path, adapter_kwargs: dict[str, Any], kwargs: dict[str, An
         if from_auto_class:  # which has read the settings of main
             kwargs["config"] = LlavaConfig.from_pretrained(base, revision=revision, token=kwargs.get("token"))
     return base, adapter
+
+
+def _load_modules_saved_whole(model, adapter: str, names: set[str], adapter_kwargs: dict[str, Any]) -> None:
+    """
+    Puts weights of an adapter into PEFT's copies of whole modules, such as the projector.
+
+    Args:
+        names: of the weights, as in the model without the adapter.
+
+    Raises:
+        ValueError: if the model has no such copy of one of them.
+    """
+    copies = {}
+    for name, parameter in model.named_parameters():
+        module, found, rest = name.partition(".modules_to_save.")
+        if found:
+            copies[f"{module}.{rest.partition('.')[2]}"] = parameter
+    homeless = names - copies.keys()
+    if homeless:
+        raise ValueError(f"{adapter} holds weights that this LLaVA has no place for, {min(homeless)} among them.")
+    file = cached_file(adapter, "adapter_model.safetensors", **adapter_kwargs)
+    saved = {name.removeprefix("base_model.model."): weight for name, weight in load_file(cast(str, file)).items()}
+    with torch.no_grad():
+        for name in names:
+            copies[name].copy_(saved[name])
