@@ -12,10 +12,7 @@ from typing import Any
 from accelerate import PartialState
 from peft import PeftModel
 from rich.console import Console
-from transformers import EarlyStoppingCallback, set_seed
-from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import IntervalStrategy
-from transformers.utils import CONFIG_NAME
+from transformers import CONFIG_NAME, EarlyStoppingCallback, IntervalStrategy, PrinterCallback, set_seed
 
 from hf_llava_ft.arguments import DataArguments, LlavaTrainingArguments, ModelArguments, TuningArguments
 from hf_llava_ft.artifact import check_writable, staged_files, told_of_a_full_disk

@@ -17,9 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.trainer_utils import rotate_checkpoints
 
 from hf_llava_ft.arguments import LlavaTrainingArguments
 from hf_llava_ft.data.builder import modality_lengths
@@ -40,6 +38,7 @@ from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.processing.uint8_pixels_llava import can_hand_over_uint8, normalize_pixels
 from hf_llava_ft.resume import SEAL, seal
 from hf_llava_ft.throughput import Throughput
+from hf_llava_ft.trainer_files import PREFIX_CHECKPOINT_DIR, SAFE_WEIGHTS_NAME, TRAINING_ARGS_NAME
 from hf_llava_ft.tuning import PROJECTOR, VISION_TOWER, part_of
 
 # Steps whose rows are sorted by length together, as transformers' own LengthGroupedSampler has it. The original sorts
@@ -156,7 +155,7 @@ class LlavaTrainer(PushingTrainer):
             return inputs
         if can_hand_over_uint8(self.processing_class.image_processor):
             pixels = normalize_pixels(self.processing_class.image_processor, pixels)
-            inputs["pixel_values"] = self._prepare_input(pixels)  # to what DeepSpeed computes in
+            inputs = super()._prepare_inputs({**inputs, "pixel_values": pixels})  # to what DeepSpeed computes in
         return inputs
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -226,13 +225,10 @@ class LlavaTrainer(PushingTrainer):
             self.push_checkpoint(folder)
             rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
 
-    def save_model(self, *args, **kwargs) -> None:
+    def save_model(self, output_dir: str | None = None, *args, **kwargs) -> None:
         """As in transformers, and the whole weights under FSDP too, however the state of the run is saved."""
         with whole_state_dict(self.accelerator.state.fsdp_plugin) if self.is_fsdp_enabled else nullcontext():
-            super().save_model(*args, **kwargs)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
+            super().save_model(output_dir, *args, **kwargs)
         # A pickle of this run's paths, which nothing needs for resuming and nobody should have to load.
         if self.args.should_save:
             Path(output_dir or str(self.args.output_dir), TRAINING_ARGS_NAME).unlink(missing_ok=True)

@@ -15,15 +15,14 @@ from typing import Literal
 import torch
 from PIL import Image
 from transformers import AutoConfig
+from transformers import LlavaNextProcessor as NativeLlavaNextProcessor
+from transformers import LlavaProcessor as NativeLlavaProcessor
 from transformers.image_processing_utils import select_best_resolution
-from transformers.models.llava.processing_llava import LlavaProcessor as NativeLlavaProcessor
-from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor as NativeLlavaNextProcessor
-from transformers.utils import cached_file
 
 from .chat_templates_llava import chat_template_for, original_version
 from .conversation_llava import ConversationEncoding
 from .image_processing_llava import build_image_processor
-from .tokenizer_llava import IMAGE_START_TOKEN, IMAGE_TOKEN, load_tokenizer, prepare_tokenizer
+from .tokenizer_llava import IMAGE_START_TOKEN, IMAGE_TOKEN, file_if_there, load_tokenizer, prepare_tokenizer
 
 PatchMergeType = Literal["flat", "spatial", "spatial_unpad"]
 
@@ -86,9 +85,8 @@ class LlavaProcessor(ConversationEncoding, NativeLlavaProcessor):
         """As in transformers; a folder of the original LLaVA, without processor files, gets one from its
         config.json."""
         location = {key: kwargs[key] for key in ("revision", "token", "cache_dir") if key in kwargs}
-        quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
         names = ("processor_config.json", "preprocessor_config.json")
-        files = [cached_file(pretrained_model_name_or_path, name, **quiet, **location) for name in names]
+        files = [file_if_there(pretrained_model_name_or_path, name, **location) for name in names]
         if any(files):
             settings = [json.loads(Path(file).read_text(encoding="utf-8")) for file in files if file]
             kind = LlavaNextProcessor if any(_cuts_into_crops(setting) for setting in settings) else LlavaProcessor
