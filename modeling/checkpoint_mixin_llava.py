@@ -16,6 +16,7 @@ from transformers.utils import cached_file, find_adapter_config_file, logging
 from transformers.utils.hub import create_and_tag_model_card
 
 from .configuration_llava import LlavaConfig
+from .older_readers_llava import write_config_for_older_readers
 from .weight_names_llava import native_conversions, original_conversions
 
 # What `trust_remote_code=True` loads from a folder in the format "nested", which holds the files of these classes.
@@ -169,6 +170,7 @@ class LlavaCheckpointMixin(PreTrainedModel):
                 # transformers names the class that saves; a reader without this package needs the native one.
                 self.config.architectures = [_NATIVE_CLASSES[own_config.native_model_type].__name__]
                 self.config.save_pretrained(save_directory)
+                write_config_for_older_readers(save_directory)
             elif is_main_process and checkpoint_format == "llava":
                 own_config.save_original(save_directory)
         finally:
