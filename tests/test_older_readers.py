@@ -177,10 +177,10 @@ def write_adapters(folders: Folders, tiny, golden) -> None:
 
 
 def write_converted(folders: Folders, golden) -> None:
-    for name, source in {
-        "converted, 1.5": "c_forward/mlp2x_patch/checkpoint",
-        "converted, 1.6": "c_forward/anyres_spatial_unpad/checkpoint",
-    }.items():
+    for name, place in {"converted, 1.5": "mlp2x_patch", "converted, 1.6": "anyres_spatial_unpad"}.items():
+        source = str(folders.root / f"original, {name}")
+        shutil.copytree(golden / "c_forward" / place / "checkpoint", source)
+        shutil.copytree(golden / "tokenizer_tiny", source, dirs_exist_ok=True)
         folder = convert(source, folders.root / name, "llava-hf").output_dir
         processor = load_processor(source)
         model = load_model(source, processor)
