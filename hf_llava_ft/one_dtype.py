@@ -1,8 +1,8 @@
 """A finished model in one dtype, the one that its config.json names.
 
-A projector trains in float32 on a base in bfloat16, because steps of 2e-5 vanish in bfloat16's rounding. Written so, the
-folder would be in two dtypes, of which config.json can name one: whoever loads it rounds the rest without being told,
-and what was checked is not what is used. So it is rounded here, and said. Checkpoints keep what trains as it is.
+A projector trains in float32 on a base in bfloat16, because steps of 2e-5 vanish in bfloat16's rounding. Written so,
+the folder would be in two dtypes, of which config.json can name one: whoever loads it rounds the rest without being
+told. So it is rounded here, and said. Checkpoints keep what trains as it is.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The config.json of a native LLaVA as transformers 4 finds its settings too, beside what transformers 5 looks for.
+"""The settings of a native LLaVA where transformers 4 finds them too, beside where transformers 5 looks for them.
 
 transformers 4 takes what it does not find for the default, without a word: 10,000 for the base of the rotary
 embedding, no scaling of it. And it ties embeddings by `text_config`, transformers 5 by the settings around it, so that
@@ -18,7 +18,7 @@ _OF_THIS_MACHINE = ("_name_or_path", "_commit_hash", "is_local", "local_files_on
 
 
 def write_config_for_older_readers(folder: str | Path) -> None:
-    """Rewrites the config.json of the native LLaVA in `folder`, whose weights are written already; see the module."""
+    """Rewrites the settings of the native LLaVA in `folder`, whose weights are written already; see the module."""
     path = Path(folder, "config.json")
     before = json.loads(path.read_text(encoding="utf-8"))
     written = _without_this_machine(before)
@@ -30,8 +30,12 @@ def write_config_for_older_readers(folder: str | Path) -> None:
     for part in (written, text_config, written["vision_config"]):
         if part.get("dtype") is not None:
             part["torch_dtype"] = part["dtype"]
-    if written != before:
-        path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _write(path, written, before)
+    path = Path(folder, "generation_config.json")
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        # By it transformers 4 takes the stop tokens of config.json instead, where that says anything of generation.
+        _write(path, {name: value for name, value in before.items() if name != "_from_model_config"}, before)
 
 
 def rope_for_older_readers(rope_parameters: dict[str, Any] | None) -> dict[str, Any]:
@@ -49,6 +53,11 @@ def rope_for_older_readers(rope_parameters: dict[str, Any] | None) -> dict[str, 
         # Before transformers 4.43 `rope_type` was `type`.
         older["rope_scaling"] = {"type": parameters["rope_type"], **parameters}
     return older
+
+
+def _write(path: Path, settings: dict[str, Any], before: dict[str, Any]) -> None:
+    if settings != before:
+        path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _has_another_head(folder: Path) -> bool:

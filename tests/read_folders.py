@@ -58,6 +58,8 @@ def read(wanted: dict) -> tuple[dict, dict]:
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     with torch.no_grad():
         tensors["logits"] = model(**inputs).logits.float().contiguous()
+        words = tokenizer("What is it? Nobody knows.", return_tensors="pt")["input_ids"]
+        tensors["text_logits"] = model(input_ids=words).logits.float().contiguous()
         answer = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
     tensors["answer_ids"] = answer[:, inputs["input_ids"].shape[1] :].contiguous()
     return encoded, tensors
