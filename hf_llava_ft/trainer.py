@@ -10,7 +10,7 @@ import os
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -33,6 +33,7 @@ from hf_llava_ft.loss import LossOverTokens
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
 from hf_llava_ft.modeling.weight_names_llava import name_in_memory
 from hf_llava_ft.moved_weights import MovedWeights
+from hf_llava_ft.one_dtype import Rounded, in_one_dtype
 from hf_llava_ft.out_of_memory import advice, advice_for_evaluation, told_of_out_of_memory
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.processing.uint8_pixels_llava import can_hand_over_uint8, normalize_pixels
@@ -81,6 +82,7 @@ class LlavaTrainer(PushingTrainer):
         if self.is_fsdp_enabled:
             share_out_by_layers(self.accelerator.state.fsdp_plugin, self.model)  # type: ignore[arg-type]
         self.throughput = Throughput()
+        self._in_one_dtype, self.rounded = True, cast("Rounded | None", None)  # see `_save`
 
     def train(self, *args, **kwargs):
         """As in transformers; too little memory is a `UserError` that says what to change."""
@@ -215,10 +217,11 @@ class LlavaTrainer(PushingTrainer):
             shutil.rmtree(folder)  # what a run left that was killed here
         self.accelerator.wait_for_everyone()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self._in_one_dtype = False
         try:
             super()._save_checkpoint(model, trial)
         finally:
-            self.args.save_total_limit = limit
+            self.args.save_total_limit, self._in_one_dtype = limit, True
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             seal(folder)
@@ -232,6 +235,13 @@ class LlavaTrainer(PushingTrainer):
         # A pickle of this run's paths, which nothing needs for resuming and nobody should have to load.
         if self.args.should_save:
             Path(output_dir or str(self.args.output_dir), TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        if self._in_one_dtype and isinstance(model, LlavaForCausalLM):
+            # In the dtype that transformers writes into config.json: that of the first weight.
+            state_dict, self.rounded = in_one_dtype(state_dict or model.state_dict(), model.dtype)
+        super()._save(output_dir, state_dict)
 
     def _load_best_model(self) -> None:
         """A checkpoint of the whole model has the names of the native layout; transformers would load none of it."""

@@ -22,6 +22,7 @@ from transformers.image_processing_utils import select_best_resolution
 from .chat_templates_llava import chat_template_for, original_version
 from .conversation_llava import ConversationEncoding
 from .image_processing_llava import build_image_processor
+from .older_readers_processing_llava import write_for_older_readers
 from .tokenizer_llava import IMAGE_START_TOKEN, IMAGE_TOKEN, file_if_there, load_tokenizer, prepare_tokenizer
 
 PatchMergeType = Literal["flat", "spatial", "spatial_unpad"]
@@ -107,6 +108,14 @@ class LlavaProcessor(ConversationEncoding, NativeLlavaProcessor):
             image_grid_pinpoints=getattr(config, "image_grid_pinpoints", None),
             patch_merge_type=getattr(config, "patch_merge_type", "spatial_unpad"),
         )
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """As in transformers, in files that transformers 4 reads too."""
+        written = super().save_pretrained(save_directory)
+        write_for_older_readers(save_directory)
+        if push_to_hub:  # not in transformers' own, which would upload before the files are so
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+        return written
 
     def use_chat_template(self, version: str) -> None:
         """Replaces the chat template by the one called `version`; it is saved with the processor."""
