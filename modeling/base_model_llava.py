@@ -212,8 +212,8 @@ class LlavaBaseModel(LlavaPreTrainedModel):
         positions = image_mask.flatten().nonzero().squeeze(-1)  # (N * P,)
         if len(positions) != len(image_features):
             raise ValueError(
-                f"the text holds {len(positions)} image placeholders, but {num_images} images give "
-                f"{len(image_features)} features: the numbers must be equal."
+                f"Image features and image tokens do not match: the text holds {len(positions)} image placeholders, "
+                f"but {num_images} images give {len(image_features)} features."
             )
         flat = inputs_embeds.reshape(-1, inputs_embeds.shape[-1])
         # The same result as `masked_scatter`, in a seventh of its time on CPU.

@@ -11,6 +11,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.utils import ModelOutput
 
 
+# A constant, because no graph of torch.compile holds a call of `fields`.
+_FIELDS = frozenset(field.name for field in fields(BaseModelOutputWithPast))
+
+
 class _WithImageOutputs:
     """Both outputs: `image_outputs` becomes a tuple with the rest, and has its old name still."""
 
@@ -52,5 +56,4 @@ class LlavaCausalLMOutput(_WithImageOutputs, CausalLMOutputWithPast):
 
 def of_language_model(outputs: ModelOutput) -> dict:
     """The fields of a language model's output that ours have too; a mixture of experts has more."""
-    known = {field.name for field in fields(BaseModelOutputWithPast)}
-    return {name: value for name, value in outputs.items() if name in known}
+    return {name: value for name, value in outputs.items() if name in _FIELDS}
