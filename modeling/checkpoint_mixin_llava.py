@@ -2,19 +2,17 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import create_repo
-from safetensors.torch import load_file
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.dynamic_module_utils import custom_object_save
-from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
-from transformers.models.llava_next.modeling_llava_next import LlavaNextForConditionalGeneration
+from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+from huggingface_hub.errors import EntryNotFoundError
+from transformers import AutoModel, PreTrainedConfig
 from transformers.utils import cached_file, find_adapter_config_file, logging
-from transformers.utils.hub import create_and_tag_model_card
 
+from .adapters_llava import LlavaAdapterMixin
 from .configuration_llava import LlavaConfig
 from .weight_names_llava import native_conversions, original_conversions
 
@@ -25,7 +23,7 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_llava.LlavaForCausalLM",
     "AutoModelForImageTextToText": "modeling_llava.LlavaForCausalLM",
 }
-_NATIVE_CLASSES = {"llava": LlavaForConditionalGeneration, "llava_next": LlavaNextForConditionalGeneration}
+_NATIVE_CLASSES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
 # A file that is not there is an answer.
 _QUIETLY: dict[str, Any] = {
     "_raise_exceptions_for_missing_entries": False,
@@ -33,7 +31,7 @@ _QUIETLY: dict[str, Any] = {
 }
 
 
-class LlavaCheckpointMixin(PreTrainedModel):
+class LlavaCheckpointMixin(LlavaAdapterMixin):
     """`from_pretrained` and `save_pretrained` of [`LlavaForCausalLM`]."""
 
     @classmethod
@@ -97,9 +95,7 @@ class LlavaCheckpointMixin(PreTrainedModel):
                 f"{min(missing)} among them: it is not a whole LLaVA checkpoint, or it is damaged."
             )
         if adapter is not None:
-            read = model.load_adapter(adapter, adapter_name=kwargs.get("adapter_name"), adapter_kwargs=adapter_kwargs)
-            if read is not None and read.unexpected_keys:  # transformers 5.17 has no place for a module saved whole
-                _load_modules_saved_whole(model, str(adapter), set(read.unexpected_keys), adapter_kwargs)
+            model.put_adapter_on(str(adapter), kwargs.get("adapter_name"), **adapter_kwargs)
         return (model, info) if output_loading_info else model
 
     @classmethod
@@ -140,14 +136,18 @@ class LlavaCheckpointMixin(PreTrainedModel):
             repo_id = create_repo(
                 repo_id, private=kwargs.pop("private", None), token=hub.get("token"), exist_ok=True
             ).repo_id
-            Path(save_directory).mkdir(parents=True, exist_ok=True)
-            before = self._get_files_timestamps(save_directory)
+            before = _times_of_files(save_directory)
             self.save_pretrained(save_directory, checkpoint_format=checkpoint_format, **kwargs)
-            card = create_and_tag_model_card(repo_id, self.model_tags, token=hub.get("token"))
-            card.save(Path(save_directory, "README.md"))
-            self._upload_modified_files(save_directory, repo_id, before, **hub)
+            _tagged_card(repo_id, self.model_tags, hub.get("token")).save(Path(save_directory, "README.md"))
+            after = _times_of_files(save_directory)
+            written = [name for name, time in after.items() if before.get(name) != time]
+            upload_folder(repo_id=repo_id, folder_path=str(save_directory), allow_patterns=written, **hub)
             return
         is_adapter = getattr(self, "_hf_peft_config_loaded", False)  # which is written without the model
+        if is_adapter:
+            if is_main_process:
+                self.save_adapter(save_directory, kwargs.get("state_dict"))
+            return
         own_config, own_conversions = self.config, cast(Any, getattr(self, "_weight_conversions", None))
         if checkpoint_format == "llava-hf":
             self.config, self._weight_conversions = own_config.to_native(), native_conversions()
@@ -159,15 +159,14 @@ class LlavaCheckpointMixin(PreTrainedModel):
             # As in llava-hf: names of folders of this machine, and what would send it out as an original next time.
             self.config.original_config = self.config.vision_tower_name = None
         try:
-            if is_main_process and checkpoint_format == "nested" and not is_adapter:
+            if is_main_process and checkpoint_format == "nested":
                 Path(save_directory).mkdir(parents=True, exist_ok=True)
-                custom_object_save(self, save_directory)  # the file of this class, and those that it imports
+                for file in Path(__file__).parent.glob("*_llava.py"):  # this one, and those that go with it
+                    shutil.copy(file, save_directory)
             super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-            if is_adapter:
-                return
             if is_main_process and checkpoint_format == "llava-hf":
                 # transformers names the class that saves; a reader without this package needs the native one.
-                self.config.architectures = [_NATIVE_CLASSES[own_config.native_model_type].__name__]
+                self.config.architectures = [_NATIVE_CLASSES[own_config.native_model_type]]
                 self.config.save_pretrained(save_directory)
             elif is_main_process and checkpoint_format == "llava":
                 own_config.save_original(save_directory)
@@ -187,6 +186,22 @@ class LlavaCheckpointMixin(PreTrainedModel):
                 f"config.vision_tower_name to its Hub id, or save_pretrained(..., push_to_hub=True, "
                 f"checkpoint_format='llava-hf')."
             )
+
+
+def _times_of_files(folder) -> dict[str, int]:
+    """When each file of a folder, or of none, was last written, in nanoseconds."""
+    return {file.name: file.stat().st_mtime_ns for file in Path(folder).glob("*") if file.is_file()}
+
+
+def _tagged_card(repo_id: str, tags: list[str] | None, token: str | None) -> ModelCard:
+    """The card that the repository has, or a new one, with `tags`."""
+    try:
+        card = ModelCard.load(repo_id, token=token)
+    except EntryNotFoundError:
+        card = ModelCard.from_template(ModelCardData(tags=[], library_name="transformers"))
+    known = list(card.data.tags or [])
+    card.data.tags = known + [tag for tag in tags or [] if tag not in known]
+    return card
 
 
 def _as_ours(config):
@@ -230,28 +245,3 @@ def _base_and_adapter(path, adapter_kwargs: dict[str, Any], kwargs: dict[str, An
         if from_auto_class:  # which has read the settings of main
             kwargs["config"] = LlavaConfig.from_pretrained(base, revision=revision, token=kwargs.get("token"))
     return base, adapter
-
-
-def _load_modules_saved_whole(model, adapter: str, names: set[str], adapter_kwargs: dict[str, Any]) -> None:
-    """
-    Puts weights of an adapter into PEFT's copies of whole modules, such as the projector.
-
-    Args:
-        names: of the weights, as in the model without the adapter.
-
-    Raises:
-        ValueError: if the model has no such copy of one of them.
-    """
-    copies = {}
-    for name, parameter in model.named_parameters():
-        module, found, rest = name.partition(".modules_to_save.")
-        if found:
-            copies[f"{module}.{rest.partition('.')[2]}"] = parameter
-    homeless = names - copies.keys()
-    if homeless:
-        raise ValueError(f"{adapter} holds weights that this LLaVA has no place for, {min(homeless)} among them.")
-    file = cached_file(adapter, "adapter_model.safetensors", **adapter_kwargs)
-    saved = {name.removeprefix("base_model.model."): weight for name, weight in load_file(cast(str, file)).items()}
-    with torch.no_grad():
-        for name in names:
-            copies[name].copy_(saved[name])

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers.models.llava.configuration_llava import LlavaConfig as NativeLlavaConfig
-from transformers.models.llava_next.configuration_llava_next import LlavaNextConfig as NativeLlavaNextConfig
+from transformers import LlavaConfig as NativeLlavaConfig
+from transformers import LlavaNextConfig as NativeLlavaNextConfig
 
 from .original_config_llava import is_original, nested_from_original, original_from_nested
 
@@ -54,6 +54,9 @@ class LlavaConfig(NativeLlavaConfig):
     """
 
     model_type = "llava_llama"
+    # What a Trainer does not gather from the outputs of an evaluation; the cache by its names before and since
+    # transformers 5.24.
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_outputs"]
 
     projector_type: str = "mlp2x_gelu"
     image_aspect_ratio: Literal["square", "pad", "anyres"] | None = None
