@@ -5,7 +5,6 @@ first use, with plain pip; delete the folder to make them again.
 """
 
 import subprocess
-import sys
 import venv
 from pathlib import Path
 
@@ -22,7 +21,7 @@ def python_with(release: str) -> Path:
     The interpreter of the environment with transformers `release`, which is made if it is not there.
 
     Raises:
-        RuntimeError: with pip's last line, if it cannot be made.
+        RuntimeError: with pip's last complaint, if it cannot be made.
     """
     torch_python = _python_of("torch")
     if not _is_made("torch"):
@@ -65,10 +64,5 @@ def _run(*command) -> None:
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
-        raise RuntimeError(lines[-1])
-
-
-if __name__ == "__main__":
-    for release in RELEASES:
-        print(python_with(release))
-    sys.exit(0)
+        complaints = [line for line in lines if line.startswith("ERROR")] or lines
+        raise RuntimeError(complaints[-1])

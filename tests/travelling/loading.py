@@ -6,6 +6,7 @@ Runs in an environment of its own: standard library, torch, transformers and wha
 """
 
 import json
+import shutil
 import sys
 import tempfile
 from functools import cached_property
@@ -13,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
@@ -57,8 +59,12 @@ class Folder:
 
     @cached_property
     def processor(self):
-        settings = json.loads((self.path / "processor_config.json").read_text(encoding="utf-8"))
-        return AutoProcessor.from_pretrained(self.path, trust_remote_code="auto_map" in settings)
+        return AutoProcessor.from_pretrained(self.path, trust_remote_code=self.processor_has_code)
+
+    @property
+    def processor_has_code(self) -> bool:
+        """Whether the processor has to be trusted, too; else it is transformers' own."""
+        return "auto_map" in json.loads((self.path / "processor_config.json").read_text(encoding="utf-8"))
 
     def prepared(self, processor) -> dict[str, torch.Tensor]:
         """What `processor` makes of the questions and pictures."""
@@ -174,12 +180,25 @@ def save_and_reload(folder: Folder) -> None:
         before = {path.name: path.read_bytes() for path in folder.path.glob("*.py")}
         after = {path.name: path.read_bytes() for path in again.glob("*.py")}
         assert after == before, f"the code written is another: {sorted(after.keys() ^ before.keys())}"
-        settings = json.loads((again / "processor_config.json").read_text(encoding="utf-8"))
         reloaded = AutoModelForImageTextToText.from_pretrained(again, trust_remote_code=True)
         folder.compare_logits(reloaded(**folder.inputs).logits)
         assert torch.equal(folder.generated(reloaded), folder.expected["generated"]), "the answer is another"
-        trusted = AutoProcessor.from_pretrained(again, trust_remote_code="auto_map" in settings)
-        folder.compare_inputs(folder.prepared(trusted))
+        processor = AutoProcessor.from_pretrained(again, trust_remote_code=folder.processor_has_code)
+        folder.compare_inputs(folder.prepared(processor))
+
+
+def by_name(folder: Folder) -> None:
+    """As a repository of the Hub, out of its cache: there transformers asks for what each file of code imports, and
+    not only for what the first one does."""
+    repository, commit = f"travelling/{folder.path.name}", "0" * 40
+    cached = Path(HF_HUB_CACHE, f"models--{repository.replace('/', '--')}")
+    shutil.copytree(folder.path, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit, encoding="utf-8")
+    model = AutoModelForImageTextToText.from_pretrained(repository, trust_remote_code=True)
+    folder.compare_logits(model(**folder.inputs).logits)
+    processor = AutoProcessor.from_pretrained(repository, trust_remote_code=folder.processor_has_code)
+    folder.compare_inputs(folder.prepared(processor))
 
 
 def answer_by_pipeline(folder: Folder) -> None:
@@ -207,6 +226,7 @@ CHECKS = {
     "generation of an image token": generate_image_token,
     "one run of the tower": tower_runs_once,
     "saving": save_and_reload,
+    "by name from the Hub's cache": by_name,
     "pipeline": answer_by_pipeline,
 }
 
