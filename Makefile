@@ -11,9 +11,9 @@ OLDEST_INSTALLED := $(OLDEST)/.installed
 # By the day: what was newest yesterday may not be so today.
 NEWEST_INSTALLED := $(NEWEST)/.installed-$(shell date +%F)
 PIP_INSTALL := -m pip install --quiet --no-input --disable-pip-version-check
-# Exactly what the lock names, and nothing that a locked package asks for beside it.
+# Exactly what the lock names: each file by its hash, and nothing that a locked package asks for beside it.
 PIP_INSTALL_LOCKED := $(PIP_INSTALL) --no-deps --require-hashes --requirement
-# Built with the setuptools of the environment: in isolation pip would fetch the newest one.
+# Built, as DeepSpeed is, with the setuptools of the environment: in isolation pip would fetch the newest one.
 PIP_INSTALL_PACKAGE := $(PIP_INSTALL) --no-deps --no-build-isolation --editable .
 
 # Up to four pytest workers, each of which loads torch, and the cores divided between them: more threads than cores make
@@ -86,7 +86,7 @@ test: $(INSTALLED)  ## the test suite, on the CPU, without the slow ones
 	$(PYTEST_ENV) $(VENV)/bin/python $(PYTEST) -m "not slow"
 
 test-slow: $(INSTALLED)  ## the slow tests alone, with DeepSpeed, which builds a part of itself when it is first used
-	$(VENV)/bin/python $(PIP_INSTALL_LOCKED) requirements/deepspeed.txt
+	$(VENV)/bin/python $(PIP_INSTALL_LOCKED) requirements/deepspeed.txt --no-build-isolation
 	$(PYTEST_ENV) $(VENV)/bin/python $(PYTEST) -m slow
 
 test-oldest: $(OLDEST_INSTALLED)  ## the suite again, with the oldest libraries that pyproject.toml allows

@@ -15,7 +15,7 @@ from packaging.version import InvalidVersion, Version
 
 from hf_llava_ft import __version__
 
-# The suite passed with these. pyproject.toml allows one minor release more; tests/test_packaging.py compares the two.
+# The suite passed with these. pyproject.toml allows one minor release more; tests/test_lock.py compares the two.
 TRIED = {"transformers": (5, 24), "peft": (0, 21), "accelerate": (1, 15), "datasets": (5, 2)}
 # Set, to any text: a traceback comes in spite of the sentence.
 TRACEBACK_VARIABLE = "HF_LLAVA_FT_TRACEBACK"
