@@ -3,10 +3,14 @@ one stays; it has none for LLaVA under `AutoModelForCausalLM`, which gives ours 
 
 from functools import cache
 
+from hf_llava_ft.releases import warn_of_newer
+
 
 @cache
 def register() -> None:
-    """Registers configuration, models, processor and weight names; calling it again does nothing."""
+    """Registers configuration, models, processor and weight names; calling it again does nothing. Warns first, so also
+    where an import fails, if a library is newer than we know."""
+    warn_of_newer()
     from transformers import (
         CONFIG_MAPPING,
         AutoModel,
