@@ -23,8 +23,8 @@ TRAVELLING = ("modeling", "processing")
 LAYERS = (*TRAVELLING, "hf_llava_ft", "hub_scripts")
 BELOW_OR_BESIDE_SCRIPTS = ("hf_llava_ft.modeling", "hf_llava_ft.processing", "hf_llava_ft.hub_scripts")
 # What a stranger has who loads our code from the Hub: transformers, what it brings, and what it needs for images and
-# for SentencePiece's tokenizer.model. Not more within a function either: code from the Hub, unlike that in a folder, is
-# refused by transformers if any import statement in it names what is not installed.
+# for SentencePiece's tokenizer.model. Not more within a function either: transformers refuses code of the Hub, unlike
+# that in a folder, if any import statement in it names what is not installed.
 TRAVELS_WITH = {"torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy"} | {
     "PIL",
     "sentencepiece",

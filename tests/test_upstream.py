@@ -91,6 +91,9 @@ def use(trainer, model):
     torch._dynamo.reset()
     torch.nn.functional.relu(datasets.Split.TRAIN)
     logging.get_logger()
+    import_module("peft.utils").Taken
+    later = import_module("peft.functional")
+    later.used()
 """
 
 
@@ -100,6 +103,8 @@ def test_the_scanner_finds_what_is_written_and_leaves_what_is_ours():
         Use("peft._hidden", "private"),
         Use("transformers.integrations.deepspeed.is_deepspeed_zero3_enabled", "reached"),
         Use("transformers.utils.logging.get_logger", "reached"),
+        Use("peft.utils.Taken", "reached"),
+        Use("peft.functional.used", "reached"),
         Use("?.loss_type", "assigned"),
         Use("?._private", "private"),
         Use("?.by_name", "assigned"),

@@ -29,7 +29,7 @@ _MADE_BY_PYTHON = {"__module__", "__doc__", "__qualname__", "__dict__", "__weakr
 # By `dataclass` and by `strict` of huggingface_hub, in classes that have fields.
 _MADE_FOR_FIELDS = {"__init__", "__setattr__", "validate", "__validators__", "__class_validators__"}
 # Private, and promised by Python's documentation.
-_OF_PYTHON = {"_asdict", "_replace", "_fields"}
+_OF_PYTHON = {"excepthook", "_asdict", "_replace", "_fields"}
 
 
 class Use(NamedTuple):
@@ -144,7 +144,9 @@ def _imported_objects(tree: ast.AST) -> dict[str, str]:
     """Local names of their modules and classes: `import datasets as d` gives `{"d": "datasets"}`."""
     aliases = {}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
+        if isinstance(node, ast.Assign) and (module := _by_import_module(node.value)):
+            aliases |= {target.id: module for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.Import):
             for alias in node.names:
                 if _library(alias.name):
                     name = alias.name if alias.asname else alias.name.split(".")[0]
@@ -154,7 +156,16 @@ def _imported_objects(tree: ast.AST) -> dict[str, str]:
     return aliases
 
 
+def _by_import_module(node: ast.AST) -> str | None:
+    """Of `import_module("peft.utils")` the name of the module, where it is one of theirs."""
+    is_call = isinstance(node, ast.Call) and _is_name(node.func, "import_module") and len(node.args) == 1
+    name = node.args[0].value if is_call and isinstance(node.args[0], ast.Constant) else None
+    return name if isinstance(name, str) and _library(name) else None
+
+
 def _imported(node: ast.AST) -> list[Use]:
+    if isinstance(node, ast.Attribute) and (module := _by_import_module(node.value)):
+        return _deep(f"{module}.{node.attr}")
     if not isinstance(node, ast.ImportFrom) or node.level:
         return []
     names = [f"{node.module}.{alias.name}" for alias in node.names]
