@@ -6,6 +6,7 @@ ever holds them. With them in the sum, every probability would be a little too s
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -27,7 +28,7 @@ class LossOverTokens:
     def __call__(
         self,
         logits: torch.Tensor,
-        labels: torch.Tensor | None,
+        labels: Any,
         vocab_size: int,
         num_items_in_batch: torch.Tensor | int | None = None,
         ignore_index: int = -100,
