@@ -3,11 +3,13 @@
 transformers has methods of the same names. They change what they ask for with its releases: those of 5.24 refuse every
 PEFT that there is (they want 0.22, the newest is 0.21), those of 5.17 leave out modules that were saved whole, such as
 the projector, those before 5.24 and after leave magnitudes of DoRA at their start, and `enable_adapters` brings back
-LoRA without the projector that `disable_adapters` took away. PEFT is imported where it is used: a model without an
-adapter needs none.
+LoRA without the projector that `disable_adapters` took away. PEFT is imported where it is used, and by no import
+statement: a model without an adapter needs none, and transformers refuses code from the Hub in which anything is
+imported, within a function too, that is not installed.
 """
 
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +29,11 @@ class LlavaAdapterMixin(PreTrainedModel):
 
     def add_adapter(self, adapter_config, adapter_name: str | None = None) -> None:
         """Adds a new adapter of a `PeftConfig`, and makes it the active one."""
-        from peft.functional import inject_adapter_in_model
-
         name = adapter_name or "default"
         if name in self._adapters_by_name():
             raise ValueError(f"there is an adapter {name!r} already: choose another name.")
         adapter_config.base_model_name_or_path = adapter_config.base_model_name_or_path or self.name_or_path
-        inject_adapter_in_model(adapter_config, self, name)
+        import_module("peft.functional").inject_adapter_in_model(adapter_config, self, name)
         self._hf_peft_config_loaded = True  # by which transformers knows a model with an adapter
         self.set_adapter(name)
 
@@ -64,12 +64,12 @@ class LlavaAdapterMixin(PreTrainedModel):
 
     def delete_adapter(self, adapter_names: list[str] | str) -> None:
         """Takes adapters out of the model."""
-        from peft.functional import delete_adapter
-
+        functional = import_module("peft.functional")
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self._refuse_unknown(names)
         for name in names:
-            delete_adapter(self, adapter_name=name, prefix=f"{self.peft_config[name].peft_type.value.lower()}_")
+            prefix = f"{self.peft_config[name].peft_type.value.lower()}_"
+            functional.delete_adapter(self, adapter_name=name, prefix=prefix)
             self.peft_config.pop(name, None)
         if not self.peft_config:
             del self.peft_config
@@ -79,12 +79,12 @@ class LlavaAdapterMixin(PreTrainedModel):
         self, adapter_name: str | None = None, state_dict: dict | None = None
     ) -> dict[str, torch.Tensor]:
         """The weights of an adapter, by default the active one, by their names in the model."""
-        from peft.functional import get_peft_model_state_dict
-
         name = self._only_active_adapter() if adapter_name is None else adapter_name
         self._refuse_unknown([name])
         # Not "auto", with which PEFT asks the Hub for the base's vocabulary: embeddings that train are named as such.
-        return get_peft_model_state_dict(self, state_dict=state_dict, adapter_name=name, save_embedding_layers=False)
+        return import_module("peft.functional").get_peft_model_state_dict(
+            self, state_dict=state_dict, adapter_name=name, save_embedding_layers=False
+        )
 
     def save_adapter(self, save_directory, state_dict: dict | None = None) -> None:
         """Writes the active adapter as PEFT does: its configuration and its weights."""
@@ -115,18 +115,16 @@ class LlavaAdapterMixin(PreTrainedModel):
         Raises:
             ValueError: if its file lacks weights that its configuration makes, holds others, or of other shapes.
         """
-        from peft import PeftConfig, load_peft_weights
-        from peft.functional import set_peft_model_state_dict
-
+        peft = import_module("peft")
         name = adapter_name or "default"
-        config = PeftConfig.from_pretrained(adapter, **hub_kwargs)
+        config = peft.PeftConfig.from_pretrained(adapter, **hub_kwargs)
         config.inference_mode = True
-        saved = load_peft_weights(adapter, device="cpu", **hub_kwargs)
+        saved = peft.load_peft_weights(adapter, device="cpu", **hub_kwargs)
         weights = {name_in_memory(key.removeprefix(PEFT_PREFIX)): weight for key, weight in saved.items()}
         self.add_adapter(config, name)
         expected = self.get_adapter_state_dict(name)
         _refuse_difference(adapter, weights, expected)
-        set_peft_model_state_dict(self, weights, adapter_name=name)
+        import_module("peft.functional").set_peft_model_state_dict(self, weights, adapter_name=name)
         self.eval()
 
     def _adapters_by_name(self) -> dict[str, Any]:
@@ -148,10 +146,10 @@ class LlavaAdapterMixin(PreTrainedModel):
 
     def _adapted_modules(self) -> Iterator[Any]:
         """Layers with an adapter, and PEFT's wrappers around modules that are trained whole."""
-        from peft.tuners.tuners_utils import BaseTunerLayer
-        from peft.utils import AuxiliaryTrainingWrapper
-
-        kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+        kinds = (
+            import_module("peft.tuners.tuners_utils").BaseTunerLayer,
+            import_module("peft.utils").AuxiliaryTrainingWrapper,
+        )
         return (module for module in self.modules() if isinstance(module, kinds))
 
 

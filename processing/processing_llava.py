@@ -16,17 +16,17 @@ from typing import Literal
 import torch
 from PIL import Image
 from transformers import AutoConfig
+from transformers import LlavaNextProcessor as NativeLlavaNextProcessor
+from transformers import LlavaProcessor as NativeLlavaProcessor
 from transformers.image_processing_utils import select_best_resolution
 from transformers.image_utils import SizeDict
-from transformers.models.llava.processing_llava import LlavaProcessor as NativeLlavaProcessor
-from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor as NativeLlavaNextProcessor
 from transformers.processing_utils import MultiModalData
-from transformers.utils import cached_file
 
 from .chat_templates_llava import chat_template_for, original_version
 from .conversation_llava import ConversationEncoding
 from .image_processing_llava import build_image_processor
-from .tokenizer_llava import IMAGE_START_TOKEN, IMAGE_TOKEN, load_tokenizer, prepare_tokenizer
+from .older_readers_processing_llava import write_for_older_readers
+from .tokenizer_llava import IMAGE_START_TOKEN, IMAGE_TOKEN, file_if_there, load_tokenizer, prepare_tokenizer
 
 PatchMergeType = Literal["flat", "spatial", "spatial_unpad"]
 
@@ -92,9 +92,8 @@ class LlavaProcessor(ConversationEncoding, NativeLlavaProcessor):
         """As in transformers; a folder of the original LLaVA, without processor files, gets one from its
         config.json."""
         location = {key: kwargs[key] for key in ("revision", "token", "cache_dir") if key in kwargs}
-        quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
         names = ("processor_config.json", "preprocessor_config.json")
-        files = [cached_file(pretrained_model_name_or_path, name, **quiet, **location) for name in names]
+        files = [file_if_there(pretrained_model_name_or_path, name, **location) for name in names]
         if any(files):
             settings = [json.loads(Path(file).read_text(encoding="utf-8")) for file in files if file]
             kind = LlavaNextProcessor if any(_cuts_into_crops(setting) for setting in settings) else LlavaProcessor
@@ -115,6 +114,14 @@ class LlavaProcessor(ConversationEncoding, NativeLlavaProcessor):
             image_grid_pinpoints=getattr(config, "image_grid_pinpoints", None),
             patch_merge_type=getattr(config, "patch_merge_type", "spatial_unpad"),
         )
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """As in transformers, in files that transformers 4 reads too."""
+        written = super().save_pretrained(save_directory)
+        write_for_older_readers(save_directory)
+        if push_to_hub:  # not in transformers' own, which would upload before the files are so
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+        return written
 
     # A private name of transformers', but the one by which vLLM asks.
     def _get_num_multimodal_tokens(

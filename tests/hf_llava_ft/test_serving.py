@@ -1,12 +1,7 @@
 """Folders for servers: every weight under the name that a native LLaVA has on disk, llama.cpp's parts the same as the
 whole, and a sentence where a server can't serve the model."""
 
-import base64
-import importlib.util
-import io
 import json
-import shutil
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -18,11 +13,10 @@ from tokenizers import pre_tokenizers
 
 import hf_llava_ft
 from hf_llava_ft.arguments import TuningArguments
-from hf_llava_ft.checkpoints import fit_to_processor, load_model, load_processor
+from hf_llava_ft.checkpoints import load_model, load_processor
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.processing.chat_templates_llava import CHAT_TEMPLATES
 from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
-from hf_llava_ft.remote_code import ENDPOINT_HANDLER
 from hf_llava_ft.serving import export_for_serving
 from hf_llava_ft.serving.guide import commands, go_template
 from hf_llava_ft.serving.limits import differences, refuse_what_cannot_be_served
@@ -30,7 +24,8 @@ from hf_llava_ft.serving.names import check_names, written_shapes
 from hf_llava_ft.serving.parts import check_parts, write_parts
 from hf_llava_ft.serving.tokenizer import save_tokenizer, sentencepiece_model, with_media_markers
 from hf_llava_ft.tuning import with_lora
-from hf_llava_ft.verify import Probe, default_image, default_messages, reference_outputs
+from hf_llava_ft.verify import Probe, reference_outputs
+from tests.parts import parts_of
 
 QUESTION = "What is in the picture?"
 
@@ -49,22 +44,6 @@ def adapter(tiny_checkpoint, tmp_path_factory):
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
-
-
-def parts_of(tiny, golden, text="llama", vision="clip", tie=False, **fields):
-    """A model and a processor that fit each other."""
-    model = tiny.model(text, vision, tie, **fields)
-    processor = hf_llava_ft.LlavaProcessor.build(
-        load_tokenizer(golden / "tokenizer_tiny"),
-        model.config.vision_config,
-        version="v1",
-        image_aspect_ratio=fields.get("image_aspect_ratio", "pad"),
-        vision_feature_select_strategy=model.config.vision_feature_select_strategy,
-        image_grid_pinpoints=fields.get("image_grid_pinpoints"),
-        patch_merge_type=fields.get("patch_merge_type", "flat"),
-    )
-    fit_to_processor(model, processor)
-    return model, processor
 
 
 # ---------------------------------------------------------------------- whole folders
@@ -364,73 +343,3 @@ def test_what_a_server_does_otherwise_is_said(tiny, golden):
     model, processor = parts_of(tiny, golden, vision="siglip")
     said = " ".join(differences(model.config, processor, "ollama"))
     assert "25814" not in said and "(122, 116, 104), training did with (127, 127, 127)" in said
-
-
-# ---------------------------------------------------------------------- endpoints
-
-
-def request(question=QUESTION, url=None, **parameters):
-    if url is None:
-        stream = io.BytesIO()
-        default_image().save(stream, format="PNG")
-        url = "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
-    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
-    return {"inputs": {"messages": [{"role": "user", "content": content}]}, "parameters": parameters}
-
-
-@pytest.fixture(scope="module")
-def handler(tiny_checkpoint):
-    spec = importlib.util.spec_from_file_location("handler", ENDPOINT_HANDLER)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.EndpointHandler(str(tiny_checkpoint))
-
-
-def test_an_endpoint_answers_as_the_model(handler, tiny_checkpoint):
-    processor = load_processor(str(tiny_checkpoint))
-    answer = reference_outputs(load_model(str(tiny_checkpoint), processor), processor, Probe())["answer_ids"]
-    expected = processor.tokenizer.decode(answer[0], skip_special_tokens=True).strip()
-    assert default_messages()[0]["content"][1]["text"] == QUESTION
-    assert handler(request(max_new_tokens=48)) == {"generated_text": expected}
-    text_only = {"inputs": {"messages": [{"role": "user", "content": "Hello"}]}, "parameters": {"max_new_tokens": 3}}
-    assert handler(text_only)["generated_text"] != expected
-
-
-@pytest.mark.parametrize(
-    "data, sentence",
-    [
-        ({"inputs": "a string"}, 'a request needs {"inputs": {"messages": ...}}'),
-        (request(url="https://example.org/cat.png"), "a picture has to be a data URL"),
-        (request(url="file:///etc/passwd"), "a picture has to be a data URL"),
-        (request(url="data:image/png;base64,%%%"), "a picture can't be read"),
-        (request(url="data:image/png;base64,AAAA"), "a picture can't be read"),
-    ],
-)
-def test_an_endpoint_refuses_what_is_no_request(handler, data, sentence):
-    with pytest.raises(ValueError) as refusal:
-        handler(data)
-    assert sentence.removesuffix("...}}") in str(refusal.value)
-
-
-ASK_A_STRANGER = """
-import json, sys
-sys.modules["hf_llava_ft"] = None
-sys.path.insert(0, sys.argv[1])
-from handler import EndpointHandler
-print(json.dumps(EndpointHandler(sys.argv[1])(json.load(open(sys.argv[2])))))
-"""
-
-
-@pytest.mark.slow
-def test_a_model_of_no_native_kind_is_served_by_its_own_code(tiny, golden, tmp_path):
-    model, processor = parts_of(tiny, golden, projector_type="mlp3x_gelu")
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    export_for_serving(str(tmp_path / "model"), tmp_path / "served", "endpoints")
-    (tmp_path / "request.json").write_text(json.dumps(request(max_new_tokens=48)))
-    shutil.copytree(tmp_path / "served", tmp_path / "elsewhere")
-    arguments = [sys.executable, "-c", ASK_A_STRANGER, str(tmp_path / "elsewhere"), str(tmp_path / "request.json")]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=True, cwd=tmp_path)
-    answer = reference_outputs(model, processor, Probe())["answer_ids"]
-    expected = processor.tokenizer.decode(answer[0], skip_special_tokens=True).strip()
-    assert json.loads(done.stdout.splitlines()[-1]) == {"generated_text": expected}

@@ -1,0 +1,152 @@
+"""Whole conversations as a model sees them in training: ids, labels and pixels in one call."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .conversation_text_llava import ConversationText
+from .truncation_llava import num_kept
+from .uint8_pixels_llava import can_hand_over_uint8, uint8_images
+
+IGNORE_INDEX = -100
+
+
+class ConversationEncoding(ConversationText):
+    """What [`LlavaProcessor`] adds to transformers' own processor; see there."""
+
+    image_processor: Any
+
+    def encode_conversation(
+        self,
+        messages: list[dict[str, Any]],
+        images: list[Image.Image] | None = None,
+        uint8_pixels: bool = False,
+        max_length: int | None = None,
+    ) -> dict:
+        """
+        A whole conversation as the model sees it in training.
+
+        Args:
+            messages (`list[dict]`): `{"role": ..., "content": ...}` in order; the content is a string, or a list of
+                `{"type": "image"}` and `{"type": "text", "text": ...}`.
+            images (`list[PIL.Image.Image]`, *optional*): in the order of their places in the messages.
+            uint8_pixels (`bool`): see `encode_images`.
+            max_length (`int`, *optional*): cut behind so many tokens, images whose places are cut off included.
+
+        Returns:
+            `input_ids` and `labels`, `int64[T]`, with -100 at every position that is not part of an answer or its stop
+            token; `attention_mask` `int64[T]`; and with images what `encode_images` returns.
+
+        Raises:
+            ValueError: if image places and images differ in number, or the template marks no answer or no stop token.
+            CannotTruncate: if a cut would go through an image, or leave nothing to learn.
+        """
+        images = images or []
+        text, spans = self.render(messages)
+        if self.stop_token_id is None and self.stop_string is None:
+            raise ValueError(
+                "the processor's chat template does not mark what ends an answer, so the model would never "
+                "learn to stop: choose one of ours, e.g. --version v1."
+            )
+        num_places = text.count(self.image_token)
+        if num_places != len(images):
+            raise ValueError(
+                f"the conversation has {num_places} {self.image_token} and there are {len(images)} images: "
+                f"the numbers must be equal."
+            )
+        encoded: dict[str, Any] = {}
+        ids, supervised = self._tokenize(text, spans)
+        if max_length is not None:
+            repeats = [self.num_image_tokens_at(image.height, image.width) for image in images]
+            kept = num_kept(ids, supervised, self.image_token_id, repeats, max_length)
+            ids, supervised = ids[:kept], supervised[:kept]
+            images = images[: np.count_nonzero(ids == self.image_token_id)]
+        repeats = []
+        if images:
+            encoded |= self.encode_images(images, uint8_pixels)
+            repeats = self.num_placeholders(encoded)
+        counts = np.ones(len(ids), dtype=np.int64)
+        counts[ids == self.image_token_id] = repeats
+        ids, supervised = np.repeat(ids, counts), np.repeat(supervised, counts)
+        if not supervised.any():
+            raise ValueError(
+                "the chat template marks no answer in the conversation, so there would be nothing to learn."
+            )
+        encoded["input_ids"] = torch.from_numpy(ids)
+        encoded["attention_mask"] = torch.ones_like(encoded["input_ids"])
+        encoded["labels"] = torch.from_numpy(np.where(supervised, ids, IGNORE_INDEX))
+        return encoded
+
+    def encode_images(self, images: list[Image.Image], uint8_pixels: bool = False) -> dict[str, torch.Tensor]:
+        """
+        `pixel_values` `float32[N, 3, H, W]` of N pictures.
+
+        Args:
+            uint8_pixels (`bool`): give them as uint8, for `normalize_pixels`, if the image processor is of a kind that
+                allows it.
+        """
+        return {"pixel_values": self._processed_pictures(images, uint8_pixels, return_tensors="pt")["pixel_values"]}
+
+    def _processed_pictures(self, images: list[Image.Image], uint8_pixels: bool, **options) -> Mapping[str, Any]:
+        if uint8_pixels and can_hand_over_uint8(self.image_processor):
+            return uint8_images(self.image_processor, images, **options)
+        return self.image_processor(images, **options)
+
+    def num_placeholders(self, encoded_images: dict[str, torch.Tensor]) -> list[int]:
+        """How many placeholders each picture of an `encode_images` result takes."""
+        return [self._num_placeholders(encoded_images, index) for index in range(len(encoded_images["pixel_values"]))]
+
+    def num_tokens(self, messages: list[dict[str, Any]], image_sizes: Sequence[tuple[int, int]] | None = None) -> int:
+        """
+        Length of the conversation as `encode_conversation` gives it, from the text alone.
+
+        Args:
+            image_sizes: `(height, width)` of each picture; needed only where the number of placeholders depends on it.
+        """
+        text, _ = self.render(messages)
+        text_ids = self.tokenizer(text, add_special_tokens=not self.begins_with_bos(text)).input_ids
+        sizes = image_sizes or [(1, 1)] * text.count(self.image_token)
+        return len(text_ids) + sum(self.num_image_tokens_at(height, width) - 1 for height, width in sizes)
+
+    @property
+    def depends_on_image_size(self) -> bool:
+        """Whether pictures of different sizes take different numbers of placeholders."""
+        return False
+
+    def num_image_tokens_at(self, height: int, width: int) -> int:
+        """Placeholders of a picture of `height` x `width` pixels."""
+        return self.num_image_tokens
+
+    @cached_property
+    def num_image_tokens(self) -> int:
+        """Placeholders per image: one number, because LLaVA-1.5 makes every picture the same square."""
+        return self.num_placeholders(self.encode_images([Image.new("RGB", (8, 8))]))[0]
+
+    def pad(self, features: list[dict], padding_side: str = "right", pad_to_multiple_of: int | None = None) -> dict:
+        """
+        A batch of `encode_conversation` results: text fields `int64[B, T]`, padded with the padding token, 0 and -100,
+        and `pixel_values` of all rows one after the other, absent when no row has an image.
+        """
+        length = max(len(feature["input_ids"]) for feature in features)
+        if pad_to_multiple_of:
+            length = -(-length // pad_to_multiple_of) * pad_to_multiple_of
+        fill = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0, "labels": IGNORE_INDEX}
+        batch = {}
+        for name, value in fill.items():
+            rows = torch.full((len(features), length), value, dtype=torch.int64)
+            for row, feature in zip(rows, features, strict=True):
+                size = len(feature[name])
+                (row[:size] if padding_side == "right" else row[length - size :]).copy_(feature[name])
+            batch[name] = rows
+        for name in self.image_processor.model_input_names:  # pixel_values; image_sizes
+            parts = [feature[name] for feature in features if name in feature]
+            if parts:
+                batch[name] = torch.cat(parts)
+        return batch
+
+    def _num_placeholders(self, pixels, index: int) -> int:
+        return len(self.replace_image_token(pixels, index)) // len(self.image_token)
