@@ -13,8 +13,6 @@ from types import ModuleType, TracebackType
 
 from packaging.version import InvalidVersion, Version
 
-from hf_llava_ft import __version__
-
 # The suite passed with these. pyproject.toml allows one minor release more; tests/test_lock.py compares the two.
 TRIED = {"transformers": (5, 24), "peft": (0, 21), "accelerate": (1, 15), "datasets": (5, 2)}
 # Set, to any text: a traceback comes in spite of the sentence.
@@ -43,7 +41,7 @@ def newer_than_tried() -> dict[str, str]:
 
 def _what_is_newer(newer: dict[str, str]) -> str:
     each = (f"{name} {installed} is newer than {TRIED[name][0]}.{TRIED[name][1]}" for name, installed in newer.items())
-    return f"{' and '.join(each)}, the newest that hf-llava-ft {__version__} was tried with"
+    return f"{' and '.join(each)}, the newest that this hf-llava-ft was tried with"
 
 
 def _what_to_do(newer: dict[str, str]) -> str:
