@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from transformers import CLIPVisionConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-import hf_llava_ft.quickstart_data
+import hf_llava_ft.quickstart.photographs
 from hf_llava_ft.data.collator import open_picture
 from hf_llava_ft.processing.image_processing_llava import build_image_processor
 from hf_llava_ft.processing.uint8_pixels_llava import normalize_pixels, uint8_images
@@ -65,7 +65,7 @@ class Ways:
 def write_jpegs(folder: Path, width: int, height: int, quality: int) -> list[str]:
     """The photographs, cut to the shape and resized to `width` x `height`."""
     paths = []
-    for photo in sorted(Path(hf_llava_ft.quickstart_data.__path__[0]).glob("*.jpg")):
+    for photo in sorted(Path(hf_llava_ft.quickstart.photographs.__path__[0]).glob("*.jpg")):
         with Image.open(photo) as image:
             scale = min(image.width / width, image.height / height)
             left, top = (image.width - width * scale) / 2, (image.height - height * scale) / 2

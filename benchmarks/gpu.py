@@ -43,10 +43,10 @@ from repeats import finished, seconds_in_turn
 from training_step import Case, TrainingStep, states_of
 from transformers import CLIPVisionConfig
 
-from hf_llava_ft.arguments import TuningArguments
 from hf_llava_ft.estimate.trace import Batch
 from hf_llava_ft.processing.image_processing_llava import build_image_processor
 from hf_llava_ft.processing.uint8_pixels_llava import normalize_pixels
+from hf_llava_ft.settings.arguments import TuningArguments
 
 # What trains, rows of a batch, gradient checkpointing: what an H200 should hold.
 CASES = [

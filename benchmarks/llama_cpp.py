@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
-from hf_llava_ft.checkpoints import load_model, load_processor
+from hf_llava_ft.checkpoints.opening import load_model, load_processor
+from hf_llava_ft.checkpoints.verify import Probe, default_image, reference_outputs
 from hf_llava_ft.serving.guide import commands
-from hf_llava_ft.verify import Probe, default_image, reference_outputs
 
 QUESTION = "What is in the picture?"
 SERVE = """

@@ -11,8 +11,8 @@ import torch
 from transformers import TrainerCallback
 
 from hf_llava_ft import LlavaTrainer, LlavaTrainingArguments, load_data, load_model, load_processor
-from hf_llava_ft.arguments import TuningArguments
-from hf_llava_ft.tuning import with_tuning
+from hf_llava_ft.settings.arguments import TuningArguments
+from hf_llava_ft.training.tuning import with_tuning
 
 
 class EpochLoss(TrainerCallback):

@@ -27,17 +27,17 @@ _PUBLIC = {
     "LlavaConfig": "modeling.configuration_llava",
     "LlavaForCausalLM": "modeling.modeling_llava",
     "LlavaProcessor": "processing.processing_llava",
-    "LlavaTrainer": "trainer",
-    "LlavaTrainingArguments": "arguments",
+    "LlavaTrainer": "training.trainer",
+    "LlavaTrainingArguments": "settings.arguments",
     "LlavaCollator": "data.collator",
     "LlavaConversations": "data.builder",
     "UserError": "errors",
     "load_data": "data.formats",
     "load_llava_json": "data.builder",
-    "load_model": "checkpoints",
-    "load_processor": "checkpoints",
-    "compose_llava": "compose",
-    "merge_adapter": "merge",
+    "load_model": "checkpoints.opening",
+    "load_processor": "checkpoints.opening",
+    "compose_llava": "checkpoints.compose",
+    "merge_adapter": "checkpoints.merge",
 }
 
 __all__ = list(_PUBLIC)

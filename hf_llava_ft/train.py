@@ -14,34 +14,34 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import CONFIG_NAME, EarlyStoppingCallback, IntervalStrategy, PrinterCallback, set_seed
 
-from hf_llava_ft.arguments import DataArguments, LlavaTrainingArguments, ModelArguments, TuningArguments
-from hf_llava_ft.artifact import check_writable, staged_files, told_of_a_full_disk
-from hf_llava_ft.checkpoints import ADAPTER_CONFIG, check_attention, load_model
+from hf_llava_ft.checking.preview import print_preview
+from hf_llava_ft.checkpoints.artifact import check_writable, staged_files, told_of_a_full_disk
+from hf_llava_ft.checkpoints.opening import ADAPTER_CONFIG, load_model
+from hf_llava_ft.checkpoints.remote_code import carries_our_code, note_on_code
+from hf_llava_ft.checkpoints.starting_point import StartingPoint, check_starting_point, starting_point
+from hf_llava_ft.checkpoints.training_facts import base_facts, hub_commit
+from hf_llava_ft.checkpoints.training_processor import processor_for_training
 from hf_llava_ft.data.collator import LlavaCollator
 from hf_llava_ft.errors import exit_on_user_error
-from hf_llava_ft.eval_prompts import EvalAnswers, open_eval_prompts
-from hf_llava_ft.evaluation import check_evaluation, tell_of_early_stop
-from hf_llava_ft.hub.training_facts import base_facts, hub_commit
-from hf_llava_ft.interruption import Interruption, TrainingInterrupted
-from hf_llava_ft.machine import is_first_process
-from hf_llava_ft.moved_weights import WrongWeightsMoved
 from hf_llava_ft.noise import hide_noise
-from hf_llava_ft.out_of_memory import advice, told_of_out_of_memory
-from hf_llava_ft.parsing import parse_arguments as parse_arguments
-from hf_llava_ft.parsing import resolve
-from hf_llava_ft.preview import print_preview
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
-from hf_llava_ft.progress import LiveProgress
-from hf_llava_ft.quantization import loading_in_few_bits
-from hf_llava_ft.remote_code import carries_our_code, note_on_code
-from hf_llava_ft.resume import checkpoint_to_resume
-from hf_llava_ft.run_report import write_run_report
-from hf_llava_ft.starting_point import StartingPoint, starting_point
-from hf_llava_ft.train_summary import settings_of, train_summary, write_summary
-from hf_llava_ft.trainer import LlavaTrainer
-from hf_llava_ft.training_processor import processor_for_training
-from hf_llava_ft.training_rows import TrainingRows, open_all_rows, tell_of_rows_left_out
-from hf_llava_ft.tuning import TrainedPart, table_of_parts, trained_parts, with_tuning
+from hf_llava_ft.reports.run_report import write_run_report
+from hf_llava_ft.settings.arguments import DataArguments, LlavaTrainingArguments, ModelArguments, TuningArguments
+from hf_llava_ft.settings.machine import check_attention, is_first_process
+from hf_llava_ft.settings.parsing import parse_arguments as parse_arguments
+from hf_llava_ft.settings.parsing import resolve
+from hf_llava_ft.training.eval_prompts import EvalAnswers, open_eval_prompts
+from hf_llava_ft.training.evaluation import check_evaluation, tell_of_early_stop
+from hf_llava_ft.training.interruption import Interruption, TrainingInterrupted
+from hf_llava_ft.training.moved_weights import WrongWeightsMoved
+from hf_llava_ft.training.out_of_memory import advice, told_of_out_of_memory
+from hf_llava_ft.training.progress import LiveProgress
+from hf_llava_ft.training.quantization import loading_in_few_bits
+from hf_llava_ft.training.resume import checkpoint_to_resume
+from hf_llava_ft.training.rows import TrainingRows, open_all_rows, tell_of_rows_left_out
+from hf_llava_ft.training.summary import settings_of, train_summary, write_summary
+from hf_llava_ft.training.trainer import LlavaTrainer
+from hf_llava_ft.training.tuning import TrainedPart, table_of_parts, trained_parts, with_tuning
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings = resolve(sys.argv[1:] if argv is None else argv)
         if settings.dry_run:
             if is_first_process():
-                print(settings.to_json())
+                print(settings.to_json(check_starting_point))
             return
         if is_first_process():
             for note in settings.notes:

@@ -166,7 +166,7 @@ class LlavaBaseModel(LlavaPreTrainedModel):
             pictures = image_outputs.pooler_output  # N tensors (P, D)
             image_mask = self._image_mask(input_ids, inputs_embeds)
             inputs_embeds = self._merge(inputs_embeds, image_mask, torch.cat(tuple(pictures)), len(pictures))
-        elif not _is_decoding(kwargs):
+        elif not holds_positions(kwargs):
             self._refuse_placeholders(input_ids)
             inputs_embeds = self._with_idle_vision(inputs_embeds)
 
@@ -241,8 +241,8 @@ class LlavaBaseModel(LlavaPreTrainedModel):
         return inputs_embeds + features[:0].sum().to(inputs_embeds.device, inputs_embeds.dtype)
 
 
-def _is_decoding(kwargs: dict[str, Any]) -> bool:
-    """Whether the language model is given a cache that holds positions already: then the pictures are in it."""
+def holds_positions(kwargs: dict[str, Any]) -> bool:
+    """Whether there is a cache among `kwargs` that holds positions already: then the pictures are in it."""
     cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
     if cache is None:
         return False

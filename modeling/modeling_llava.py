@@ -19,7 +19,7 @@ from torch import nn
 from transformers import GenerationMixin
 from transformers.utils import can_return_tuple
 
-from .base_model_llava import LlavaBaseModel, LlavaPreTrainedModel
+from .base_model_llava import LlavaBaseModel, LlavaPreTrainedModel, holds_positions
 from .checkpoint_mixin_llava import LlavaCheckpointMixin
 from .configuration_llava import LlavaConfig
 from .outputs_llava import LlavaCausalLMOutput
@@ -59,6 +59,7 @@ class LlavaForCausalLM(LlavaCheckpointMixin, LlavaPreTrainedModel, GenerationMix
         logits_to_keep: int | torch.Tensor = 0,
         supervised_logits_only: bool = False,
         num_items_in_batch: int | torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         image_sizes: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
@@ -72,6 +73,8 @@ class LlavaForCausalLM(LlavaCheckpointMixin, LlavaPreTrainedModel, GenerationMix
             supervised_logits_only (`bool`): with `labels`, compute `logits` `float[S, V]` only at the S positions that
                 predict a supervised token, in row-major order. The loss is the same.
             num_items_in_batch (`int` or tensor, *optional*): divide the summed loss by it instead of taking the mean.
+            shift_labels (`int64[B, T]`, *optional*): instead of `labels`, at each position what is to be learned there,
+                as engines give it that share a row out among processes; nothing is masked or moved.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -87,11 +90,13 @@ class LlavaForCausalLM(LlavaCheckpointMixin, LlavaPreTrainedModel, GenerationMix
         fields = dict(outputs)
         hidden_states = fields.pop("last_hidden_state")  # (B, T, D)
         loss = None
-        if labels is None:
+        if labels is None and shift_labels is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, kept, :])
         else:
-            targets = self.next_token_targets(labels, input_ids, attention_mask)
+            targets = shift_labels
+            if targets is None:
+                targets = self.next_token_targets(labels, input_ids, attention_mask)
             if supervised_logits_only:
                 supervised = targets != IGNORE_INDEX
                 hidden_states = hidden_states[supervised.to(hidden_states.device)]  # (S, D)
@@ -105,6 +110,12 @@ class LlavaForCausalLM(LlavaCheckpointMixin, LlavaPreTrainedModel, GenerationMix
                 num_items_in_batch=num_items_in_batch,
             )
         return LlavaCausalLMOutput(loss=loss, logits=logits, **fields)
+
+    def prepare_inputs_for_generation(self, input_ids, *args, is_first_iteration: bool | None = False, **kwargs):
+        """As in transformers, which takes the first step of an assistant model for a later one and drops the pictures:
+        the first step is that of an empty cache."""
+        is_first = is_first_iteration or not holds_positions(kwargs)
+        return super().prepare_inputs_for_generation(input_ids, *args, is_first_iteration=is_first, **kwargs)
 
     def enable_input_require_grads(self):
         """As in transformers; but a frozen tower gets no gradient, for which checkpointing would compute it again."""

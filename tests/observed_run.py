@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import nn
 
 import hf_llava_ft.train
-from hf_llava_ft.trainer import LlavaTrainer
+from hf_llava_ft.training.trainer import LlavaTrainer
 
 
 class ObservedTrainer(LlavaTrainer):

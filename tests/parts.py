@@ -1,7 +1,7 @@
 """A tiny model and a processor that fit each other."""
 
 import hf_llava_ft
-from hf_llava_ft.checkpoints import fit_to_processor
+from hf_llava_ft.checkpoints.opening import fit_to_processor
 from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
 
 

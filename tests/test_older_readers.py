@@ -12,22 +12,22 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from tests.hf_llava_ft.test_compose_kinds import CASES as KIND_CASES
+from tests.hf_llava_ft.test_compose_kinds import write_language_model
 from tokenizers import pre_tokenizers
 from transformers import CLIPVisionModel, Qwen2Tokenizer, SiglipVisionModel, set_seed
 
 import hf_llava_ft
-from hf_llava_ft.arguments import TuningArguments
-from hf_llava_ft.checkpoints import fit_to_processor, load_model, load_processor
-from hf_llava_ft.convert import convert
-from hf_llava_ft.merge import merge_adapter
+from hf_llava_ft.checkpoints.convert import convert
+from hf_llava_ft.checkpoints.merge import merge_adapter
+from hf_llava_ft.checkpoints.opening import fit_to_processor, load_model, load_processor
+from hf_llava_ft.checkpoints.verify import Probe, default_image, default_messages, reference_outputs
 from hf_llava_ft.processing.chat_templates_llava import CHAT_TEMPLATES
 from hf_llava_ft.processing.tokenizer_llava import load_tokenizer, prepare_tokenizer
+from hf_llava_ft.quickstart.small_llava import LANGUAGE_MODEL_FILE, LANGUAGE_MODEL_PACKAGE
 from hf_llava_ft.serving import export_for_serving
-from hf_llava_ft.small_llava import LANGUAGE_MODEL_FILE, LANGUAGE_MODEL_PACKAGE
-from hf_llava_ft.tuning import with_lora
-from hf_llava_ft.verify import Probe, default_image, default_messages, reference_outputs
-from tests.hf_llava_ft.test_compose_kinds import CASES as KIND_CASES
-from tests.hf_llava_ft.test_compose_kinds import write_language_model
+from hf_llava_ft.settings.arguments import TuningArguments
+from hf_llava_ft.training.tuning import with_lora
 from tests.older_reader import Read, Wanted, older_python, read_by
 from tests.processing.conftest import byte_level_tokenizer
 

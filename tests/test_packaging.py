@@ -89,7 +89,7 @@ def test_wheel_holds_every_file_of_the_tree(wheel_files):
 
 
 def test_wheel_holds_the_quickstart_data(wheel_files):
-    suffixes = [Path(name).suffix for name in wheel_files if name.startswith("hf_llava_ft/quickstart_data/")]
+    suffixes = [Path(name).suffix for name in wheel_files if name.startswith("hf_llava_ft/quickstart/photographs/")]
     assert {".jpg", ".json", ".md"} <= set(suffixes)
 
 

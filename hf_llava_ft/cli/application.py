@@ -46,7 +46,7 @@ TemperatureOption = Annotated[float, typer.Option("--temperature", min=0.0, help
 def writable_file(path: Path | None) -> Path | None:
     """Callback of an option that names a file to write: a wrong one is refused before the work and not behind it."""
     if path is not None:
-        from hf_llava_ft.artifact import check_writable_file
+        from hf_llava_ft.checkpoints.artifact import check_writable_file
 
         try:
             check_writable_file(path)
@@ -61,7 +61,7 @@ JsonOption = Annotated[
 
 
 def print_note_on_code(folder: Path) -> None:
-    from hf_llava_ft.remote_code import carries_our_code, note_on_code
+    from hf_llava_ft.checkpoints.remote_code import carries_our_code, note_on_code
 
     if carries_our_code(folder):
         typer.echo(note_on_code(folder), err=True)

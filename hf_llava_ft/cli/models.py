@@ -38,7 +38,7 @@ def merge(
 ) -> None:
     """Merge an adapter into its base, and check the result in a fresh process."""
     with exit_on_user_error():
-        from hf_llava_ft.merge import merge_adapter
+        from hf_llava_ft.checkpoints.merge import merge_adapter
 
         merged = merge_adapter(adapter, output_dir, base=base, revision=revision, dtype=dtype)
         difference = merged.verification.logit_difference
@@ -66,7 +66,7 @@ def convert(
     with exit_on_user_error():
         if checkpoint_format not in ("llava-hf", "llava"):
             raise UserError(f"--format {checkpoint_format} is unknown: use llava-hf or llava.")
-        from hf_llava_ft.convert import convert as convert_checkpoint
+        from hf_llava_ft.checkpoints.convert import convert as convert_checkpoint
 
         done = convert_checkpoint(
             model,
@@ -170,7 +170,7 @@ def generate(
 ) -> None:
     """Answer one question about one or more pictures, streamed."""
     with exit_on_user_error():
-        from hf_llava_ft.answering import Conversation, load_for_answering, open_image
+        from hf_llava_ft.answering.conversation import Conversation, load_for_answering, open_image
 
         images = [open_image(source) for source in image or []]
         parts = load_for_answering(model, base=base, revision=revision, attn_implementation=attn_implementation)
@@ -192,7 +192,7 @@ def chat(
 ) -> None:
     """Talk with a model about pictures. In the chat: /image PATH_OR_URL, /new, /quit."""
     with exit_on_user_error():
-        from hf_llava_ft.answering import Conversation, load_for_answering, open_image
+        from hf_llava_ft.answering.conversation import Conversation, load_for_answering, open_image
 
         pending = [open_image(source) for source in image or []]
         parts = load_for_answering(model, base=base, revision=revision, attn_implementation=attn_implementation)

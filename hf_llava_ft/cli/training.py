@@ -18,7 +18,7 @@ def quickstart(
 ) -> None:
     """Compose a small LLaVA, ask it, fine-tune it on real photographs, merge, verify, ask again."""
     with exit_on_user_error():
-        from hf_llava_ft.quickstart import run_quickstart
+        from hf_llava_ft.quickstart.command import run_quickstart
 
         if not run_quickstart(output_dir, seed=seed).passed:
             raise typer.Exit(1)
@@ -42,7 +42,7 @@ def compose(
 ) -> None:
     """Make a new LLaVA from a vision tower and a language model."""
     with exit_on_user_error():
-        from hf_llava_ft.compose import compose_llava
+        from hf_llava_ft.checkpoints.compose import compose_llava
 
         folder = compose_llava(
             vision,
@@ -110,7 +110,7 @@ def check(
     Ends with 0 if every row can be trained on, 1 if some can't, 2 if data or model can't be opened.
     """
     with exit_on_user_error():
-        from hf_llava_ft.checking import run_check
+        from hf_llava_ft.checking.command import run_check
 
         result = run_check(
             data,

@@ -23,12 +23,12 @@ import numpy as np
 import pyarrow as pa
 from datasets import Features, Image, List, Value
 
-from hf_llava_ft.data.file_index import content_fingerprint, file_index
-from hf_llava_ft.data.garbage import garbage_collection_paused
 from hf_llava_ft.data.image_folder import ImageFolder
-from hf_llava_ft.data.json_parts import JsonPart, iter_part
-from hf_llava_ft.data.json_rows import iter_json_rows
-from hf_llava_ft.data.llava_json import checked_row
+from hf_llava_ft.data.json.file_index import content_fingerprint, file_index
+from hf_llava_ft.data.json.garbage import garbage_collection_paused
+from hf_llava_ft.data.json.llava_json import checked_row
+from hf_llava_ft.data.json.parts import JsonPart, iter_part
+from hf_llava_ft.data.json.rows import iter_json_rows
 from hf_llava_ft.data.pictures import unreadable_images
 from hf_llava_ft.data.schema import parse_llava_row, row_place
 from hf_llava_ft.data.worker_pool import num_workers, results_in_order

@@ -1,4 +1,4 @@
-"""Data of any format as a Parquet data set of the Hub: images embedded, a card beside it, read back before it counts.
+"""Data of any format as a Parquet data set for the Hub: images embedded, read back before it counts.
 
 What may surprise:
 * Rows are read, written and compared one small group at a time, so memory does not grow with the set.
@@ -9,7 +9,7 @@ What may surprise:
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -21,9 +21,8 @@ import pyarrow.parquet as pq
 from datasets import Image, List
 from datasets.utils import tqdm  # the bar that datasets' disable_progress_bars() silences
 
-from hf_llava_ft.artifact import staged_folder
+from hf_llava_ft.checkpoints.artifact import staged_folder
 from hf_llava_ft.data.builder import FEATURES
-from hf_llava_ft.data.dataset_card import write_card
 from hf_llava_ft.data.formats.checked_rows import checked_rows
 from hf_llava_ft.data.formats.images import MAX_IMAGE_BYTES
 from hf_llava_ft.data.formats.source import Source
@@ -38,7 +37,7 @@ _GROUP_BYTES = 64 * 2**20
 class ExportedDataset:
     """
     Args:
-        folder (`Path`): README.md, and data/train-*.parquet.
+        folder (`Path`): README.md, if a card was asked for, and data/train-*.parquet.
         num_rows (`int`): rows.
         num_images (`int`): embedded images.
         num_bytes (`int`): of the rows in memory, images encoded.
@@ -55,7 +54,10 @@ class ExportedDataset:
 
 
 def export_dataset(
-    sources: list[Source], output_dir: str | os.PathLike, max_shard_size: int | str = "500MB", name: str | None = None
+    sources: list[Source],
+    output_dir: str | os.PathLike,
+    max_shard_size: int | str = "500MB",
+    card: Callable[[ExportedDataset], str] | None = None,
 ) -> ExportedDataset:
     """
     Write sources as one Parquet data set with the columns of `FEATURES`, and compare what `datasets` reads from it.
@@ -64,7 +66,7 @@ def export_dataset(
         sources (`list[Source]`): of `open_source`; their rows follow one another.
         output_dir (`str`): a folder that is not there yet, or is empty.
         max_shard_size (`int` or `str`, defaults to "500MB"): bytes of rows after which the next file begins.
-        name (`str`, *optional*): of the data set, for its card; `user/name` where it is known.
+        card (`Callable`, *optional*): makes of the numbers the text of README.md.
 
     Raises:
         `UserError`: at the first row or image that is wrong; nothing is written then.
@@ -94,7 +96,8 @@ def export_dataset(
             num_shards=len(written.paths),
             download_bytes=sum(path.stat().st_size for path in written.paths),
         )
-        write_card(staged / "README.md", exported, name or Path(output_dir).name)
+        if card is not None:
+            (staged / "README.md").write_text(card(exported), encoding="utf-8")
         _read_back(staged, exported.num_rows, digest.digest())
     return exported
 

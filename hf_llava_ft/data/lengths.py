@@ -27,7 +27,7 @@ from datasets import Dataset
 from filelock import FileLock
 from PIL import Image
 
-from hf_llava_ft.data.garbage import garbage_collection_paused
+from hf_llava_ft.data.json.garbage import garbage_collection_paused
 from hf_llava_ft.data.worker_pool import results_in_order
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.processing.processing_llava import LlavaProcessor

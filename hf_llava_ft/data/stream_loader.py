@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from hf_llava_ft.arguments import LlavaTrainingArguments
 from hf_llava_ft.data.streaming import PASSED, LlavaStream
 from hf_llava_ft.errors import UserError
+from hf_llava_ft.settings.arguments import LlavaTrainingArguments
 
 
 def stream_dataloader(

@@ -36,12 +36,12 @@ import torch
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
-from hf_llava_ft.data.bad_rows import skipped_line, write_whole
 from hf_llava_ft.data.formats import Source
 from hf_llava_ft.data.formats.blocks import Piece, RawRow, RowReader, blocks_of
 from hf_llava_ft.data.formats.mixture import draw_rows
 from hf_llava_ft.data.pictures import DEEPER_THAN_8_BITS, decode_failure
 from hf_llava_ft.data.problems import problem_of
+from hf_llava_ft.data.skipped_rows import skipped_line, write_whole
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.processing.image_processing_llava import as_rgb
 

@@ -12,15 +12,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from hf_llava_ft.arguments import TuningArguments
-from hf_llava_ft.checkpoints import inspect_checkpoint, load_config
+from hf_llava_ft.checkpoints.opening import inspect_checkpoint, load_config
 from hf_llava_ft.errors import UserError, exit_on_user_error
 from hf_llava_ft.estimate.memory import DEFAULT_BUCKET, DEFAULT_LIVE, Engine
 from hf_llava_ft.estimate.pictures import parsed_size, picture_of, worst_picture
 from hf_llava_ft.estimate.plan import GIB, SET_ASIDE, Estimate, Estimator, Plan
 from hf_llava_ft.estimate.trace import Batch
 from hf_llava_ft.library_differences import checkpointing_flags
-from hf_llava_ft.parsing import resolve
+from hf_llava_ft.settings.arguments import TuningArguments
+from hf_llava_ft.settings.parsing import resolve
 
 CARDS = (16, 24, 40, 80, 141)
 STATEMENT = (

@@ -5,8 +5,8 @@ from typing import Any, Literal
 
 import torch
 
-from hf_llava_ft.arguments import TuningArguments
 from hf_llava_ft.estimate.trace import quantized_weights
+from hf_llava_ft.settings.arguments import TuningArguments
 
 Engine = Literal["single", "ddp", "zero2", "zero2_offload", "zero3", "zero3_offload"]
 # Elements that DeepSpeed's settings allow in a buffer where nothing is said: its own defaults.

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
-from hf_llava_ft.arguments import TuningArguments
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.estimate.memory import DEFAULT_BUCKET, DEFAULT_LIVE, Engine, StateBytes, divided, state_bytes
 from hf_llava_ft.estimate.pictures import Picture, picture_of, worst_picture
 from hf_llava_ft.estimate.trace import Batch, MicroBatch, Precision, build_model, trace_micro_batch
-from hf_llava_ft.tuning import TrainedPart, trained_parts
+from hf_llava_ft.settings.arguments import TuningArguments
+from hf_llava_ft.training.tuning import TrainedPart, trained_parts
 
 GIB = 2**30
 # Of a card, for the CUDA context, cuBLAS and what the allocator cannot use: assumed, not measured.

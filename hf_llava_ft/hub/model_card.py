@@ -13,10 +13,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from hf_llava_ft.checkpoints import ADAPTER_CONFIG, Kind
+from hf_llava_ft.checkpoints.files import find_file, read_json
+from hf_llava_ft.checkpoints.opening import ADAPTER_CONFIG, Kind
+from hf_llava_ft.checkpoints.reload import Loader
+from hf_llava_ft.checkpoints.training_facts import TrainingFacts, hub_id, training_facts
+from hf_llava_ft.checkpoints.verify import Verification, loader_for
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.hub.files import find_file, read_json
-from hf_llava_ft.hub.markdown import escaped
 from hf_llava_ft.hub.model_card_loading import loading_section
 from hf_llava_ft.hub.model_card_samples import write_samples
 from hf_llava_ft.hub.model_card_text import (
@@ -29,10 +31,8 @@ from hf_llava_ft.hub.model_card_text import (
     versions_section,
 )
 from hf_llava_ft.hub.model_card_training import training_section
-from hf_llava_ft.hub.training_facts import TrainingFacts, hub_id, training_facts
-from hf_llava_ft.plots import save_loss_plot
-from hf_llava_ft.reload import Loader
-from hf_llava_ft.verify import Verification, loader_for
+from hf_llava_ft.reports.markdown import escaped
+from hf_llava_ft.reports.plots import save_loss_plot
 
 CARD_FILE, ASSETS_FOLDER = "README.md", "assets"
 _PLOT = "loss.png"

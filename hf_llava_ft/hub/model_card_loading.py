@@ -3,10 +3,10 @@
 import json
 from collections.abc import Callable
 
-from hf_llava_ft.checkpoints import Kind
-from hf_llava_ft.hub.markdown import code_block
-from hf_llava_ft.original_folders import PROJECTOR_FILE
-from hf_llava_ft.reload import Loader
+from hf_llava_ft.checkpoints.opening import Kind
+from hf_llava_ft.checkpoints.original_folders import PROJECTOR_FILE
+from hf_llava_ft.checkpoints.reload import Loader
+from hf_llava_ft.reports.markdown import code_block
 
 _ASK = """
 messages = [
@@ -63,7 +63,7 @@ processor = AutoProcessor.from_pretrained({repo_id}{trust})
 """
 
 _THIS_PACKAGE = """
-from hf_llava_ft.answering import Conversation, load_for_answering, open_image
+from hf_llava_ft.answering.conversation import Conversation, load_for_answering, open_image
 
 model, processor = load_for_answering({repo_id})
 photo = open_image("photo.jpg")

@@ -6,10 +6,10 @@ from typing import Any
 
 from PIL import Image
 
+from hf_llava_ft.checkpoints.run_files import ANSWERS_FILE, PICTURES_FOLDER
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.eval_prompts import ANSWERS_FILE, PICTURES_FOLDER
 from hf_llava_ft.hub.model_card_text import Sample
-from hf_llava_ft.page import thumbnail
+from hf_llava_ft.reports.page import thumbnail
 
 
 def write_samples(run: Path, count: int, folder: Path, inside: str) -> list[Sample]:

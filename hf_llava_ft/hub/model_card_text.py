@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hf_llava_ft.checkpoints import Kind
-from hf_llava_ft.hub.markdown import escaped, table
+from hf_llava_ft.checkpoints.opening import Kind
+from hf_llava_ft.checkpoints.training_facts import TrainingFacts
+from hf_llava_ft.checkpoints.verify import Verification
 from hf_llava_ft.hub.model_card_training import many
-from hf_llava_ft.hub.training_facts import TrainingFacts
-from hf_llava_ft.verify import Verification
+from hf_llava_ft.reports.markdown import escaped, table
 
 _MANY_ROWS = 1000
 

@@ -1,7 +1,7 @@
 """How a model was trained, in words: settings, what trained, the loss, and what it took."""
 
-from hf_llava_ft.hub.markdown import escaped, table
-from hf_llava_ft.hub.training_facts import TrainingFacts
+from hf_llava_ft.checkpoints.training_facts import TrainingFacts
+from hf_llava_ft.reports.markdown import escaped, table
 
 _TRAINED_BY = {
     "lora": "LoRA on the language model",

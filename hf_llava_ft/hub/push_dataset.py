@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -64,6 +65,7 @@ def push_data(
     """
     from hf_llava_ft.data.export import export_dataset
     from hf_llava_ft.data.formats import open_source
+    from hf_llava_ft.hub.dataset_card import dataset_card
     from hf_llava_ft.hub.download import check_same_files, download, files_of
     from hf_llava_ft.hub.staging import replaced_by
     from hf_llava_ft.hub.upload import Upload, check_login
@@ -75,7 +77,9 @@ def push_data(
     sources = open_source(data_path, image_folder, allow_outside=allow_outside, allow_urls=allow_urls)
     with tempfile.TemporaryDirectory() as temporary:
         folder = output_dir or Path(temporary, "dataset")
-        exported = export_dataset(sources, folder, max_shard_size, name=repo_id)
+        exported = export_dataset(
+            sources, folder, max_shard_size, card=partial(dataset_card, name=repo_id or folder.name)
+        )
         for source in sources:
             tell(source.describe(exported.num_rows if len(sources) == 1 else None))
         files = {name: (folder / name).stat().st_size for name in files_of(folder)}

@@ -11,8 +11,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from hf_llava_ft.checkpoints.files import first_line
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.hub.files import first_line
 from hf_llava_ft.hub.private_text import without_token
 from hf_llava_ft.library_differences import HTTPError
 

@@ -15,16 +15,17 @@ from typing import Any
 
 from safetensors import safe_open
 
-from hf_llava_ft.checkpoints import ADAPTER_CONFIG, DAMAGED, Kind
+from hf_llava_ft.checkpoints.files import first_line
+from hf_llava_ft.checkpoints.opening import ADAPTER_CONFIG, DAMAGED, Kind
+from hf_llava_ft.checkpoints.original_folders import NON_LORA_FILE, PROJECTOR_FILE, read_weights
+from hf_llava_ft.checkpoints.reload import NATIVE_MODEL_TYPES
+from hf_llava_ft.checkpoints.remote_code import own_code, runs_only_our_code
+from hf_llava_ft.checkpoints.run_files import TRAINING_FILE
+from hf_llava_ft.checkpoints.training_facts import hub_id
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.hub.files import first_line
-from hf_llava_ft.hub.training_facts import TRAINING_FILE, hub_id
 from hf_llava_ft.modeling.older_readers_llava import write_config_for_older_readers
 from hf_llava_ft.modeling.original_config_llava import is_original
-from hf_llava_ft.original_folders import NON_LORA_FILE, PROJECTOR_FILE, read_weights
 from hf_llava_ft.processing.older_readers_processing_llava import write_for_older_readers
-from hf_llava_ft.reload import NATIVE_MODEL_TYPES
-from hf_llava_ft.remote_code import own_code, runs_only_our_code
 
 CONFIG = "config.json"
 _INDEX = "model.safetensors.index.json"

@@ -5,11 +5,11 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from hf_llava_ft.checkpoints import inspect_checkpoint, load_model, load_processor
+from hf_llava_ft.checkpoints.files import hub_refusal
+from hf_llava_ft.checkpoints.opening import inspect_checkpoint, load_model, load_processor
+from hf_llava_ft.checkpoints.verify import Probe, Verification, reference_outputs, verify
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.hub.files import hub_refusal
 from hf_llava_ft.library_differences import HTTPError
-from hf_llava_ft.verify import Probe, Verification, reference_outputs, verify
 
 
 def verify_for_others(

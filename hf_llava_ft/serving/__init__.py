@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_llava_ft.artifact import staged_folder
-from hf_llava_ft.checkpoints import (
+from hf_llava_ft.checkpoints.artifact import staged_folder
+from hf_llava_ft.checkpoints.opening import (
     Checkpoint,
     fit_to_processor,
     inspect_checkpoint,
@@ -19,14 +19,14 @@ from hf_llava_ft.checkpoints import (
     load_model,
     load_processor,
 )
+from hf_llava_ft.checkpoints.remote_code import ENDPOINT_HANDLER
+from hf_llava_ft.checkpoints.verify import LOGIT_TOLERANCE, Probe, reference_outputs, verify
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.remote_code import ENDPOINT_HANDLER
 from hf_llava_ft.serving.adapters import ADAPTER, BASE, split_adapter
 from hf_llava_ft.serving.guide import commands, write_guide, write_modelfile
 from hf_llava_ft.serving.limits import SERVERS, Server, differences, refuse_what_cannot_be_served
 from hf_llava_ft.serving.names import check_names
 from hf_llava_ft.serving.parts import check_parts, write_parts
-from hf_llava_ft.verify import LOGIT_TOLERANCE, Probe, reference_outputs, verify
 
 
 @dataclass(frozen=True)

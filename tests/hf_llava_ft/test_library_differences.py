@@ -10,12 +10,12 @@ from huggingface_hub.utils.sha import git_hash
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, LlavaConfig, LlavaNextConfig, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from hf_llava_ft import trainer_files
+from hf_llava_ft.checkpoints import run_files as trainer_files
 from hf_llava_ft.data.export import _shard_bytes
 from hf_llava_ft.hub.upload import _git_hash
 from hf_llava_ft.library_differences import HTTPError, checkpointing_flags
-from hf_llava_ft.loss import LossOverTokens
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
+from hf_llava_ft.training.loss import LossOverTokens
 
 
 @pytest.mark.parametrize("name", [name for name in vars(trainer_files) if name.isupper()])

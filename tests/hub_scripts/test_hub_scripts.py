@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from hf_llava_ft.arguments import TuningArguments
-from hf_llava_ft.checkpoints import load_model, load_processor
-from hf_llava_ft.tuning import with_lora
-from hf_llava_ft.verify import Probe, reference_outputs
+from hf_llava_ft.checkpoints.opening import load_model, load_processor
+from hf_llava_ft.checkpoints.verify import Probe, reference_outputs
+from hf_llava_ft.settings.arguments import TuningArguments
+from hf_llava_ft.training.tuning import with_lora
 from tests.loopback_hub import LoopbackHub
 
 ROOT = Path(__file__).resolve().parents[2]

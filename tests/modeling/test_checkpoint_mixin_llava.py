@@ -7,9 +7,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import hf_llava_ft
-from hf_llava_ft.arguments import TuningArguments
-from hf_llava_ft.checkpoints import load_model
-from hf_llava_ft.tuning import with_tuning
+from hf_llava_ft.checkpoints.opening import load_model
+from hf_llava_ft.settings.arguments import TuningArguments
+from hf_llava_ft.training.tuning import with_tuning
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, LlamaConfig, LogitsProcessor, LogitsProcessorList, SiglipVisionConfig
 
 import hf_llava_ft
-from hf_llava_ft.checkpoints import fit_to_processor
+from hf_llava_ft.checkpoints.opening import fit_to_processor
 from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
 
 TOKENIZER = Path(__file__).parents[1] / "golden" / "tokenizer_tiny"

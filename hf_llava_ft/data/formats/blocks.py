@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 
-from hf_llava_ft.data.file_index import file_index
 from hf_llava_ft.data.formats.containers import (
     ArrowRows,
     Container,
@@ -25,7 +24,8 @@ from hf_llava_ft.data.formats.containers import (
     RowGroup,
 )
 from hf_llava_ft.data.formats.source import Source
-from hf_llava_ft.data.json_parts import JsonPart, iter_part
+from hf_llava_ft.data.json.file_index import file_index
+from hf_llava_ft.data.json.parts import JsonPart, iter_part
 from hf_llava_ft.errors import UserError
 
 _ARROW_ROWS = 256

@@ -14,7 +14,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hf_llava_ft.data.json_rows import MAX_ROW_CHARS, iter_json_rows
+from hf_llava_ft.data.json.rows import MAX_ROW_CHARS, iter_json_rows
 from hf_llava_ft.data.schema import row_place
 from hf_llava_ft.errors import UserError
 

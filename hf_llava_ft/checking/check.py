@@ -1,0 +1,153 @@
+"""`llava-ft check`: a whole data set looked at before a step is trained.
+
+The rows are read once, by processes of their own, then every distinct image is decoded once, in parallel too. What is
+kept of a sound row is some forty bytes, and of an image file its path. A set with images that can't be decoded is
+read a second time, for the rows that name them.
+
+A problem is what training refuses (`--on_bad_row raise`). A warning is what trains, perhaps not as meant.
+"""
+
+from collections import Counter
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from hf_llava_ft.checking.collected import Collected, name_duplicates, name_rows_of_images
+from hf_llava_ft.checking.images import image_facts
+from hf_llava_ft.checking.progress import checking_bar, estimated_rows
+from hf_llava_ft.checking.result import CheckResult
+from hf_llava_ft.checking.rows import RowChecker, row_kind
+from hf_llava_ft.checking.statistics import length_statistics, padding_waste
+from hf_llava_ft.data.formats import Source
+from hf_llava_ft.data.formats.mixture import draw_rows
+from hf_llava_ft.data.worker_pool import results_of_stream
+from hf_llava_ft.processing.processing_llava import LlavaProcessor
+
+# Steps whose rows are sorted by length together, as LlavaTrainer has it.
+LENGTH_POOL_STEPS = 50
+
+_IMAGES_AT_ONCE = 32
+
+
+def check_data(
+    sources: list[Source],
+    processor: LlavaProcessor | None = None,
+    *,
+    longest: int | None = None,
+    batch_size: int = 1,
+    seed: int = 42,
+    num_proc: int | None = None,
+    console: Console | None = None,
+) -> CheckResult:
+    """
+    Check all of some sources.
+
+    Args:
+        sources (`list[Source]`): what `open_source` gave.
+        processor (`LlavaProcessor`, *optional*): without one nothing is said of tokens.
+        longest (`int`, *optional*): tokens that a row may have, images included.
+        batch_size (`int`): rows in a forward pass, for padding and steps.
+        seed (`int`): of a mixture, as in training.
+        num_proc (`int`, *optional*): processes; by default one for each core.
+        console (`rich.console.Console`, *optional*): where the bars are drawn, if it is a terminal.
+
+    Raises:
+        `UserError`: if a process is killed for want of memory. What is wrong with the data is in the result.
+    """
+    console = console or Console(stderr=True)
+    collected = Collected(sources)
+    result = CheckResult()
+    checker = RowChecker(sources, processor, longest)
+    with checking_bar(console, "Checking rows", estimated_rows(sources)) as advance:
+        chunks = collected.chunks(result.problems)
+        for index, findings in results_of_stream(lambda chunk: (chunk[0], checker(chunk)), chunks, num_proc):
+            collected.add(index, findings, result)
+            advance(len(findings.numbers))
+    with checking_bar(console, "Checking images", len(collected.paths)) as advance:
+        paths = iter(collected.paths)
+        groups = iter(lambda: list(islice(paths, _IMAGES_AT_ONCE)), [])
+        for facts in results_of_stream(lambda group: [image_facts(path) for path in group], groups, num_proc):
+            collected.add_images(facts)
+            advance(len(facts))
+    _summarise(collected, result)
+    result.samples = collected.samples()
+    name_rows_of_images(collected, result)
+    name_duplicates(collected, result)
+    if processor is not None:
+        result.tokens = _token_summary(sources, collected, result, longest, batch_size, seed)
+    order = {source.where: index for index, source in enumerate(sources)}
+    for found in (result.problems, result.warnings):
+        found.sort(key=lambda problem: (order[problem.file], problem.row or 0))
+    return result
+
+
+def _summarise(collected: Collected, result: CheckResult) -> None:
+    num_images = collected.column("num_images")
+    result.rows = len(num_images)
+    result.sources = [
+        source.describe(int((collected.column("source") == index).sum()))
+        for index, source in enumerate(collected.sources)
+    ]
+    kinds = Counter(row_kind(int(number)) for number in num_images[num_images >= 0])
+    result.rows_by_kind = {kind: kinds[kind] for kind in ("text", "image", "multi_image")}
+    result.image_places = int(num_images[num_images > 0].sum())
+    facts = collected.facts + collected.embedded
+    result.images = len(facts)
+    result.missing_images = len({p.what for p in result.problems if p.kind == "missing_image"})
+    result.unreadable_images = sum(one.failure is not None for one in facts)
+    result.decompression_bombs = sum(one.is_bomb for one in facts)
+    result.extreme_images = sum(one.is_extreme and one.failure is None for one in facts)
+    result.turned_images = sum(one.is_turned for one in facts)
+    result.image_formats = dict(Counter(one.format for one in facts if one.format).most_common())
+    uses = collected.image_uses()
+    result.reused_images = int((np.bincount(uses[uses[:, 2] >= 0, 2]) > 1).sum()) if len(uses) else 0
+
+
+def _token_summary(
+    sources: list[Source], collected: Collected, result: CheckResult, longest: int | None, batch_size: int, seed: int
+) -> dict[str, Any]:
+    lengths, supervised = collected.column("lengths"), collected.column("supervised")
+    num_images, source_of = collected.column("num_images"), collected.column("source")
+    known = lengths > 0
+    summary: dict[str, Any] = {"model_max_length": longest}
+    if not known.any():
+        return summary
+    summary["tokens"] = int(lengths[known].sum())
+    summary["image_tokens"] = int(collected.column("image_tokens")[known].sum())
+    summary["supervised_tokens"] = int(supervised[known].sum())
+    summary["supervised_share"] = round(summary["supervised_tokens"] / summary["tokens"], 4)
+    summary["token_lengths"] = length_statistics(lengths[known])
+
+    excess = collected.column("excess")
+    summary["cut"] = {
+        "rows": int((excess > 0).sum()),
+        "tokens": int(excess[excess > 0].sum()),
+        "rows_left_out": int((excess < 0).sum()),
+    }
+    # Steps and padding are those of --on_bad_row skip.
+    lengths = np.where(excess > 0, lengths - excess, lengths)
+    known &= excess >= 0
+    wrong = {(problem.file, problem.row) for problem in result.problems if problem.kind != "too_long"}
+    is_wrong = np.array(
+        [(sources[s].where, n) in wrong for s, n in zip(source_of, collected.column("numbers"), strict=True)]
+        if wrong
+        else np.zeros(len(lengths)),
+        dtype=bool,
+    )
+    trained: list[np.ndarray] = []
+    for index, source in enumerate(sources):
+        rows = np.flatnonzero(known & ~is_wrong & (source_of == index))
+        if len(rows):
+            trained.append(rows if source.weight == 1 else rows[draw_rows(len(rows), source.weight, seed, index)])
+    if trained:
+        rows = np.concatenate(trained)
+        words = np.maximum(1, collected.column("num_words")[rows]) * np.where(num_images[rows] > 0, 1, -1)
+        summary["padding_waste"] = padding_waste(lengths[rows], words, batch_size, LENGTH_POOL_STEPS)
+        summary["steps"] = {
+            "batch_size": batch_size,
+            "rows_per_epoch": len(rows),
+            "steps_per_epoch": -(-len(rows) // batch_size),
+        }
+    return summary

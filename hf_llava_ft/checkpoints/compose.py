@@ -1,0 +1,179 @@
+"""A new LLaVA from a vision tower and a language model: what stage 1 of LLaVA starts from (arXiv 2304.08485, section
+4.2)."""
+
+import logging
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel, set_seed
+
+from hf_llava_ft.checkpoints.artifact import staged_folder
+from hf_llava_ft.checkpoints.embeddings import fill_rows, grow_embeddings
+from hf_llava_ft.checkpoints.opening import fit_to_processor
+from hf_llava_ft.checkpoints.original_folders import load_projector
+from hf_llava_ft.checkpoints.training_facts import TrainingFacts, base_facts
+from hf_llava_ft.errors import UserError
+from hf_llava_ft.modeling.configuration_llava import LlavaConfig
+from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
+from hf_llava_ft.processing.processing_llava import LlavaProcessor
+from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+VISION_KINDS = ("clip_vision_model", "siglip_vision_model")
+
+
+def compose_llava(
+    vision: str,
+    language: str,
+    output_dir: str | Path,
+    *,
+    version: str | None = None,
+    projector_type: str = "mlp2x_gelu",
+    vision_feature_layer: int = -2,
+    vision_feature_select_strategy: str | None = None,
+    image_aspect_ratio: str = "pad",
+    image_start_end: bool = False,
+    projector: dict[str, torch.Tensor] | None = None,
+    revision: str | None = None,
+    dtype: str = "auto",
+    seed: int = 42,
+) -> Path:
+    """
+    Writes a LLaVA made of the tower at `vision`, the language model at `language` and a projector, fresh or given.
+
+    Args:
+        vision (`str`): folder or Hub id of a CLIP or SigLIP model.
+        language (`str`): folder or Hub id of a decoder language model.
+        version (`str`, *optional*): chat template; by default the tokenizer's own with its answers marked, or what
+            suits it. Where ChatML is known and an own one rewrites earlier answers, as Qwen3's, `chatml`.
+        projector_type (`str`): see `LlavaConfig`.
+        vision_feature_layer (`int`): the tower's hidden state that the projector reads.
+        vision_feature_select_strategy (`"default"` or `"full"`, *optional*): without the tower's class token or with
+            it; by default without, where it has one.
+        image_start_end (`bool`): put `<im_start>` and `<im_end>` around each image.
+        projector (`dict[str, torch.Tensor]`, *optional*): its weights, by their names in memory.
+        revision (`str`, *optional*): of the language model.
+        seed (`int`): governs the fresh projector and the new embedding rows.
+
+    Returns:
+        `output_dir`.
+
+    Raises:
+        UserError: if there is no model at `vision` or `language`, or one of another kind.
+    """
+    tower_config = _config_of("--vision", vision)
+    if hasattr(_config_of("--language", language, revision), "vision_config"):
+        raise UserError(f"--language {language} sees pictures already: give a language model that takes text alone.")
+    vision_config = getattr(tower_config, "vision_config", tower_config)
+    if vision_config.model_type not in VISION_KINDS:
+        raise UserError(f"{vision} is a {vision_config.model_type}, not a vision tower of the CLIP or SigLIP kind.")
+    tower = AutoModel.from_config(vision_config).from_pretrained(vision, dtype=dtype)
+    language_model = AutoModelForCausalLM.from_pretrained(
+        language, revision=revision, dtype=dtype, trust_remote_code=False
+    )
+    model, processor = compose_from_parts(
+        tower,
+        language_model,
+        load_tokenizer(language, revision=revision),
+        version=version,
+        projector_type=projector_type,
+        vision_feature_layer=vision_feature_layer,
+        vision_feature_select_strategy=vision_feature_select_strategy,
+        image_aspect_ratio=image_aspect_ratio,
+        image_start_end=image_start_end,
+        tower_name=vision,
+        seed=seed,
+    )
+    if projector is not None:
+        load_projector(model, projector)
+    made_of = base_facts([language, vision], revision)
+    return save_composed(model, processor, output_dir, TrainingFacts(base=made_of) if made_of else None)
+
+
+def _config_of(flag: str, name: str, revision: str | None = None) -> Any:
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{flag} {name} is no model that can be read, on this machine or on the Hub: {reason}"
+        ) from error
+
+
+def compose_from_parts(
+    tower: PreTrainedModel,
+    language_model: PreTrainedModel,
+    tokenizer,
+    *,
+    version: str | None = None,
+    projector_type: str = "mlp2x_gelu",
+    vision_feature_layer: int = -2,
+    vision_feature_select_strategy: str | None = None,
+    image_aspect_ratio: str = "pad",
+    image_start_end: bool = False,
+    tower_name: str | None = None,
+    seed: int = 42,
+) -> tuple[LlavaForCausalLM, LlavaProcessor]:
+    """As [`compose_llava`], from loaded parts, whose weights are taken over without a copy; the tower in the language
+    model's dtype, since a folder of two is loaded in that of its first weight."""
+    words = set(tokenizer.get_vocab().values())
+    processor = LlavaProcessor.build(
+        tokenizer,
+        tower.config,
+        version=version,
+        image_aspect_ratio=image_aspect_ratio,
+        vision_feature_select_strategy=vision_feature_select_strategy,
+        tower_name=tower_name,
+        image_start_end=image_start_end,
+    )
+    is_marked = "endgeneration" in str(processor.chat_template)
+    if version is None and not is_marked and "<|im_end|>" in processor.tokenizer.get_vocab():
+        # Qwen3's own puts an empty <think> into the last answer and takes it out of the earlier ones.
+        processor.use_chat_template("chatml")
+        logger.warning("The tokenizer's own chat template cannot be used for training: chatml stands for it.")
+    set_seed(seed)
+    grow_embeddings(language_model, max(len(processor.tokenizer), processor.image_token_id + 1))
+    fill_rows(language_model, set(processor.tokenizer.get_vocab().values()) - words)
+    tower.to(language_model.dtype)  # type: ignore[arg-type]
+    text_config, vision_config = language_model.config, tower.config
+    vision_config.dtype = language_model.dtype
+    for part in (text_config, vision_config):
+        part.name_or_path = ""  # a local path of this machine has no place in a saved file
+    text_config.pad_token_id = processor.tokenizer.pad_token_id
+    config = LlavaConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        projector_type=projector_type,
+        vision_feature_layer=vision_feature_layer,
+        vision_feature_select_strategy=processor.vision_feature_select_strategy,
+        image_aspect_ratio=cast(Any, image_aspect_ratio),  # checked by the configuration itself
+        image_token_index=processor.image_token_id,
+        image_seq_length=processor.num_image_tokens,
+        tie_word_embeddings=text_config.tie_word_embeddings,
+    )
+    with torch.device("meta"):
+        model = LlavaForCausalLM(config)
+    projector = model.model.multi_modal_projector.to_empty(device="cpu").to(language_model.dtype)
+    for module in projector.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.reset_parameters()  # PyTorch's own, as in the original's builder
+    model.model.vision_tower = tower
+    model.model.language_model = language_model.get_decoder()
+    model.lm_head = language_model.get_output_embeddings()
+    model.generation_config = language_model.generation_config
+    fit_to_processor(model, processor)
+    return model.eval(), processor
+
+
+def save_composed(
+    model: LlavaForCausalLM, processor: LlavaProcessor, output_dir: str | Path, facts: TrainingFacts | None = None
+) -> Path:
+    """Writes model and processor, and `facts` about them; the folder appears under its name when it is complete."""
+    with staged_folder(output_dir) as staged:
+        model.save_pretrained(staged)
+        processor.save_pretrained(staged)
+        if facts is not None:
+            facts.save(staged)
+    return Path(output_dir)

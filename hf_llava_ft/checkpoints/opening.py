@@ -1,0 +1,269 @@
+"""Opening a LLaVA, whatever kind of folder it is in. What a folder holds is decided by its files, never by its
+name."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Literal, cast
+
+import torch
+from huggingface_hub import is_offline_mode
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import MODEL_MAPPING, AutoConfig
+
+from hf_llava_ft.checkpoints.embeddings import grow_embeddings
+from hf_llava_ft.checkpoints.files import find_file, first_line, has_file, hub_refusal, not_here, read_json
+from hf_llava_ft.checkpoints.original_folders import (
+    ADAPTER_FILES,
+    NON_LORA_FILE,
+    PROJECTOR_FILE,
+    read_non_lora,
+    read_projector,
+    with_original_lora,
+)
+from hf_llava_ft.errors import UserError
+from hf_llava_ft.modeling.configuration_llava import LlavaConfig
+from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
+from hf_llava_ft.modeling.original_config_llava import is_original
+from hf_llava_ft.processing.processing_llava import LlavaProcessor
+from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
+from hf_llava_ft.registration import register
+from hf_llava_ft.settings.machine import check_attention
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+# What a folder can hold: a whole model; a PEFT adapter; a LoRA folder or a stage-1 projector of the original LLaVA.
+Kind = Literal["model", "adapter", "original_lora", "projector"]
+# What libraries raise for a file that is damaged, incomplete, of another shape, or that holds code.
+DAMAGED = (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError, UnpicklingError)
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A name that was looked into.
+
+    Args:
+        path (`str`): the folder or Hub id as the user gave it.
+        base (`str`): where the whole model is: `path` itself, or what an adapter or projector there was trained on.
+        revision (`str`, *optional*): of `base`.
+        kind (`Kind`): what `path` holds.
+    """
+
+    path: str
+    base: str
+    revision: str | None
+    kind: Kind
+
+    @property
+    def is_adapter(self) -> bool:
+        return self.kind in ("adapter", "original_lora")
+
+
+def inspect_checkpoint(path: str, revision: str | None = None, base: str | None = None) -> Checkpoint:
+    """
+    Args:
+        revision (`str`, *optional*): branch, tag or commit of `path` on the Hub.
+        base (`str`, *optional*): instead of the base that an adapter or a projector names.
+
+    Raises:
+        UserError: if there is neither a model nor a part of one at `path`, or a part does not name its base.
+    """
+    found = {name: read_json(path, name, revision) for name in (ADAPTER_CONFIG, "config.json")}
+    adapter, config = found[ADAPTER_CONFIG], found["config.json"]
+    if adapter is not None:
+        original = has_file(path, NON_LORA_FILE, revision) or (config is not None and is_original(config))
+        own_base = adapter.get("base_model_name_or_path")
+        named = base or own_base
+        if not named:
+            raise UserError(f"{path}: {ADAPTER_CONFIG} does not name the base model; pass it with --base.")
+        base_revision = adapter.get("revision") if named == own_base else None
+        return Checkpoint(path, named, base_revision, "original_lora" if original else "adapter")
+    if config is not None:
+        has_weights = any(has_file(path, name, revision) for name in _WEIGHTS)
+        if not has_weights and has_file(path, PROJECTOR_FILE, revision):
+            named = base or config.get("_name_or_path")
+            if not named:
+                raise UserError(f"{path} is a projector and does not name the model it was trained on: pass --base.")
+            return Checkpoint(path, named, None, "projector")
+        return Checkpoint(path, path, revision, "model")
+    if Path(path).exists():
+        raise UserError(f"{path} is not a model folder: it has neither config.json nor {ADAPTER_CONFIG}.")
+    if is_offline_mode():
+        raise UserError(not_here(path, revision))
+    raise UserError(f"{path} is a repository without a model: it has neither config.json nor {ADAPTER_CONFIG}.")
+
+
+def is_language_model(path: str, revision: str | None = None) -> bool:
+    """Whether there is a model at `path` that is no LLaVA, nor a part of one: what a tower can be put in front of."""
+    config = read_json(path, "config.json", revision)
+    if config is None or is_original(config) or "text_config" in config or has_file(path, ADAPTER_CONFIG, revision):
+        return False
+    return any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in config.get("architectures") or ())
+
+
+def load_config(path: str, revision: str | None = None) -> LlavaConfig:
+    """The configuration at `path` in our form, whichever dialect it is written in."""
+    register()
+    if read_json(path, "config.json", revision) is None and not Path(path).is_dir():
+        raise UserError(not_here(path, revision))
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+        if not isinstance(config, LlavaConfig):
+            config = LlavaConfig.from_pretrained(path, revision=revision or "main")
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(f"{path} is not a LLaVA this package can read: {first_line(error)}") from error
+    return config
+
+
+def load_processor(path: str, revision: str | None = None, *, base: str | None = None) -> LlavaProcessor:
+    """The processor at `path`; for an adapter or projector without one, made from its settings and its base."""
+    register()
+    checkpoint = inspect_checkpoint(path, revision, base)
+    has_own = has_file(path, "processor_config.json", revision)
+    try:
+        if checkpoint.kind in ("original_lora", "projector") and not has_own:
+            config = load_config(path, revision)
+            return LlavaProcessor.build(
+                load_tokenizer(checkpoint.base, revision=checkpoint.revision),
+                config.vision_config,
+                image_aspect_ratio=config.image_aspect_ratio or "square",
+                vision_feature_select_strategy=config.vision_feature_select_strategy,
+                tower_name=config.vision_tower_name,
+                image_start_end=config.uses_image_start_end,
+                image_grid_pinpoints=config.image_grid_pinpoints,
+                patch_merge_type=config.patch_merge_type,
+            )
+        if checkpoint.kind == "adapter" and not has_own:
+            path, revision = checkpoint.base, checkpoint.revision
+        return LlavaProcessor.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = hub_refusal(error, path, revision) or first_line(error)
+        if "backend tokenizer" in reason:  # and then lists kinds of files over several lines
+            reason = "there is no tokenizer in it, or one that cannot be read."
+        raise UserError(f"{path} has no processor this package can read: {reason}") from error
+
+
+def load_model(
+    path: str,
+    processor: LlavaProcessor | None = None,
+    *,
+    base: str | None = None,
+    revision: str | None = None,
+    dtype: torch.dtype | str = "auto",
+    attn_implementation: str = "sdpa",
+    **kwargs: Any,
+) -> LlavaForCausalLM | PeftModel:
+    """
+    The model at `path`: a native or original checkpoint, an adapter of either kind on its base, or the projector of
+    stage 1 in its language model.
+
+    Args:
+        processor (`LlavaProcessor`, *optional*): gives the model the id of `<image>`, and an embedding row for it.
+        base (`str`, *optional*): instead of the base that an adapter or a projector names.
+        kwargs: passed to `from_pretrained`: `device_map`, `quantization_config`, ...
+
+    Raises:
+        UserError: if there is no whole LLaVA at `path`, or `attn_implementation` is not installed.
+    """
+    checkpoint = inspect_checkpoint(path, revision, base)
+    check_attention(attn_implementation)
+    folder = _folder(path, revision)
+    if (
+        checkpoint.kind == "adapter"
+        and Path(path).is_dir()
+        and not any((folder / name).is_file() for name in ADAPTER_FILES)
+    ):
+        raise UserError(
+            f"{path} has an adapter_config.json and no {' or '.join(ADAPTER_FILES)} beside it: copy it there."
+        )
+    model = _load_whole(checkpoint, folder, revision, dtype=dtype, attn_implementation=attn_implementation, **kwargs)
+    if processor is not None:
+        fit_to_processor(model, processor)
+    if checkpoint.kind == "original_lora":
+        return with_original_lora(model, folder)
+    if checkpoint.kind == "adapter":
+        try:
+            return PeftModel.from_pretrained(model, path, revision=revision)
+        except DAMAGED as error:
+            refusal = hub_refusal(error, path, revision)
+            raise UserError(
+                f"the adapter at {path} cannot be loaded: {refusal}"
+                if refusal
+                else f"the adapter at {path} does not fit {checkpoint.base}: {first_line(error)}"
+            ) from error
+    return model
+
+
+def _load_whole(checkpoint: Checkpoint, folder: Path, revision: str | None, **kwargs: Any) -> LlavaForCausalLM:
+    """The model that an adapter is put on: the base, with what else a folder of the original, at `revision`, holds."""
+    extra_weights, num_tokens = None, None
+    if checkpoint.kind in ("original_lora", "projector"):
+        # The settings of the part hold for the whole; its base may be a bare language model.
+        config = load_config(checkpoint.path, revision)
+        extra_weights = read_projector(folder) if checkpoint.kind == "projector" else read_non_lora(folder)
+        num_tokens = config.text_config.vocab_size
+        config.text_config.vocab_size = _vocab_size(checkpoint)
+    else:
+        config = load_config(checkpoint.base, checkpoint.revision)
+    kwargs["attn_implementation"] = _supported_attention(config, kwargs["attn_implementation"])
+    embeddings = {name: extra_weights.pop(name) for name in _EMBEDDINGS if extra_weights and name in extra_weights}
+    try:
+        model = LlavaForCausalLM.from_pretrained(
+            checkpoint.base, config=config, revision=checkpoint.revision, extra_weights=extra_weights, **kwargs
+        )
+        if num_tokens is not None:
+            # Tokens that the original added: the mean of the others, as it began with, where the folder does not hold
+            # what became of them. The original's own loader takes whatever is in memory, for all rows.
+            grow_embeddings(model, num_tokens, multiple=None)
+            model.load_state_dict(embeddings, strict=False)
+    except DAMAGED as error:
+        reason = hub_refusal(error, checkpoint.base, checkpoint.revision) or first_line(error)
+        raise UserError(f"the model at {checkpoint.base} cannot be loaded: {reason}") from error
+    return model
+
+
+def _supported_attention(config: LlavaConfig, attn_implementation: str) -> str | dict[str, str]:
+    """Eager for a language model that has no sdpa, as Gemma 2, whose scores are squashed, has none."""
+    text_class: Any = MODEL_MAPPING[cast(Any, type(config.text_config))]
+    if attn_implementation == "sdpa" and not text_class._supports_sdpa:
+        return {"": "sdpa", "vision_config": "sdpa", "text_config": "eager"}
+    return attn_implementation
+
+
+_EMBEDDINGS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
+
+
+def _vocab_size(checkpoint: Checkpoint) -> int:
+    """Rows of the embedding of the base, which may be a LLaVA of either dialect or a bare language model."""
+    base = read_json(checkpoint.base, "config.json", checkpoint.revision)
+    if base is None:
+        raise UserError(f"the base of {checkpoint.path} is {checkpoint.base}, which holds no model: pass --base.")
+    return int((base.get("text_config") or base)["vocab_size"])
+
+
+def _folder(path: str, revision: str | None) -> Path:
+    """The folder on this machine in which the files of `path` are, downloading what an adapter or projector needs."""
+    if Path(path).is_dir():
+        return Path(path)
+    names = (*ADAPTER_FILES, NON_LORA_FILE, PROJECTOR_FILE, "config.json", ADAPTER_CONFIG)
+    files = [find_file(path, name, revision) for name in names]
+    return Path(next(file for file in files if file)).parent
+
+
+def fit_to_processor(model: LlavaForCausalLM, processor: LlavaProcessor) -> None:
+    """
+    Gives the model the processor's image token, with an embedding row, so that a native export can embed it, and makes
+    generation stop on the token that ends an answer under the chat template.
+    """
+    model.config.image_token_id = processor.image_token_id
+    # All tokens that were added, not only the image: a padding token may come after it.
+    grow_embeddings(model, max(len(processor.tokenizer), processor.image_token_id + 1))
+    generation = model.generation_config
+    before = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+    stops = {*before, processor.tokenizer.eos_token_id, processor.stop_token_id} - {None}
+    generation.eos_token_id = sorted(stops)
+    generation.pad_token_id = processor.tokenizer.pad_token_id

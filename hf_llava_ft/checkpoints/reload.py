@@ -1,0 +1,113 @@
+"""What a stranger does with a folder: loads it, asks it, and writes down what came out.
+
+Run as a program in a fresh process, it cannot import this package when transformers alone can load the folder, with or
+without the code that the folder carries, so that what it reports holds for people who do not have this package.
+`verify.py` starts it and says which loader to take, and calls `probe_outputs` for the reference.
+
+    python reload.py MODEL_DIR BASE_OR_EMPTY COMMIT_OR_EMPTY LOADER PROBE_DIR OUTPUT.safetensors
+
+The commit is that of a base on the Hub.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+
+# What it takes to load a folder: transformers; transformers with leave to run the folder's code; this package.
+Loader = Literal["transformers", "trust_remote_code", "hf_llava_ft"]
+MAX_NEW_TOKENS = 48
+# The kinds of LLaVA that transformers has a class for.
+NATIVE_MODEL_TYPES = ("llava", "llava_next")
+
+
+def probe_outputs(model, processor, messages: list[dict], images: list) -> dict[str, torch.Tensor]:
+    """
+    The answer of `model` to `messages`, as tensors.
+
+    Returns:
+        `input_ids` `int64[1, T]`, `pixel_values` `float32[N, 3, H, W]` if there are images, `logits` `float32[1, T,
+        V]` and `answer_ids` `int64[1, K]`, decoded greedily.
+    """
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    bos = processor.tokenizer.bos_token  # some templates write it themselves; the tokenizer would add a second
+    add_special_tokens = not (bos and text.startswith(bos))
+    inputs = processor(
+        text=[text], images=images or None, add_special_tokens=add_special_tokens, return_tensors="pt"
+    ).to(model.device)
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        logits = model(**inputs, use_cache=False).logits
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS, use_cache=True)
+    model.train(was_training)
+    outputs = {
+        "input_ids": inputs["input_ids"],
+        "logits": logits.float(),
+        "answer_ids": ids[:, inputs["input_ids"].shape[1] :],
+    }
+    if images:
+        outputs["pixel_values"] = inputs["pixel_values"].float()
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in outputs.items()}
+
+
+def is_native(folder: str | Path) -> bool:
+    """Whether plain transformers loads the whole model in `folder`."""
+    try:
+        config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    return config.get("model_type") in NATIVE_MODEL_TYPES and "text_config" in config
+
+
+def whole_model(model_dir: str | Path, base: str | None) -> str:
+    """Where the whole model is: `base` if `model_dir` is an adapter of PEFT, else `model_dir` itself."""
+    is_adapter = Path(model_dir, "adapter_config.json").is_file() and not Path(model_dir, "config.json").is_file()
+    return base if base and is_adapter else str(model_dir)
+
+
+def base_revision(model_dir: str | Path, base: str) -> str | None:
+    """The revision of `base` that the adapter in `model_dir` was trained on, if that is its base."""
+    settings = json.loads(Path(model_dir, "adapter_config.json").read_text(encoding="utf-8"))
+    return settings.get("revision") if settings.get("base_model_name_or_path") == base else None
+
+
+def load(model_dir: str, base: str, commit: str, loader: Loader) -> tuple[Any, Any]:
+    """Model and processor."""
+    if loader == "hf_llava_ft":
+        from hf_llava_ft.checkpoints.opening import load_model, load_processor
+
+        processor = load_processor(model_dir, base=base or None)
+        return load_model(model_dir, processor, base=base or None), processor
+
+    sys.modules["hf_llava_ft"] = None  # type: ignore[assignment]  # from here on, importing it is an error
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    whole, trust = whole_model(model_dir, base), loader == "trust_remote_code"
+    model: Any = AutoModelForImageTextToText.from_pretrained(
+        whole, revision=commit or None, dtype="auto", trust_remote_code=trust
+    )
+    if whole != model_dir:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, model_dir)
+    return model, AutoProcessor.from_pretrained(model_dir, trust_remote_code=trust)
+
+
+def main(model_dir: str, base: str, commit: str, loader: Loader, probe_dir: str, output: str) -> None:
+    from safetensors.torch import save_file
+
+    model, processor = load(model_dir, base, commit, loader)
+    outputs = {}
+    for index, probe in enumerate(json.loads(Path(probe_dir, "probes.json").read_text(encoding="utf-8"))):
+        images = [Image.open(Path(probe_dir, name)) for name in probe["images"]]
+        for name, tensor in probe_outputs(model, processor, probe["messages"], images).items():
+            outputs[f"{index}.{name}"] = tensor
+    save_file(outputs, output)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])  # type: ignore[arg-type]

@@ -1,0 +1,272 @@
+"""The LLaVA that training starts from: the one that is named, or a new one of a language model and a vision tower.
+
+The original's scripts start from a language model and name the tower beside it, in stage 1 with a fresh projector and
+in stage 2 with the one that stage 1 left. A new LLaVA is written to the folder `composed` under the output folder:
+an adapter needs a base that others can load, and every engine loads a folder. For runs that end in a whole model it is
+removed at the end.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
+from transformers.integrations import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+from hf_llava_ft.checkpoints.artifact import staged_folder
+from hf_llava_ft.checkpoints.compose import compose_llava
+from hf_llava_ft.checkpoints.opening import inspect_checkpoint, is_language_model, load_config
+from hf_llava_ft.checkpoints.original_folders import PROJECTOR_FILE, load_projector, read_weights
+from hf_llava_ft.errors import UserError
+from hf_llava_ft.modeling.configuration_llava import LlavaConfig
+from hf_llava_ft.modeling.part_names_llava import PROJECTOR
+from hf_llava_ft.modeling.weight_names_llava import name_in_memory
+from hf_llava_ft.settings.arguments import LlavaTrainingArguments, ModelArguments, TuningArguments
+
+COMPOSED = "composed"
+_FINGERPRINT = "composed_from.sha256"
+_STRATEGIES = {"patch": "default", "cls_patch": "full"}
+_EXAMPLE_TOWER = "openai/clip-vit-large-patch14-336"
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """
+    Args:
+        name (`str`): folder or Hub id of a LLaVA.
+        revision (`str`, *optional*): on the Hub.
+        projector (`dict[str, torch.Tensor]`, *optional*): weights to put into it when it is loaded.
+        composed (`Path`, *optional*): the folder, if the LLaVA was made for this run.
+    """
+
+    name: str
+    revision: str | None
+    projector: dict[str, torch.Tensor] | None = None
+    composed: Path | None = None
+
+    def put_projector_into(self, model: Any) -> None:
+        """
+        Raises:
+            UserError: if the projector is that of another kind of model.
+        """
+        if self.projector is not None:
+            load_projector(model, self.projector)
+
+    def remove_composed(self) -> None:
+        if self.composed is not None:
+            shutil.rmtree(self.composed, ignore_errors=True)
+
+
+def starting_point(
+    model_args: ModelArguments, tuning_args: TuningArguments, training_args: LlavaTrainingArguments
+) -> StartingPoint:
+    """
+    Finds or makes the LLaVA that `model_args` speak of; the first process makes it, the others wait.
+
+    Raises:
+        UserError: if `model_args` contradict what is there, or a part is missing.
+    """
+    name, revision, path = model_args.model_name_or_path, model_args.revision, model_args.pretrain_mm_mlp_adapter
+    is_new = check_starting_point(model_args, tuning_args)
+    projector = None if path is None else read_projector_of(path)
+    if not is_new:
+        return StartingPoint(name, revision, projector)
+    folder = Path(str(training_args.output_dir), COMPOSED)
+    with training_args.main_process_first(local=training_args.save_on_each_node), _undivided(training_args):
+        _compose(model_args, projector, folder, training_args.seed)
+    return StartingPoint(str(folder), None, composed=folder)
+
+
+@contextmanager
+def _undivided(training_args: LlavaTrainingArguments) -> Iterator[None]:
+    """Under ZeRO-3 every model that is loaded is divided among all processes, which are not all there."""
+    config = getattr(training_args, "hf_deepspeed_config", None)
+    if config is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(config)
+
+
+def check_starting_point(model_args: ModelArguments, tuning_args: TuningArguments) -> bool:
+    """
+    Reads configurations alone.
+
+    Returns:
+        Whether a new LLaVA has to be made.
+
+    Raises:
+        UserError: if `model_args` contradict what is there.
+    """
+    name = model_args.model_name_or_path
+    if not is_language_model(name, model_args.revision):
+        checkpoint = inspect_checkpoint(name, model_args.revision)
+        if checkpoint.kind == "adapter":
+            _check_agreement(model_args, load_config(checkpoint.base, checkpoint.revision))
+        else:
+            _check_agreement(model_args, load_config(name, model_args.revision))
+        return False
+    if model_args.vision_tower is None:
+        raise UserError(
+            f"{name} is a language model without a vision tower: add --vision_tower {_EXAMPLE_TOWER}, or start from a "
+            f"LLaVA."
+        )
+    if model_args.image_aspect_ratio == "anyres" or model_args.mm_patch_merge_type not in (None, "flat"):
+        raise UserError(
+            f"a new LLaVA of {name} sees one picture as one square, so --image_aspect_ratio anyres and "
+            f"--mm_patch_merge_type have no meaning: use --image_aspect_ratio pad, or start from a LLaVA-1.6."
+        )
+    if model_args.mm_use_im_start_end and tuning_args.train_type == "projector":
+        raise UserError(
+            "--mm_use_im_start_end True adds two tokens, whose embeddings would have to train with the projector: "
+            "leave it out in stage 1, as LLaVA-1.5 does."
+        )
+    return True
+
+
+def _compose(model_args: ModelArguments, projector: dict[str, torch.Tensor] | None, folder: Path, seed: int) -> None:
+    layer = model_args.mm_vision_select_layer
+    settings: dict[str, Any] = {
+        "version": model_args.version,
+        "projector_type": model_args.mm_projector_type or "mlp2x_gelu",
+        "vision_feature_layer": -2 if layer is None else layer,
+        "vision_feature_select_strategy": None,
+        "image_aspect_ratio": model_args.image_aspect_ratio or "pad",
+        "image_start_end": bool(model_args.mm_use_im_start_end),
+        "revision": model_args.revision,
+        "seed": seed,
+    }
+    if model_args.mm_vision_select_feature == "cls_patch":
+        settings["vision_feature_select_strategy"] = "full"
+    parts = (str(model_args.vision_tower), model_args.model_name_or_path)
+    # The weights of a projector are part of what was asked for; a digest names no folder of this machine.
+    said = json.dumps([parts, settings, model_args.pretrain_mm_mlp_adapter])
+    fingerprint = hashlib.sha256(said.encode()).hexdigest()
+    if folder.is_dir():
+        path = folder / _FINGERPRINT
+        if path.is_file() and path.read_text(encoding="utf-8") == fingerprint:
+            return  # of the run that is resumed, or of another process
+        raise UserError(f"{folder} holds a LLaVA of other parts: remove it, or choose another --output_dir.")
+    try:
+        with staged_folder(folder) as staged:
+            compose_llava(*parts, staged / "model", projector=projector, **settings)
+            for file in (staged / "model").iterdir():
+                file.rename(staged / file.name)
+            (staged / "model").rmdir()
+            (staged / _FINGERPRINT).write_text(fingerprint, encoding="utf-8")
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(f"{' and '.join(parts)} make no LLaVA: {str(error).splitlines()[0]}") from error
+
+
+def read_projector_of(path: str) -> dict[str, torch.Tensor]:
+    """
+    The weights of a projector by their names in memory, from the original's `mm_projector.bin`, its folder, or the
+    folder of a whole LLaVA, which is what stage 1 leaves here. A `mm_projector.bin` that is not there is looked for in
+    the whole LLaVA beside it, so that the original's path to it stays right.
+
+    Raises:
+        UserError: if there is none.
+    """
+    place = Path(path)
+    if place.is_dir() and (place / PROJECTOR_FILE).is_file():
+        place = place / PROJECTOR_FILE
+    if place.is_file():
+        weights = read_weights(place)
+    else:
+        folder = place if place.is_dir() else place.parent
+        weights = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            weights |= _projector_in(file)
+    found = {name: tensor for name, tensor in weights.items() if f".{PROJECTOR}." in name}
+    if not found:
+        raise UserError(
+            f"--pretrain_mm_mlp_adapter {path}: there is no projector; give the original's {PROJECTOR_FILE}, or the "
+            f"folder that stage 1 left."
+        )
+    if other := sorted(set(weights) - set(found)):
+        raise UserError(
+            f"--pretrain_mm_mlp_adapter {path} holds more than a projector, {other[0]} among it: start from the whole "
+            f"folder, --model_name_or_path {place.parent}."
+        )
+    return found
+
+
+def _projector_in(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            names = {name: name_in_memory(name) for name in tensors.keys()}
+            return {ours: tensors.get_tensor(name) for name, ours in names.items() if f".{PROJECTOR}." in ours}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} is no readable file of weights: {error}.") from error
+
+
+def _check_agreement(model_args: ModelArguments, config: LlavaConfig) -> None:
+    """What is said of a LLaVA that exists has to be so: the original would write it into the result all the same."""
+    has_class_token = config.vision_config.model_type == "clip_vision_model"
+    features = {strategy: feature for feature, strategy in _STRATEGIES.items()} if has_class_token else {}
+    pinpoints = model_args.image_grid_pinpoints
+    is_next = config.image_aspect_ratio == "anyres"
+    facts = {
+        "mm_projector_type": (model_args.mm_projector_type, config.projector_type),
+        "mm_vision_select_layer": (model_args.mm_vision_select_layer, config.vision_feature_layer),
+        "mm_vision_select_feature": (
+            model_args.mm_vision_select_feature,
+            features.get(config.vision_feature_select_strategy, model_args.mm_vision_select_feature),
+        ),
+        # Known of the original's folders; in others the chat template has it.
+        "mm_use_im_start_end": (
+            model_args.mm_use_im_start_end,
+            config.uses_image_start_end if config.original_config else model_args.mm_use_im_start_end,
+        ),
+        "mm_patch_merge_type": (model_args.mm_patch_merge_type, config.patch_merge_type if is_next else "flat"),
+        "image_grid_pinpoints": (
+            None if pinpoints is None else _pinpoints(pinpoints),
+            config.image_grid_pinpoints if is_next else None,
+        ),
+    }
+    for name, (said, fact) in facts.items():
+        if said is not None and said != fact and name not in model_args.assumed:
+            raise UserError(
+                f"--{name} {getattr(model_args, name)}: in {model_args.model_name_or_path} it is {fact}, which no "
+                f"flag can change: leave it out."
+            )
+    if model_args.vision_tower is not None and _is_another_tower(model_args.vision_tower, config):
+        raise UserError(
+            f"--vision_tower {model_args.vision_tower}: {model_args.model_name_or_path} has another one, which no "
+            f"flag can change: leave it out."
+        )
+
+
+def _pinpoints(text: str) -> list[list[int]]:
+    """`[[height, width], ...]` of the original's `"[(width, height), ...]"`."""
+    try:
+        return [[height, width] for width, height in json.loads(text.replace("(", "[").replace(")", "]"))]
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"--image_grid_pinpoints {text} is no list of sizes such as [(336, 672), (672, 336)]."
+        ) from error
+
+
+def _is_another_tower(name: str, config: LlavaConfig) -> bool:
+    own_name = config.vision_tower_name
+    if own_name and Path(own_name).name == Path(name).name:
+        return False
+    try:
+        tower = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError):
+        return bool(own_name)  # nothing to compare but names
+    tower, own = getattr(tower, "vision_config", tower), config.vision_config
+    compared = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+    return any(getattr(tower, each, None) != getattr(own, each) for each in compared)

@@ -1,0 +1,91 @@
+"""What settings ask of the machine that they are to run on."""
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import is_torch_xla_available
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.utils import (
+    is_flash_attn_2_available,
+    is_flash_attn_3_available,
+    is_torch_bf16_gpu_available,
+    is_torch_tf32_available,
+)
+
+from hf_llava_ft.errors import UserError
+
+_PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml"}
+
+
+def machine_problems(settings: dict[str, Any]) -> list[str]:
+    """
+    What this machine lacks for `settings`, by name, one sentence each; an empty list if nothing.
+
+    A launcher's processes all see the same, so that all of them stop.
+    """
+    problems = []
+    on_gpu = not settings["use_cpu"]
+    if settings["bf16"] and on_gpu and not is_torch_bf16_gpu_available() and not is_torch_xla_available():
+        problems.append(
+            "--bf16 True needs a GPU that computes in bfloat16 (NVIDIA: Ampere or newer) and there is none here: use "
+            "--fp16 True on an older one, or --use_cpu True."
+        )
+    if settings["fp16"] and not (on_gpu and torch.accelerator.is_available()):
+        problems.append(
+            "--fp16 True needs a GPU, and the Trainer would compute in float32 without one: use --bf16 True, which a "
+            "CPU has too, with --use_cpu True."
+        )
+    deepspeed = settings["deepspeed"]
+    if isinstance(deepspeed, str) and deepspeed and not deepspeed.startswith("{"):
+        if not Path(deepspeed).is_file():
+            problems.append(f"--deepspeed {deepspeed}: there is no such file; ready ones are in examples/deepspeed.")
+    if deepspeed and importlib.util.find_spec("deepspeed") is None:
+        problems.append("--deepspeed needs the package: pip install 'hf-llava-ft[deepspeed]'.")
+    if settings["bits"] < 16 and importlib.util.find_spec("bitsandbytes") is None:
+        problems.append(f"--bits {settings['bits']} needs bitsandbytes: pip install 'hf-llava-ft[qlora]'.")
+    try:
+        check_attention(settings["attn_implementation"])
+    except UserError as error:
+        problems.append(error.sentence)
+    return problems + _missing_reporters(settings["report_to"])
+
+
+def check_attention(attn_implementation: str) -> None:
+    """
+    Raises:
+        UserError: if FlashAttention is asked for and not there, naming what to install.
+    """
+    available = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
+    if attn_implementation in available and not available[attn_implementation]():
+        raise UserError(
+            f"--attn_implementation {attn_implementation} needs the flash-attn package and an NVIDIA GPU: "
+            f"pip install 'hf-llava-ft[flash-attn]' --no-build-isolation, or use --attn_implementation sdpa."
+        )
+
+
+def _missing_reporters(report_to: str | list[str] | None) -> list[str]:
+    names = [report_to] if isinstance(report_to, str) else report_to or []
+    available = get_available_reporting_integrations()
+    problems = []
+    for name in names:
+        if name in ("all", "none") or name in available:
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            problems.append(f"--report_to {name} is unknown; known: {', '.join(sorted(INTEGRATION_TO_CALLBACK))}.")
+        else:
+            package = _PACKAGES.get(name, name)
+            problems.append(f"--report_to {name}: it is not installed: pip install {package}, or --report_to none.")
+    return problems
+
+
+def without_missing_tf32(settings: dict[str, Any]) -> dict[str, Any]:
+    """`settings` without `tf32` where the device has none: float32 products are computed exactly there."""
+    return {**settings, "tf32": None} if settings["tf32"] and not is_torch_tf32_available() else settings
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that speaks, by the variables that every launcher sets."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) <= 0

@@ -1,0 +1,186 @@
+"""The command line of training: flags, a recipe, a preset and defaults become the settings of a run.
+
+What is nearer to the user wins: the command line over the recipe, the recipe over the preset, the preset over the
+defaults. Each layer is read by itself, so that every setting knows where it comes from.
+"""
+
+import dataclasses
+import difflib
+import re
+from argparse import SUPPRESS
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
+
+from hf_llava_ft.errors import UserError
+from hf_llava_ft.settings.arguments import DataArguments, LlavaTrainingArguments, ModelArguments, TuningArguments
+from hf_llava_ft.settings.original_flags import (
+    MARKERS,
+    OF_A_NEW_LLAVA,
+    ORIGINAL_DEFAULTS,
+    USE_LORA_DEFAULTS,
+    add_original_flags,
+    original_dtype,
+    translate,
+)
+from hf_llava_ft.settings.presets import PRESETS, preset_flags
+from hf_llava_ft.settings.recipes import read_recipe
+from hf_llava_ft.settings.resolved import ARGUMENT_CLASSES, Setting, Settings, default_of
+
+FLAG, DEFAULT, ORIGINAL_DEFAULT = "flag", "default", "default of the original"
+
+
+def parse_arguments(
+    argv: Sequence[str],
+) -> tuple[ModelArguments, DataArguments, TuningArguments, LlavaTrainingArguments]:
+    """
+    As [`resolve`], as the four objects that `train` takes.
+
+    Raises:
+        UserError: for an unknown flag, a wrong value, or settings that contradict each other.
+    """
+    return resolve(argv).build()
+
+
+def resolve(argv: Sequence[str]) -> Settings:
+    """
+    The settings that a command line `[RECIPE.yaml] [--preset NAME] [--FLAG VALUE ...]` asks for. Loads no weights,
+    opens no data and looks at no device.
+
+    Raises:
+        UserError: for an unknown flag, a wrong value, or settings that contradict each other.
+    """
+    recipe_path, words = _split_recipe(argv)
+    parser = _Parser()
+    if "-h" in words or "--help" in words:
+        parser.print_help()
+        raise SystemExit(0)
+    line = parser.layer(words)
+    dry_run = line.pop("dry_run", False)
+    recipe: dict[str, Any] = {}
+    if recipe_path is not None:
+        by_name = read_recipe(recipe_path, parser.names - {"dry_run"})
+        recipe = parser.layer([w for name, value in by_name.items() for w in (f"--{name}", *value)], recipe_path)
+    preset_name = line.pop("preset", recipe.pop("preset", None))
+    preset = {} if preset_name is None else translate(parser.layer(preset_flags(preset_name))).values
+    from_recipe, from_line = translate(recipe), translate(line)
+    notes = list(dict.fromkeys([*from_recipe.notes, *from_line.notes]))
+
+    settings = {name: Setting(default_of(field), DEFAULT) for name, field in _fields().items()}
+
+    def put(values: dict[str, Any], origin: str, sources: dict[str, str] | None = None) -> None:
+        for name, value in values.items():
+            flag = (sources or {}).get(name)
+            where = f" of {origin}" if flag and origin != FLAG else ""
+            settings[name] = Setting(value, f"translated from --{flag}{where}" if flag else origin)
+
+    given = {**preset, **from_recipe.values, **from_line.values}
+    chosen = [values for values in (recipe, line) if "train_type" in values]
+    in_original_words = preset_name is None and not chosen and bool(MARKERS & {*recipe, *line})
+    if in_original_words:
+        put(ORIGINAL_DEFAULTS, ORIGINAL_DEFAULT)
+    elif chosen and chosen[-1]["train_type"] == "use_lora":
+        put(USE_LORA_DEFAULTS, "default of --train_type use_lora")
+        said = _said(USE_LORA_DEFAULTS, given)
+        notes.append(f"--train_type use_lora: --train_type lora, and what is not said as there: {said}.")
+    put(preset, f"preset {preset_name}")
+    put(from_recipe.values, f"recipe {recipe_path}", from_recipe.sources)
+    put(from_line.values, FLAG, from_line.sources)
+    if in_original_words:
+        notes.append(
+            f"In the words of the original, so what is not said is as there: {_said(_settle(settings, given), given)}."
+        )
+    assumed = frozenset(name for name in OF_A_NEW_LLAVA if settings[name].origin == ORIGINAL_DEFAULT)
+    return Settings(settings, notes, assumed, dry_run=dry_run)
+
+
+def _settle(settings: dict[str, Setting], given: dict[str, Any]) -> dict[str, Any]:
+    """Adds the original's defaults that depend on other settings; returns all of them."""
+    values = {name: setting.value for name, setting in settings.items()}
+    defaults = ORIGINAL_DEFAULTS | {"dtype": original_dtype(values)}
+    if values.get("streaming"):
+        del defaults["sampler_order"]  # which needs all rows at once
+        settings["sampler_order"] = Setting(given.get("sampler_order", "default"), settings["sampler_order"].origin)
+    for name, value in defaults.items():
+        if name not in given:
+            settings[name] = Setting(value, ORIGINAL_DEFAULT)
+    return defaults
+
+
+def _said(defaults: dict[str, Any], given: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in defaults.items() if name not in given)
+
+
+def _fields() -> dict[str, dataclasses.Field]:
+    return {field.name: field for each in ARGUMENT_CLASSES for field in dataclasses.fields(each) if field.init}
+
+
+def _split_recipe(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The recipe, if the first word is none of the flags, and the other words."""
+    words = list(argv)
+    for index, word in enumerate(words):
+        if re.match(r"--local[_-]rank=", word):
+            continue  # the launcher of DeepSpeed puts it in front
+        return (None, words) if word.startswith("-") else (word, words[:index] + words[index + 1 :])
+    return None, words
+
+
+class _Parser(HfArgumentParser):
+    """Reads one layer at a time: what is not given is not in the result."""
+
+    def __init__(self):
+        super().__init__(
+            ARGUMENT_CLASSES,
+            prog="llava-ft train",
+            usage="llava-ft train [RECIPE.yaml] [--preset NAME] [--FLAG VALUE ...]",
+            description="Fine-tune a LLaVA on images with conversations. RECIPE.yaml holds flags by name; the flags "
+            f"of the command line change them. --preset is one of {', '.join(PRESETS)}.",
+            allow_abbrev=False,
+        )
+        self.where = ""
+        self.add_argument("--preset", help="Begin with the flags of a recipe of LLaVA-1.5.")
+        self.add_argument(
+            "--dry_run",
+            type=string_to_bool,
+            nargs="?",
+            const=True,
+            help="Print all settings as JSON, and where each comes from, and stop: no weights or data are loaded.",
+        )
+        add_original_flags(self, {action.dest for action in self._actions})
+        for action in self._actions:
+            action.required = False
+            if action.type is string_to_bool:
+                action.nargs, action.const = "?", True  # also those whose default is none
+            if action.dest == "report_to":
+                action.nargs = "+"  # as the original's transformers has it
+        self.names = {action.dest for action in self._actions} - {"help"}
+
+    def layer(self, words: list[str], where: str = "") -> dict[str, Any]:
+        """
+        Args:
+            where (`str`): the file that `words` come from, for errors.
+        """
+        self.where = f"the recipe {where}: " if where else ""
+        defaults = [(action, action.default) for action in self._actions]
+        for action in self._actions:
+            action.default = SUPPRESS
+        try:
+            namespace, unknown = self.parse_known_args(words)
+        finally:
+            for action, default in defaults:
+                action.default = default
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            close = difflib.get_close_matches(flag.lstrip("-"), self.names, n=1)
+            hint = f"did you mean --{close[0]}? " if close else ""
+            raise UserError(f"unknown argument {flag}; {hint}llava-ft train --help lists them all.")
+        values = vars(namespace)
+        if len(values.get("report_to", "")) == 1:
+            values["report_to"] = values["report_to"][0]
+        return values
+
+    def error(self, message: str) -> NoReturn:
+        sentence = re.sub(r"^argument (--[^/:]+)[^:]*: ", r"\1: ", message)
+        raise UserError(f"{self.where}{sentence}.")

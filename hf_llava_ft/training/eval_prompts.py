@@ -1,0 +1,243 @@
+"""Questions that the model answers before training and at each evaluation: `--eval_prompts`."""
+
+import json
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback, is_deepspeed_zero3_enabled
+
+from hf_llava_ft.answering.conversation import encode_prompt, stop_options, up_to
+from hf_llava_ft.checkpoints.run_files import ANSWERS_FILE, PICTURES_FOLDER
+from hf_llava_ft.data.collator import open_picture
+from hf_llava_ft.data.formats.images import ImageStore, StoredImage
+from hf_llava_ft.data.schema import row_place
+from hf_llava_ft.data.values import row_images
+from hf_llava_ft.errors import UserError
+from hf_llava_ft.reports.page import THUMBNAIL_PIXELS
+from hf_llava_ft.settings.arguments import DataArguments
+from hf_llava_ft.training.evaluation import untouched_rng
+from hf_llava_ft.training.fsdp import uses_fsdp
+from hf_llava_ft.training.throughput import Throughput
+
+
+@dataclass(frozen=True)
+class EvalPrompt:
+    """
+    Args:
+        question (`str`): without image placeholders; the images go in front of it.
+        images (`list[str]`): as the file names them.
+        stored (`list[StoredImage]`): where they are.
+    """
+
+    question: str
+    images: list[str]
+    stored: list[StoredImage]
+
+    def pictures(self) -> list[Image.Image]:
+        """Decoded, in RGB."""
+        return [open_picture(dict(image)) for image in self.stored]
+
+
+def read_eval_prompts(path: str | Path, images: ImageStore) -> list[EvalPrompt]:
+    """
+    The prompts of a JSON or JSONL file.
+
+    A row has `prompt`, and `image` or `images` if it is about pictures; or it is a row of LLaVA JSON, whose first
+    question is asked.
+
+    Raises:
+        UserError: if the file can't be read, a row is neither, or an image is missing or no picture.
+    """
+    prompts = []
+    for number, row in enumerate(_rows(Path(path)), 1):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}: row {number} is no JSON object: give it a prompt and an image.")
+        place = row_place(str(path), number, row.get("id"))
+        question = _question(row, place).replace("<image>", "").strip()
+        if not question:
+            raise UserError(f"{place} asks nothing: give it a prompt.")
+        refs = row_images(row, place)
+        prompt = EvalPrompt(
+            question,
+            [ref if isinstance(ref, str) else "(embedded)" for ref in refs],
+            [images.locate(ref, place) for ref in refs],
+        )
+        try:
+            prompt.pictures()
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise UserError(f"{place}: its image cannot be read: {error}.") from error
+        prompts.append(prompt)
+    if not prompts:
+        raise UserError(f"{path} holds no prompt.")
+    return prompts
+
+
+def open_eval_prompts(data_args: DataArguments) -> list[EvalPrompt]:
+    """The prompts that the settings name; images are found as those of the rows to evaluate are."""
+    if data_args.eval_prompts is None:
+        return []
+    folder = data_args.eval_image_folder or data_args.image_folder
+    images = ImageStore(folder, data_args.allow_images_outside, data_args.allow_image_urls)
+    return read_eval_prompts(data_args.eval_prompts, images)
+
+
+def _rows(path: Path) -> list[Any]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--eval_prompts {path} is not UTF-8 text; save it as UTF-8.") from error
+    except OSError as error:
+        raise UserError(f"--eval_prompts {path} cannot be read: {error.strerror or error}.") from error
+    try:
+        if text.lstrip().startswith("["):
+            return json.loads(text)
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    except ValueError as error:
+        raise UserError(f"--eval_prompts {path} is neither a JSON list nor JSON lines: {error}.") from error
+
+
+def _question(row: dict[str, Any], place: str) -> str:
+    if isinstance(row.get("prompt"), str):
+        return row["prompt"]
+    turns = row.get("conversations")
+    for turn in turns if isinstance(turns, list) else []:
+        if isinstance(turn, dict) and turn.get("from") == "human" and isinstance(turn.get("value"), str):
+            return turn["value"]
+    raise UserError(f"{place} has no prompt: give it one, or the conversations of LLaVA JSON.")
+
+
+class EvalAnswers(TrainerCallback):
+    """
+    Answers the prompts greedily before the first step, which is step 0, and at each evaluation: printed, kept in
+    `eval_answers.jsonl` of the output folder, with small pictures beside it, and given to TensorBoard where it is on.
+
+    Training goes on as if it had not been. Under ZeRO-3 and FSDP, where no process has all the weights, all of them
+    answer together; else the first one does, and the others wait.
+
+    Args:
+        prompts (`list[EvalPrompt]`): asked one by one.
+        processor (`LlavaProcessor`): of the model.
+        max_new_tokens (`int`): longest answer.
+        console (`rich.console.Console`): where to print.
+
+    Attributes:
+        answers (`list[dict]`): the lines of the file: `step`, `index`, `prompt`, `images`, `answer`.
+        tensorboard (`TensorBoardCallback`, *optional*): the Trainer's.
+        throughput (`Throughput`, *optional*): the Trainer's, which the answers before the first step pause.
+    """
+
+    def __init__(self, prompts: list[EvalPrompt], processor: Any, max_new_tokens: int, console: Console):
+        self.prompts, self.processor, self.max_new_tokens, self.console = prompts, processor, max_new_tokens, console
+        self.answers: list[dict[str, Any]] = []
+        self.tensorboard: TensorBoardCallback | None = None
+        self.throughput: Throughput | None = None
+        self._shown_pictures = False
+        self._asked_at: int | None = None  # the last step, in every process
+        self._kept_pictures = False
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        path = Path(str(args.output_dir), ANSWERS_FILE)
+        if state.is_world_process_zero and path.exists():
+            # Of the steps that a resumed run goes on from; those behind them are asked again, and other runs are over.
+            lines = path.read_text(encoding="utf-8").splitlines()
+            self.answers = [answer for answer in map(json.loads, lines) if answer["step"] <= state.global_step > 0]
+            self._write(path)
+        if state.global_step == 0:
+            with nullcontext() if self.throughput is None else self.throughput.paused():
+                self.on_evaluate(args, state, control, model=model)
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        if self._asked_at == state.global_step:
+            return
+        self._asked_at = state.global_step
+        is_first = state.is_world_process_zero
+        if not is_first and not is_deepspeed_zero3_enabled() and not uses_fsdp(args):
+            return
+        was_training = model.training
+        model.eval()
+        try:
+            with untouched_rng():
+                said = [self._answer(model, prompt, args) for prompt in self.prompts]
+        finally:
+            model.train(was_training)
+        if not is_first:
+            return
+        # A run that is resumed behind its last step is asked there again.
+        self.answers = [answer for answer in self.answers if answer["step"] != state.global_step]
+        for index, (prompt, answer) in enumerate(zip(self.prompts, said, strict=True)):
+            line = {"step": state.global_step, "index": index, "prompt": prompt.question, "images": prompt.images}
+            self.answers.append({**line, "answer": answer})
+            named = f" ({', '.join(prompt.images)})" if prompt.images else ""
+            self.console.print(
+                f"step {state.global_step}  {prompt.question}{named}\n  {answer}",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
+        self._write(Path(str(args.output_dir), ANSWERS_FILE))
+        self._keep_pictures(Path(str(args.output_dir), PICTURES_FOLDER))
+        self._show(said, state.global_step)
+
+    def find_tensorboard(self, callbacks: Iterable[TrainerCallback]) -> None:
+        """Takes the Trainer's callback of TensorBoard, if it has one."""
+        self.tensorboard = next((each for each in callbacks if isinstance(each, TensorBoardCallback)), None)
+
+    def thumbnails(self) -> list[list[Image.Image]]:
+        """The pictures of each prompt, small."""
+        small = [prompt.pictures() for prompt in self.prompts]
+        for picture in (picture for pictures in small for picture in pictures):
+            picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+        return small
+
+    def _keep_pictures(self, folder: Path) -> None:
+        """Small ones, as a model card shows them: `0-0.jpg` is the first of the first prompt."""
+        if self._kept_pictures or not any(prompt.images for prompt in self.prompts):
+            return
+        self._kept_pictures = True
+        folder.mkdir(exist_ok=True)
+        for index, pictures in enumerate(self.thumbnails()):
+            for number, picture in enumerate(pictures):
+                picture.save(folder / f"{index}-{number}.jpg", quality=90)
+
+    def _answer(self, model: Any, prompt: EvalPrompt, args: Any) -> str:
+        pictures = prompt.pictures()
+        content = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": prompt.question}]
+        inputs = encode_prompt(model, self.processor, [{"role": "user", "content": content}], pictures)
+        dtype = torch.float16 if args.fp16 else torch.bfloat16
+        # Neither inference mode, whose tensors a backward pass refuses, nor the cache that checkpointing has off.
+        with torch.no_grad(), torch.autocast(args.device.type, dtype, enabled=bool(args.fp16 or args.bf16)):
+            ids = model.generate(
+                **inputs,
+                do_sample=False,
+                use_cache=True,
+                max_new_tokens=self.max_new_tokens,
+                **stop_options(self.processor),
+            )
+        new = ids[0, inputs["input_ids"].shape[1] :]
+        text = self.processor.tokenizer.decode(new, skip_special_tokens=True)
+        stop = self.processor.stop_string
+        return ("".join(up_to(stop, [text])) if stop else text).strip()
+
+    def _write(self, path: Path) -> None:
+        unfinished = path.with_name(f".{path.name}.incomplete")
+        lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in self.answers)
+        unfinished.write_text("".join(lines), encoding="utf-8", errors="replace")
+        unfinished.replace(path)
+
+    def _show(self, said: list[str], step: int) -> None:
+        writer = getattr(self.tensorboard, "tb_writer", None)
+        if writer is None:
+            return
+        for index, (prompt, answer) in enumerate(zip(self.prompts, said, strict=True)):
+            writer.add_text(f"eval_prompts/{index}", f"{prompt.question}\n\n{answer}", step)
+            for number, picture in enumerate([] if self._shown_pictures else prompt.pictures()):
+                writer.add_image(f"eval_prompts/{index}/{number}", np.asarray(picture), step, dataformats="HWC")
+        self._shown_pictures = True

@@ -1,0 +1,149 @@
+"""The rows that a run trains on and those that it is evaluated on, opened as its settings say."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from hf_llava_ft.checking.bad_rows import SoundRows, sound_rows, told_of_skipped
+from hf_llava_ft.checking.preview import first_rows
+from hf_llava_ft.data.formats import open_source
+from hf_llava_ft.data.skipped_rows import SKIPPED_FILE
+from hf_llava_ft.data.stream_loader import refuse_grouping
+from hf_llava_ft.data.streaming import LlavaStream, told_of_rows_left_out
+from hf_llava_ft.data.token_limit import TokenLimit
+from hf_llava_ft.processing.processing_llava import LlavaProcessor
+from hf_llava_ft.settings.arguments import DataArguments, LlavaTrainingArguments
+from hf_llava_ft.training.evaluation import data_seed, eval_rows_that_fit, held_out, open_eval_rows
+from hf_llava_ft.training.summary import data_facts
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """
+    Args:
+        opened (`SoundRows` or `LlavaStream`): where the rows come from.
+        train (`Dataset` or `LlavaStream`): those that are trained on.
+        evaluated (`Dataset`, *optional*): those that are evaluated.
+    """
+
+    opened: SoundRows | LlavaStream
+    train: Dataset | LlavaStream
+    evaluated: Dataset | None
+
+    def first(self, number: int) -> Any:
+        """(place, row) of the first rows, as `print_preview` takes them."""
+        if isinstance(self.opened, SoundRows):
+            return self.opened.first(number)
+        return first_rows(self.opened.sources, number)
+
+    def facts(self) -> dict[str, Any]:
+        """[`data_facts`], with how many rows are evaluated, left out and cut."""
+        evaluated = {} if self.evaluated is None else {"rows_evaluated": len(self.evaluated)}
+        if isinstance(self.opened, LlavaStream) or isinstance(self.train, LlavaStream):
+            return data_facts(getattr(self.opened, "sources", [])) | evaluated
+        left_out = {(problem.file, problem.row) for problem in self.opened.left_out}
+        facts = data_facts([part.source for part in self.opened.parts], self.train)
+        return facts | evaluated | {"rows_left_out": len(left_out), "rows_cut": len(self.opened.cut)}
+
+
+@dataclass(frozen=True)
+class OpenedRows:
+    """
+    All rows of a run, opened and not yet held against a model.
+
+    Args:
+        rows (`SoundRows` or `LlavaStream`): to train on.
+        eval_rows (`SoundRows`, *optional*): to evaluate.
+        data_args, args: the settings that they were opened by.
+    """
+
+    rows: SoundRows | LlavaStream
+    eval_rows: SoundRows | None
+    data_args: DataArguments
+    args: LlavaTrainingArguments
+
+    def that_fit(
+        self, processor: LlavaProcessor, longest: int, is_new: bool, tell: Callable[[str], None]
+    ) -> TrainingRows:
+        """
+        The rows that the model takes, and of them those that are held out for evaluation.
+
+        Args:
+            processor (`LlavaProcessor`): of the model.
+            longest (`int`): tokens that a row may have.
+            is_new (`bool`): the run begins here, and does not go on from a checkpoint.
+            tell: prints a sentence on rows that are left out or cut.
+
+        Raises:
+            UserError: see `SoundRows.that_fit` and `held_out`.
+        """
+        output_dir, speaks = Path(str(self.args.output_dir)), self.args.process_index == 0
+        train: Dataset | LlavaStream
+        if isinstance(self.rows, LlavaStream):
+            takes_longer = self.data_args.on_bad_row == "skip"
+            self.rows.row_check = TokenLimit(processor, longest, takes_longer=takes_longer)
+            if is_new and speaks:
+                (output_dir / SKIPPED_FILE).unlink(missing_ok=True)  # of a run before
+            train = self.rows
+        else:
+            train = self.rows.that_fit(processor, longest)
+            told = told_of_skipped(self.rows, longest, output_dir) if speaks else None
+            if told is not None:
+                tell(told)
+        evaluated = None
+        if self.eval_rows is not None:
+            evaluated, told = eval_rows_that_fit(self.eval_rows, processor, longest)
+            if told is not None:
+                tell(told)
+        elif self.data_args.eval_split is not None and isinstance(self.rows, SoundRows) and isinstance(train, Dataset):
+            train, evaluated = held_out(self.rows, train, self.data_args.eval_split, data_seed(self.args))
+        return TrainingRows(self.rows, train, evaluated)
+
+
+def open_all_rows(data_args: DataArguments, args: LlavaTrainingArguments) -> OpenedRows:
+    """
+    Opens what is to be trained on and evaluated; all of it is checked, but for rows that are streamed.
+
+    Raises:
+        UserError: see `sound_rows`; or if the settings need all rows at once and they are streamed.
+    """
+    rows = (_open_stream if data_args.streaming else _open_rows)(data_args, args)
+    return OpenedRows(rows, open_eval_rows(data_args, args), data_args, args)
+
+
+def tell_of_rows_left_out(rows: TrainingRows, output_dir: Path, tell: Callable[[str], None]) -> None:
+    """Says how many rows a stream left out while it was trained on; of rows in memory it was said before."""
+    told = told_of_rows_left_out(output_dir / SKIPPED_FILE) if isinstance(rows.opened, LlavaStream) else None
+    if told is not None:
+        tell(told)
+
+
+def _open_rows(data_args: DataArguments, args: LlavaTrainingArguments) -> SoundRows:
+    return sound_rows(
+        data_args.data_path,
+        data_args.image_folder,
+        on_bad_row=data_args.on_bad_row,
+        allow_outside=data_args.allow_images_outside,
+        allow_urls=data_args.allow_image_urls,
+        seed=data_seed(args),
+    )
+
+
+def _open_stream(data_args: DataArguments, args: LlavaTrainingArguments) -> LlavaStream:
+    refuse_grouping(args)
+    sources = open_source(
+        data_args.data_path,
+        data_args.image_folder,
+        allow_outside=data_args.allow_images_outside,
+        allow_urls=data_args.allow_image_urls,
+    )
+    return LlavaStream(
+        sources,
+        shuffle_buffer_size=data_args.shuffle_buffer_size,
+        seed=data_seed(args),
+        on_bad_row=data_args.on_bad_row,
+        skipped_file=Path(str(args.output_dir), SKIPPED_FILE),
+    )

@@ -1,0 +1,283 @@
+"""`LlavaTrainer`: transformers' Trainer with what LLaVA needs and it lacks.
+
+Learning rates of their own for projector and tower; batches by modality and length; head and loss at the supervised
+positions only; checkpoints in the layout that the model is read from. The loss is the mean over the supervised tokens
+of the whole optimiser step, over accumulation and ranks; the original's mean of the means of the micro-batches is
+`loss_normalization="micro_batch"`.
+"""
+
+import os
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import rotate_checkpoints
+
+from hf_llava_ft.checkpoints.run_files import PREFIX_CHECKPOINT_DIR, SAFE_WEIGHTS_NAME, TRAINING_ARGS_NAME
+from hf_llava_ft.data.builder import modality_lengths
+from hf_llava_ft.data.collator import LlavaCollator
+from hf_llava_ft.data.sampler import ModalityLengthSampler, OriginalOrderSampler
+from hf_llava_ft.data.stream_loader import StreamPosition, refuse_grouping, stream_dataloader
+from hf_llava_ft.data.streaming import LlavaStream
+from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
+from hf_llava_ft.modeling.part_names_llava import PROJECTOR, VISION_TOWER, part_of
+from hf_llava_ft.modeling.weight_names_llava import name_in_memory
+from hf_llava_ft.processing.processing_llava import LlavaProcessor
+from hf_llava_ft.processing.uint8_pixels_llava import can_hand_over_uint8, normalize_pixels
+from hf_llava_ft.settings.arguments import LlavaTrainingArguments
+from hf_llava_ft.training.evaluation import row_losses, untouched_rng
+from hf_llava_ft.training.fsdp import check_fsdp, share_out_by_layers, whole_state_dict
+from hf_llava_ft.training.longest_batch import LongestBatch
+from hf_llava_ft.training.loss import LossOverTokens
+from hf_llava_ft.training.moved_weights import MovedWeights
+from hf_llava_ft.training.one_dtype import Rounded, in_one_dtype
+from hf_llava_ft.training.out_of_memory import advice, advice_for_evaluation, told_of_out_of_memory
+from hf_llava_ft.training.resume import SEAL, seal
+from hf_llava_ft.training.throughput import Throughput
+from hf_llava_ft.training.trainer_push import PushingTrainer
+
+# Steps whose rows are sorted by length together, as transformers' own LengthGroupedSampler has it. The original sorts
+# within one step, which balances the ranks but saves no padding.
+LENGTH_POOL_STEPS = 50
+
+
+class LlavaTrainer(PushingTrainer):
+    """
+    As `transformers.Trainer`; `processing_class` is the [`LlavaProcessor`], from which the collator is made when none
+    is given.
+
+        data = load_data("data.json", "images")
+        trainer = LlavaTrainer(model, args, train_dataset=data, processing_class=processor)
+        trainer.train()
+    """
+
+    args: LlavaTrainingArguments
+
+    def __init__(self, model=None, args: LlavaTrainingArguments | None = None, data_collator=None, **kwargs):
+        processor = kwargs.get("processing_class")
+        if data_collator is None and isinstance(processor, LlavaProcessor):
+            data_collator = LlavaCollator(processor, uint8_pixels=True)
+        self.longest_batch = LongestBatch(self)
+        # First, so that what they refuse is said before a progress bar is up.
+        own = [StreamPosition(), self.longest_batch, MovedWeights()]
+        kwargs["callbacks"] = [*own, *(kwargs.get("callbacks") or [])]
+        super().__init__(model=model, args=args or LlavaTrainingArguments(), data_collator=data_collator, **kwargs)
+        if isinstance(self.train_dataset, LlavaStream):
+            refuse_grouping(self.args)
+        if isinstance(processor, LlavaProcessor):
+            self._unwrapped_model.loss_function = LossOverTokens(
+                num_tokens=max(processor.tokenizer.get_vocab().values()) + 1, image_token_id=processor.image_token_id
+            )
+        if self.args.loss_normalization == "micro_batch":
+            # The Trainer then counts no tokens: the model gives the mean, which is divided by the accumulation steps.
+            # In transformers 5.17 as in 5.23.
+            self.model_accepts_loss_kwargs = False
+        check_fsdp(self.args, is_running=self.is_fsdp_enabled)
+        if self.is_fsdp_enabled:
+            share_out_by_layers(self.accelerator.state.fsdp_plugin, self.model)  # type: ignore[arg-type]
+        self.throughput = Throughput()
+        self._in_one_dtype, self.rounded = True, cast("Rounded | None", None)  # see `_save`
+
+    def train(self, *args, **kwargs):
+        """As in transformers; too little memory is a `UserError` that says what to change."""
+        self.throughput.start()
+        with told_of_out_of_memory(self._what_did_not_fit):
+            return super().train(*args, **kwargs)
+
+    def _what_did_not_fit(self) -> str:
+        trying = self.longest_batch.trying
+        doing = f"step {self.state.global_step + 1}" if trying is None else f"{trying}, tried before the first step"
+        return f"{doing}. {advice(self.model, self.args)}"
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """As in transformers, which trains a step too many where a run is resumed that had reached `max_steps`."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
+    def get_batch_samples(self, *args, **kwargs):
+        """As in transformers; what is in the batches is counted in `throughput`."""
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        for batch in batches:
+            self.throughput.count(batch)
+        return batches, num_items
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """As in transformers, but that the training after it is what it would have been without. Too little memory is
+        a `UserError` that says what to change."""
+        what = f"the evaluation after step {self.state.global_step}. {advice_for_evaluation(self.args)}"
+        with self.throughput.paused(), untouched_rng(), told_of_out_of_memory(lambda: what):
+            return super().evaluate(*args, **kwargs)
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
+        """
+        As in transformers, but that the loss is the mean over the supervised tokens of all rows.
+
+        transformers takes the mean of the means of the batches, in which a token of a batch of few counts for more,
+        and which changes with the size of the batches.
+        """
+        self._eval_sums = torch.zeros(2, dtype=torch.float64)
+        kwargs["metric_key_prefix"] = metric_key_prefix
+        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        total, num_tokens = self._eval_sums.tolist()
+        if num_tokens and output.metrics is not None:
+            output.metrics[f"{metric_key_prefix}_loss"] = total / num_tokens
+        return output
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        unwrapped = self._unwrapped_model
+        is_ours = isinstance(unwrapped, LlavaForCausalLM) and isinstance(unwrapped.loss_function, LossOverTokens)
+        others = self.compute_loss_func or self.label_smoother
+        if not prediction_loss_only or not is_ours or others or inputs.get("labels") is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        targets = unwrapped.next_token_targets(inputs["labels"], inputs["input_ids"], inputs.get("attention_mask"))
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(**inputs, supervised_logits_only=True).logits
+        sums = row_losses(unwrapped.loss_function.over_tokens(logits), targets)
+        # Of all processes, without the rows that accelerate repeats to give each process as many.
+        self._eval_sums += self.accelerator.gather_for_metrics(sums).to("cpu", torch.float64).sum(0)
+        total, num_tokens = sums.sum(0)
+        return total / num_tokens.clamp(min=1), None, None
+
+    @property
+    def _unwrapped_model(self) -> Any:
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """As in transformers, and pictures that the collator handed over as uint8 become floats on the device."""
+        inputs = super()._prepare_inputs(inputs)
+        pixels = inputs.get("pixel_values")
+        if pixels is None or pixels.dtype != torch.uint8 or not isinstance(self.processing_class, LlavaProcessor):
+            return inputs
+        if can_hand_over_uint8(self.processing_class.image_processor):
+            pixels = normalize_pixels(self.processing_class.image_processor, pixels)
+            inputs = super()._prepare_inputs({**inputs, "pixel_values": pixels})  # to what DeepSpeed computes in
+        return inputs
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if model.training and not return_outputs and self.label_smoother is None and self.compute_loss_func is None:
+            inputs = {**inputs, "supervised_logits_only": True}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
+        rates = {PROJECTOR: self.args.mm_projector_lr, VISION_TOWER: self.args.mm_vision_tower_lr}
+        for part, rate in rates.items():
+            if is_new and rate is not None:
+                named = (self.model if model is None else model).named_parameters()
+                _split_off(optimizer, {parameter for name, parameter in named if part_of(name) == part}, rate)
+        return optimizer
+
+    def get_train_dataloader(self) -> DataLoader:
+        if isinstance(self.train_dataset, LlavaStream):
+            return stream_dataloader(self.train_dataset, self.data_collator, self.args, self._train_batch_size)
+        return super().get_train_dataloader()
+
+    def num_examples(self, dataloader: DataLoader) -> int:
+        dataset = dataloader.dataset
+        return dataset.num_rows if isinstance(dataset, LlavaStream) else super().num_examples(dataloader)
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if dataset is None or not hasattr(dataset, "__len__"):
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        batch_size, accumulation_steps = self.args.train_batch_size, self.args.gradient_accumulation_steps
+        lengths = modality_lengths(dataset) if self.args.group_by_modality_length else None
+        if self.args.sampler_order == "original":
+            return OriginalOrderSampler(
+                len(dataset),
+                seed,
+                lengths=lengths,
+                batch_size=batch_size,
+                num_processes=self.args.world_size,
+                accumulation_steps=accumulation_steps,
+            )
+        if lengths is None:
+            return super()._get_train_sampler(train_dataset)
+        return ModalityLengthSampler(
+            lengths,
+            batch_size=batch_size,
+            world_size=self.args.world_size * accumulation_steps,
+            seed=seed,
+            pool_steps=LENGTH_POOL_STEPS,
+        )
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As in transformers, and sealed when all processes have written their part; older ones go after that."""
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save and folder.is_dir() and not (folder / SEAL).is_file():
+            shutil.rmtree(folder)  # what a run left that was killed here
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self._in_one_dtype = False
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit, self._in_one_dtype = limit, True
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal(folder)
+            self.push_checkpoint(folder)
+            rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def save_model(self, output_dir: str | None = None, *args, **kwargs) -> None:
+        """As in transformers, and the whole weights under FSDP too, however the state of the run is saved."""
+        with whole_state_dict(self.accelerator.state.fsdp_plugin) if self.is_fsdp_enabled else nullcontext():
+            super().save_model(output_dir, *args, **kwargs)
+        # A pickle of this run's paths, which nothing needs for resuming and nobody should have to load.
+        if self.args.should_save:
+            Path(output_dir or str(self.args.output_dir), TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        if self._in_one_dtype and isinstance(model, LlavaForCausalLM):
+            # In the dtype that transformers writes into config.json: that of the first weight.
+            state_dict, self.rounded = in_one_dtype(state_dict or model.state_dict(), model.dtype)
+        super()._save(output_dir, state_dict)
+
+    def _load_best_model(self) -> None:
+        """A checkpoint of the whole model has the names of the native layout; transformers would load none of it."""
+        if isinstance(self.model, PeftModel) or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return super()._load_best_model()
+        return self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """A checkpoint of the whole model has the names of the native layout: translated here, and loaded strictly."""
+        model = self.model if model is None else model
+        shards = sorted(Path(resume_from_checkpoint).glob(f"{Path(SAFE_WEIGHTS_NAME).stem}*.safetensors"))
+        if not shards or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        missing = set(model.state_dict())
+        for shard in shards:
+            state_dict = {name_in_memory(name): tensor for name, tensor in load_file(os.fspath(shard)).items()}
+            result = model.load_state_dict(state_dict, strict=False)
+            if result.unexpected_keys:
+                raise ValueError(
+                    f"{shard} holds weights this model does not have, {result.unexpected_keys[0]} among them."
+                )
+            missing -= set(state_dict)
+        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+        if missing - tied:
+            raise ValueError(
+                f"{resume_from_checkpoint} lacks weights of this model, {min(missing - tied)} among them."
+            )
+
+
+def _split_off(optimizer: torch.optim.Optimizer, parameters: set[nn.Parameter], learning_rate: float) -> None:
+    """Moves `parameters` out of the groups of `optimizer` into groups of the same settings and another learning
+    rate."""
+    for group in list(optimizer.param_groups):
+        moved = [parameter for parameter in group["params"] if parameter in parameters]
+        if moved:
+            group["params"] = [parameter for parameter in group["params"] if parameter not in parameters]
+            settings = {name: value for name, value in group.items() if name != "params"}
+            optimizer.add_param_group({**settings, "params": moved, "lr": learning_rate})
+    optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]

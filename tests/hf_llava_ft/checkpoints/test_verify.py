@@ -1,0 +1,80 @@
+"""The check that everything written goes through has to notice what goes wrong in the field."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hf_llava_ft.checkpoints.opening import load_model, load_processor
+from hf_llava_ft.checkpoints.verify import Probe, reference_outputs, verify
+from hf_llava_ft.errors import UserError
+
+
+@pytest.fixture
+def written(tiny_checkpoint, tmp_path):
+    """A copy of a checkpoint to damage, and what the undamaged model answers."""
+    processor = load_processor(str(tiny_checkpoint))
+    model = load_model(str(tiny_checkpoint), processor)
+    folder = tmp_path / "written"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    probe = Probe()
+    return folder, reference_outputs(model, processor, probe), processor, probe
+
+
+def test_an_undamaged_folder_passes(written):
+    verification = verify(*written)
+    assert verification.ok and verification.logit_difference < 1e-6 and verification.loader == "transformers"
+
+
+def test_a_weight_that_differs_is_noticed(written):
+    folder = written[0]
+    weights = load_file(folder / "model.safetensors")
+    weights["multi_modal_projector.linear_1.weight"] = weights["multi_modal_projector.linear_1.weight"] * 1.01
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    verification = verify(*written)
+    assert not verification.ok and "the logits differ by" in verification.differences[0]
+
+
+def test_another_way_to_make_a_picture_square_is_noticed(written):
+    folder, _, _, _ = written
+    processor = load_processor(str(folder))
+    processor.image_processor.do_pad = False
+    processor.save_pretrained(folder)
+    assert "the same picture into other pixels" in verify(*written).differences[0]
+
+
+def test_another_template_is_noticed(written):
+    folder, _, _, _ = written
+    processor = load_processor(str(folder))
+    processor.use_chat_template("llava_llama_2")
+    processor.save_pretrained(folder)
+    assert "the same question into other tokens" in verify(*written).differences[0]
+
+
+def test_nan_is_a_difference(written):
+    folder = written[0]
+    weights = load_file(folder / "model.safetensors")
+    weights["language_model.model.norm.weight"].fill_(float("nan"))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "the logits differ by nan" in verify(*written).differences[0]
+
+
+def test_a_folder_that_does_not_load_is_an_error(written):
+    folder = written[0]
+    (folder / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(UserError, match="does not load in a fresh process"):
+        verify(*written)
+
+
+def test_bfloat16_may_round(tiny_checkpoint, tmp_path):
+    processor = load_processor(str(tiny_checkpoint))
+    model = load_model(str(tiny_checkpoint), processor)
+    probe = Probe()
+    reference = reference_outputs(model, processor, probe)
+    folder = tmp_path / "half"
+    model.to(torch.bfloat16).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    assert not [
+        d for d in verify(folder, reference, processor, probe, dtype=torch.bfloat16).differences if "logits" in d
+    ]
+    assert not verify(folder, reference, processor, probe, dtype=torch.float32).ok
