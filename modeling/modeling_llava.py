@@ -73,8 +73,8 @@ class LlavaForCausalLM(LlavaCheckpointMixin, LlavaPreTrainedModel, GenerationMix
             supervised_logits_only (`bool`): with `labels`, compute `logits` `float[S, V]` only at the S positions that
                 predict a supervised token, in row-major order. The loss is the same.
             num_items_in_batch (`int` or tensor, *optional*): divide the summed loss by it instead of taking the mean.
-            shift_labels (`int64[B, T]`, *optional*): instead of `labels`, at each position what is to be learned there,
-                as engines give it that share a row out among processes; nothing is masked or moved.
+            shift_labels (`int64[B, T]`, *optional*): instead of `labels`, at each position what is to be learned
+                there, as engines give it that share a row out among processes; nothing is masked or moved.
         """
         outputs = self.model(
             input_ids=input_ids,
