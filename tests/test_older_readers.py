@@ -7,7 +7,6 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -322,8 +321,8 @@ def test_pictures_become_the_same_pixels(read):
 
 
 # transformers 4 multiplies the features of a picture by the square root of Gemma's width, as it does with words, and
-# transformers 5 does not. And it has a module between the tower and its layers, so that PEFT finds no place for LoRA on
-# the tower. No file can say that: merged, the second is the same.
+# transformers 5 does not. And it has a module between the tower and its layers, so that PEFT finds no place for LoRA
+# on the tower. No file can say that: merged, the second is the same.
 OTHER_THERE = ("composed, gemma, ", "composed, gemma2, ", "adapter, 1.6")
 
 
