@@ -28,11 +28,11 @@ PYTEST_ENV := env HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES=$(GPU) OMP_NUM_THREADS=$
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DELETE_ON_ERROR:
-.PHONY: help venv quickstart test test-slow test-oldest test-newest test-travelling lock check lint layering types \
-  format dist clean
+.PHONY: help venv quickstart test test-slow test-oldest test-newest test-travelling test-older-readers lock check lint \
+  layering types format dist clean
 
 help:  ## list these words
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # $(call create_venv,FOLDER) makes a virtual environment unless a working one is there.
 define create_venv
@@ -92,6 +92,9 @@ test-slow: $(INSTALLED)  ## the slow tests alone, with DeepSpeed, which builds a
 
 test-oldest: $(OLDEST_INSTALLED)  ## the suite again, with the oldest libraries that pyproject.toml allows
 	$(PYTEST_ENV) $(OLDEST)/bin/python $(PYTEST) -m "not slow"
+
+test-older-readers: $(INSTALLED)  ## what is written here, read by transformers 4.57 in .venv-4.57, made on first use
+	$(PYTEST_ENV) $(VENV)/bin/python -m pytest tests/test_older_readers.py
 
 # The lower bounds of pyproject.toml become constraints, torch's apart: its oldest CPU build is not where every machine can
 # get it. A new environment each time pyproject.toml changes, since pip would leave what is newer than a lowered bound.

@@ -62,7 +62,7 @@ def _write(path: Path, settings: dict[str, Any], before: dict[str, Any]) -> None
 
 def _has_another_head(folder: Path) -> bool:
     """Whether the weights in `folder` hold an output embedding that is not the input embedding."""
-    places = {}
+    places: dict[str, Path] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             places |= {name: file for name in tensors.keys() if name in (_EMBEDDINGS, _HEAD)}

@@ -103,5 +103,5 @@ def files(hub, name: str, revision: str = "main") -> dict[str, bytes]:
 # What `trained` becomes on the Hub.
 MODEL_FILES = {
     *("README.md", "config.json", "generation_config.json", "model.safetensors", "processor_config.json"),
-    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+    *("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
 }

@@ -209,7 +209,7 @@ def _write_settings(file: Path, name: str, target: Path, base: str | None, base_
 
 
 def _say_it_to_older_readers(staged: Path, kind: Kind, config: dict[str, Any]) -> None:
-    """For a folder that transformers 5 wrote without us. A tokenizer of another class may do more than its file."""
+    """For what transformers 5 wrote without us. A tokenizer of another class may do more than its file says."""
     if _read(staged / "tokenizer_config.json").get("tokenizer_class") == "TokenizersBackend":
         write_for_older_readers(staged)
     if kind == "model" and config.get("model_type") in NATIVE_MODEL_TYPES and "vision_config" in config:

@@ -240,7 +240,8 @@ class LlavaTrainer(PushingTrainer):
         model = self.accelerator.unwrap_model(self.model)
         if self._in_one_dtype and isinstance(model, LlavaForCausalLM):
             # In the dtype that transformers writes into config.json: that of the first weight.
-            state_dict, self.rounded = in_one_dtype(state_dict or model.state_dict(), model.dtype)
+            weights = model.state_dict() if state_dict is None else state_dict
+            state_dict, self.rounded = in_one_dtype(weights, model.dtype)
         super()._save(output_dir, state_dict)
 
     def _load_best_model(self) -> None:

@@ -1,12 +1,13 @@
 """What belongs to an artefact goes to the Hub, and nothing that tells of this machine."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_llava_ft.hub.staging import hub_name, id_of_cached
+from hf_llava_ft.hub.staging import hub_name, id_of_cached, stage
 from tests.hub_client import MODEL_FILES, files, push
 
 
@@ -97,3 +98,21 @@ def test_what_an_older_version_left_is_deleted(hub, client, trained):
     assert done.code == 0 and "model-00001-of-00002.safetensors, " in done.err, done.err
     assert set(files(hub, "models/user/old")) == {*MODEL_FILES, "mine/eval.md", "LICENSE"}
     assert len(hub.commits["models/user/old"]) == 2
+
+
+def test_what_transformers_5_wrote_alone_is_sent_for_older_readers_too(trained, tmp_path):
+    source, staged = tmp_path / "source", tmp_path / "staged"
+    shutil.copytree(trained, source)
+    staged.mkdir()
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "TokenizersBackend", "is_local": True, "local_files_only": False}
+    settings["extra_special_tokens"] = settings.pop("additional_special_tokens")
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    (source / "preprocessor_config.json").unlink()
+    config = json.loads((source / "config.json").read_text())
+    del config["text_config"]["rope_theta"], config["torch_dtype"]
+    (source / "config.json").write_text(json.dumps(config))
+    stage(source, "model", staged)
+    for name in ("tokenizer_config.json", "preprocessor_config.json", "config.json"):
+        assert json.loads((staged / name).read_text()) == json.loads((trained / name).read_text()), name
+    assert json.loads((source / "config.json").read_text()) == config  # the folder here stays as it is
