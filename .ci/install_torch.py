@@ -2,20 +2,24 @@
 
 On Linux the package index serves PyTorch with several gigabytes of CUDA libraries. They are wanted where there is an
 NVIDIA GPU. Elsewhere the CPU build serves: it is looked for where pip is configured to, then at PyTorch's own index.
+The version is that of requirements/torch.txt.
 """
 
 import importlib.metadata
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements" / "torch.txt"
+(TORCH,) = (line for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines() if not line.startswith("#"))
 # Only Linux has builds marked "+cpu"; plain torch is a CPU build on macOS.
-CPU_BUILD = "torch==2.13.0+cpu"
+CPU_BUILD = f"{TORCH}+cpu"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 NO_CPU_BUILD = f"""
 No CPU build of PyTorch ({CPU_BUILD}) was found, neither where pip is configured to look nor at {CPU_INDEX}.
 Install a PyTorch of your choice, then run make again, which keeps it:
-    {sys.executable} -m pip install torch    (on Linux this brings several gigabytes of CUDA libraries)"""
+    {sys.executable} -m pip install {TORCH}    (on Linux this brings several gigabytes of CUDA libraries)"""
 
 
 def pip_install(*arguments: str, **options) -> bool:
@@ -35,7 +39,7 @@ def main() -> int:
     except importlib.metadata.PackageNotFoundError:
         pass
     if sys.platform != "linux" or has_nvidia_gpu():
-        return 0 if pip_install("torch") else 1
+        return 0 if pip_install(TORCH) else 1
     # Its error, where there is none, would only worry the reader: the next index has it.
     if pip_install("--quiet", CPU_BUILD, stderr=subprocess.DEVNULL):
         return 0

@@ -11,6 +11,7 @@ Importing the package registers `LlavaConfig`, `LlavaForCausalLM` and `LlavaProc
 
 import sys
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 
 __version__ = "0.1.0"
@@ -47,6 +48,14 @@ def __getattr__(name: str):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
 
+
+# `python -m hf_llava_ft.train`, by a launcher too. Until Python has found the module, "-m" stands for it.
+if sys.argv[:1] == ["-m"] and any(
+    flag == "-m" and name.startswith(__name__) for flag, name in pairwise(sys.orig_argv)
+):
+    from hf_llava_ft.releases import say_it_of_uncaught_errors
+
+    say_it_of_uncaught_errors()
 
 # The command line registers in the command that needs it: `llava-ft --help` must not take the seconds torch takes to
 # import.

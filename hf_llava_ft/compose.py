@@ -140,7 +140,7 @@ def compose_from_parts(
     text_config, vision_config = language_model.config, tower.config
     vision_config.dtype = language_model.dtype
     for part in (text_config, vision_config):
-        part._name_or_path = ""  # a local path of this machine has no place in a saved file
+        part.name_or_path = ""  # a local path of this machine has no place in a saved file
     text_config.pad_token_id = processor.tokenizer.pad_token_id
     config = LlavaConfig(
         vision_config=vision_config,

@@ -4,6 +4,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from hf_llava_ft.releases import sentence_for
+
+EXIT_CODE_FAILURE = 1
 EXIT_CODE_BAD_INPUT = 2
 
 
@@ -31,9 +34,16 @@ def user_error_behind(error: BaseException | None) -> UserError | None:
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turns a `UserError` inside the block into its sentence on stderr and exit code 2."""
+    """Turns a `UserError` inside the block into its sentence on stderr and exit code 2; and an error that comes of a
+    library newer than we know into a sentence about that and exit code 1."""
     try:
         yield
     except UserError as error:
         print(f"error: {error.sentence}", file=sys.stderr)
         sys.exit(EXIT_CODE_BAD_INPUT)
+    except Exception as error:
+        sentence = sentence_for(error)
+        if sentence is None:
+            raise
+        print(f"error: {sentence}", file=sys.stderr)
+        sys.exit(EXIT_CODE_FAILURE)

@@ -12,8 +12,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from transformers import TrainerCallback
-from transformers.integrations import TensorBoardCallback
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations import TensorBoardCallback, is_deepspeed_zero3_enabled
 
 from hf_llava_ft.answering import encode_prompt, stop_options, up_to
 from hf_llava_ft.arguments import DataArguments

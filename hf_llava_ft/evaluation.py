@@ -7,8 +7,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import TrainerState
-from transformers.trainer_utils import IntervalStrategy
+from transformers import IntervalStrategy, TrainerState
 
 from hf_llava_ft.arguments import DataArguments, LlavaTrainingArguments
 from hf_llava_ft.data.bad_rows import SoundRows, sound_rows

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch.nn.parallel import DistributedDataParallel
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from hf_llava_ft.data.lengths import token_counts
 from hf_llava_ft.evaluation import untouched_rng
@@ -94,7 +94,8 @@ class LongestBatch(TrainerCallback):
     def _try(self, rows: Dataset, args: Any) -> None:
         trainer, model = self.trainer, self.trainer.model_wrapped
         inputs = trainer.data_collator(list(rows))
-        num_items = trainer._get_num_items_in_batch([inputs], args.device)
+        # Not `trainer`'s own, which counts what it is given as trained.
+        _, num_items = Trainer.get_batch_samples(trainer, iter([inputs]), 1, args.device)
         trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
         # DDP learns in its first reduction how gradients come; that is left to the first step.
         is_ddp = isinstance(model, DistributedDataParallel)

@@ -6,9 +6,10 @@ ever holds them. With them in the sum, every probability would be a little too s
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers.loss.loss_utils import ForCausalLMLoss
+from torch.nn import functional
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,39 @@ class LossOverTokens:
     num_tokens: int
     image_token_id: int
 
-    def __call__(self, logits: torch.Tensor, labels, vocab_size: int, **kwargs) -> torch.Tensor:
-        """As `ForCausalLMLoss`, with `logits` `float[..., V]`."""
-        logits = self.over_tokens(logits)
-        return ForCausalLMLoss(logits, labels, logits.shape[-1], **kwargs)
+    def __call__(
+        self,
+        logits: torch.Tensor,
+        labels: Any,
+        vocab_size: int,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        ignore_index: int = -100,
+        shift_labels: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """
+        As transformers calls a `loss_function`.
+
+        Args:
+            logits (`float[..., V]`): computed on in float32.
+            labels (`int64[..., T]`, *optional*): of the same positions; moved by one here.
+            vocab_size (`int`): what transformers gives along; `logits` tell.
+            num_items_in_batch (*optional*): what the sum of the losses is divided by; default: the number of targets.
+            shift_labels (`int64[...]`, *optional*): targets that are moved already, instead of `labels`.
+        """
+        logits = self.over_tokens(logits).float()
+        if shift_labels is None:
+            shift_labels = functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        targets = shift_labels.reshape(-1).to(logits.device)
+        reduction = "mean" if num_items_in_batch is None else "sum"
+        loss = functional.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]), targets, ignore_index=ignore_index, reduction=reduction
+        )
+        if num_items_in_batch is None:
+            return loss
+        if isinstance(num_items_in_batch, torch.Tensor):
+            num_items_in_batch = num_items_in_batch.to(loss.device)
+        return loss / num_items_in_batch
 
     def over_tokens(self, logits: torch.Tensor) -> torch.Tensor:
         """`float[..., V]` without the ids that stand for no token; that of the image token, among others, is -inf."""

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available, is_torch_xla_available
+from transformers import is_torch_xla_available
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
 
 from hf_llava_ft.checkpoints import check_attention
 from hf_llava_ft.errors import UserError

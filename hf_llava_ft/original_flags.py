@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
 from hf_llava_ft.errors import UserError
+from hf_llava_ft.library_differences import checkpointing_flags
 
 
 @dataclass(frozen=True)
@@ -231,13 +232,12 @@ def translate(given: dict[str, Any]) -> Translation:
             share = ", where a number below 1 is the share of all steps" if name == "warmup_ratio" else ""
             notes.append(f"--{name} {shown}: now --{flag.name} {shown}{share}.")
     _translate_switches(values, sources, notes)
-    if "gradient_checkpointing" in given and "activation_checkpointing" in _fields_of_transformers():
+    old, new = "gradient_checkpointing", checkpointing_flags()[0]
+    if old in given and new != old:
         # transformers still takes the old name, and warns.
-        values.setdefault("activation_checkpointing", given["gradient_checkpointing"])
-        sources["activation_checkpointing"] = "gradient_checkpointing"
-        notes.append(
-            f"--gradient_checkpointing {given['gradient_checkpointing']}: now --activation_checkpointing too."
-        )
+        values.setdefault(new, given[old])
+        sources[new] = old
+        notes.append(f"--{old} {given[old]}: now --{new} too.")
     return Translation(values, sources, notes)
 
 

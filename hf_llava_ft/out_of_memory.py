@@ -9,6 +9,7 @@ from peft import PeftModel
 
 from hf_llava_ft.arguments import LlavaTrainingArguments
 from hf_llava_ft.errors import UserError
+from hf_llava_ft.library_differences import checkpointing_flags
 from hf_llava_ft.quantization import is_quantized
 
 # As CUDA, its libraries and PyTorch's allocator for the CPU say it, where they raise no exception of its own.
@@ -51,7 +52,7 @@ def advice_for_evaluation(args: LlavaTrainingArguments) -> str:
 def advice(model: Any, args: LlavaTrainingArguments) -> str:
     """What a run of these settings can change to need less memory, what costs least first."""
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    checkpointing = getattr(args, "activation_checkpointing", False) or getattr(args, "gradient_checkpointing", False)
+    checkpointing = any(getattr(args, name) for name in checkpointing_flags())
     is_lora, zero_stage = isinstance(model, PeftModel), args.deepspeed_plugin and args.deepspeed_plugin.zero_stage
     changes = []
     if args.per_device_train_batch_size > 1:

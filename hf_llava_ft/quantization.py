@@ -11,7 +11,7 @@ import torch
 from peft import prepare_model_for_kbit_training
 from torch import nn
 from transformers import BitsAndBytesConfig
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_llava_ft.arguments import LlavaTrainingArguments, TuningArguments
 from hf_llava_ft.errors import UserError

@@ -3,17 +3,26 @@ one stays; it has none for LLaVA under `AutoModelForCausalLM`, which gives ours 
 
 from functools import cache
 
+from hf_llava_ft.releases import warn_of_newer
+
 
 @cache
 def register() -> None:
-    """Registers configuration, models, processor and weight names; calling it again does nothing."""
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+    """Registers configuration, models, processor and weight names; calling it again does nothing. Warns first, so also
+    where an import fails, if a library is newer than we know."""
+    warn_of_newer()
+    from transformers import (
+        CONFIG_MAPPING,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoProcessor,
+    )
+    from transformers import LlavaConfig as NativeLlavaConfig
+    from transformers import LlavaNextConfig as NativeLlavaNextConfig
     from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-    from transformers.models.llava.configuration_llava import LlavaConfig as NativeLlavaConfig
-    from transformers.models.llava_next.configuration_llava_next import LlavaNextConfig as NativeLlavaNextConfig
 
+    from hf_llava_ft.library_differences import open_as_causal_lm
     from hf_llava_ft.modeling.configuration_llava import LlavaConfig
     from hf_llava_ft.modeling.modeling_llava import LlavaBaseModel, LlavaForCausalLM
     from hf_llava_ft.modeling.original_config_llava import TEXT_MODEL_TYPES
@@ -28,10 +37,7 @@ def register() -> None:
     AutoModel.register(LlavaConfig, LlavaBaseModel, exist_ok=True)
     AutoModelForCausalLM.register(LlavaConfig, LlavaForCausalLM, exist_ok=True)
     for native_config in (NativeLlavaConfig, NativeLlavaNextConfig):
-        # Not through AutoModelForCausalLM.register, which wants the class of the configuration to be the model's own.
-        MODEL_FOR_CAUSAL_LM_MAPPING.register(native_config, LlavaForCausalLM, exist_ok=True)  # type: ignore[arg-type]
-        if native_config not in MODEL_FOR_CAUSAL_LM_MAPPING:  # transformers 5.17 passes over configurations of its own
-            MODEL_FOR_CAUSAL_LM_MAPPING._extra_content[native_config] = LlavaForCausalLM  # type: ignore[index]
+        open_as_causal_lm(native_config, LlavaForCausalLM)
     AutoModelForImageTextToText.register(LlavaConfig, LlavaForCausalLM, exist_ok=True)
     AutoProcessor.register(LlavaConfig, LlavaProcessor, exist_ok=True)
     register_checkpoint_conversion_mapping(LlavaConfig.model_type, [*reading_conversions()], overwrite=True)

@@ -9,10 +9,8 @@ import json
 import os
 from pathlib import Path
 
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-
 from hf_llava_ft.errors import UserError
+from hf_llava_ft.trainer_files import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME
 
 SEAL = "complete.json"
 

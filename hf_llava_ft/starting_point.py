@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.integrations import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from hf_llava_ft.arguments import LlavaTrainingArguments, ModelArguments, TuningArguments
 from hf_llava_ft.artifact import staged_folder

@@ -12,10 +12,7 @@ from typing import Any
 from accelerate import PartialState
 from peft import PeftModel
 from rich.console import Console
-from transformers import EarlyStoppingCallback, set_seed
-from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import IntervalStrategy
-from transformers.utils import CONFIG_NAME
+from transformers import CONFIG_NAME, EarlyStoppingCallback, IntervalStrategy, PrinterCallback, set_seed
 
 from hf_llava_ft.arguments import DataArguments, LlavaTrainingArguments, ModelArguments, TuningArguments
 from hf_llava_ft.artifact import check_writable, staged_files, told_of_a_full_disk
@@ -107,7 +104,7 @@ def train(
 
     seconds = _run(trainer, checkpoint, interruption)
     seconds_training = seconds - trainer.throughput.paused_seconds
-    _save(trainer)
+    _save(trainer, tell)
     _evaluate_once(trainer, answers)  # when nothing can be lost any more
     trainer.save_state()
     tell_of_early_stop(trainer.state, training_args, tell)
@@ -222,13 +219,15 @@ def _run(trainer: LlavaTrainer, checkpoint: str | None, interruption: Interrupti
     return float(output.metrics["train_runtime"])
 
 
-def _save(trainer: LlavaTrainer) -> None:
+def _save(trainer: LlavaTrainer, tell: Callable[[str], None]) -> None:
     output_dir, is_adapter = Path(str(trainer.args.output_dir)), isinstance(trainer.model, PeftModel)
     if not is_adapter:
         trainer.model.config.use_cache = True  # type: ignore[union-attr]  # the Trainer has switched it off
     last = ADAPTER_CONFIG if is_adapter else CONFIG_NAME
     with told_of_a_full_disk(output_dir), staged_files(output_dir, last=last) as staged:
         trainer.save_model(str(staged), _internal_call=True)  # pushed when all that its card tells is there
+    if trainer.rounded is not None:
+        tell(f"Note: {trainer.rounded}")
 
 
 def _evaluate_once(trainer: LlavaTrainer, answers: EvalAnswers) -> None:

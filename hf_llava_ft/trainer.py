@@ -10,16 +10,14 @@ import os
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.trainer_utils import rotate_checkpoints
 
 from hf_llava_ft.arguments import LlavaTrainingArguments
 from hf_llava_ft.data.builder import modality_lengths
@@ -35,11 +33,13 @@ from hf_llava_ft.loss import LossOverTokens
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
 from hf_llava_ft.modeling.weight_names_llava import name_in_memory
 from hf_llava_ft.moved_weights import MovedWeights
+from hf_llava_ft.one_dtype import Rounded, in_one_dtype
 from hf_llava_ft.out_of_memory import advice, advice_for_evaluation, told_of_out_of_memory
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.processing.uint8_pixels_llava import can_hand_over_uint8, normalize_pixels
 from hf_llava_ft.resume import SEAL, seal
 from hf_llava_ft.throughput import Throughput
+from hf_llava_ft.trainer_files import PREFIX_CHECKPOINT_DIR, SAFE_WEIGHTS_NAME, TRAINING_ARGS_NAME
 from hf_llava_ft.tuning import PROJECTOR, VISION_TOWER, part_of
 
 # Steps whose rows are sorted by length together, as transformers' own LengthGroupedSampler has it. The original sorts
@@ -82,6 +82,7 @@ class LlavaTrainer(PushingTrainer):
         if self.is_fsdp_enabled:
             share_out_by_layers(self.accelerator.state.fsdp_plugin, self.model)  # type: ignore[arg-type]
         self.throughput = Throughput()
+        self._in_one_dtype, self.rounded = True, cast("Rounded | None", None)  # see `_save`
 
     def train(self, *args, **kwargs):
         """As in transformers; too little memory is a `UserError` that says what to change."""
@@ -156,7 +157,7 @@ class LlavaTrainer(PushingTrainer):
             return inputs
         if can_hand_over_uint8(self.processing_class.image_processor):
             pixels = normalize_pixels(self.processing_class.image_processor, pixels)
-            inputs["pixel_values"] = self._prepare_input(pixels)  # to what DeepSpeed computes in
+            inputs = super()._prepare_inputs({**inputs, "pixel_values": pixels})  # to what DeepSpeed computes in
         return inputs
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -216,26 +217,31 @@ class LlavaTrainer(PushingTrainer):
             shutil.rmtree(folder)  # what a run left that was killed here
         self.accelerator.wait_for_everyone()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self._in_one_dtype = False
         try:
             super()._save_checkpoint(model, trial)
         finally:
-            self.args.save_total_limit = limit
+            self.args.save_total_limit, self._in_one_dtype = limit, True
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             seal(folder)
             self.push_checkpoint(folder)
             rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
 
-    def save_model(self, *args, **kwargs) -> None:
+    def save_model(self, output_dir: str | None = None, *args, **kwargs) -> None:
         """As in transformers, and the whole weights under FSDP too, however the state of the run is saved."""
         with whole_state_dict(self.accelerator.state.fsdp_plugin) if self.is_fsdp_enabled else nullcontext():
-            super().save_model(*args, **kwargs)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
+            super().save_model(output_dir, *args, **kwargs)
         # A pickle of this run's paths, which nothing needs for resuming and nobody should have to load.
         if self.args.should_save:
             Path(output_dir or str(self.args.output_dir), TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        if self._in_one_dtype and isinstance(model, LlavaForCausalLM):
+            # In the dtype that transformers writes into config.json: that of the first weight.
+            state_dict, self.rounded = in_one_dtype(state_dict or model.state_dict(), model.dtype)
+        super()._save(output_dir, state_dict)
 
     def _load_best_model(self) -> None:
         """A checkpoint of the whole model has the names of the native layout; transformers would load none of it."""

@@ -14,6 +14,7 @@ from transformers.utils import cached_file, find_adapter_config_file, logging
 
 from .adapters_llava import LlavaAdapterMixin
 from .configuration_llava import LlavaConfig
+from .older_readers_llava import write_config_for_older_readers
 from .weight_names_llava import native_conversions, original_conversions
 
 # What `trust_remote_code=True` loads from a folder in the format "nested", which holds the files of these classes.
@@ -168,6 +169,7 @@ class LlavaCheckpointMixin(LlavaAdapterMixin):
                 # transformers names the class that saves; a reader without this package needs the native one.
                 self.config.architectures = [_NATIVE_CLASSES[own_config.native_model_type]]
                 self.config.save_pretrained(save_directory)
+                write_config_for_older_readers(save_directory)
             elif is_main_process and checkpoint_format == "llava":
                 own_config.save_original(save_directory)
         finally:

@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from .older_readers_llava import rope_for_older_readers
+
 # The original's model types, and the language model each of them holds.
 TEXT_MODEL_TYPES = {
     "llava_llama": "llama",
@@ -138,7 +140,11 @@ def original_from_nested(config) -> dict[str, Any]:
         flat = {name: value for name, value in text_config.to_dict().items() if not name.startswith("_")}
         kind = _MODEL_TYPES[text_config.model_type]
         flat |= {"model_type": kind, "architectures": [_ARCHITECTURES[kind]], "use_mm_proj": True}
-        flat["rope_theta"] = (text_config.rope_parameters or {}).get("rope_theta", 10000.0)
+        rope = rope_for_older_readers(text_config.rope_parameters)
+        scaling = rope.get("rope_scaling")
+        if scaling and scaling.keys() == {"type", "rope_type", "factor"}:
+            scaling = {name: scaling[name] for name in ("type", "factor")}  # transformers 4.37 takes these two alone
+        flat |= {"rope_theta": 10000.0} | rope | {"rope_scaling": scaling}
         for name in ("rope_parameters", "layer_types", "dtype"):  # names of transformers 5
             flat.pop(name, None)
         layers = config.vision_feature_layer

@@ -10,7 +10,6 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
-
 # A constant, because no graph of torch.compile holds a call of `fields`.
 _FIELDS = frozenset(field.name for field in fields(BaseModelOutputWithPast))
 

@@ -10,7 +10,7 @@ from itertools import chain
 from typing import Any, cast
 
 import numpy as np
-from transformers.processing_utils import ProcessorMixin
+from transformers import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
 _SHORT_ANSWER = "a"

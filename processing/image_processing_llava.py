@@ -7,10 +7,12 @@ in places.
 """
 
 from PIL import Image
-from transformers import SiglipImageProcessorPil
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers import (
+    CLIPImageProcessorPil,
+    LlavaImageProcessorPil,
+    LlavaNextImageProcessorPil,
+    SiglipImageProcessorPil,
+)
 
 # The resolution and colours a tower was trained with, where it comes without a preprocessor_config.json.
 _DEFAULTS = {"clip_vision_model": CLIPImageProcessorPil, "siglip_vision_model": SiglipImageProcessorPil}

@@ -9,23 +9,29 @@ They alone decide how many placeholders an image takes; the model checks.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
 from PIL import Image
 from transformers import AutoConfig
+from transformers import LlavaNextProcessor as NativeLlavaNextProcessor
+from transformers import LlavaProcessor as NativeLlavaProcessor
 from transformers.image_processing_utils import select_best_resolution
-from transformers.models.llava.processing_llava import LlavaProcessor as NativeLlavaProcessor
-from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor as NativeLlavaNextProcessor
-from transformers.utils import cached_file
+from transformers.image_utils import SizeDict
+from transformers.processing_utils import MultiModalData
 
 from .chat_templates_llava import chat_template_for, original_version
 from .conversation_llava import ConversationEncoding
 from .image_processing_llava import build_image_processor
-from .tokenizer_llava import IMAGE_START_TOKEN, IMAGE_TOKEN, load_tokenizer, prepare_tokenizer
+from .older_readers_processing_llava import write_for_older_readers
+from .tokenizer_llava import IMAGE_START_TOKEN, IMAGE_TOKEN, file_if_there, load_tokenizer, prepare_tokenizer
 
 PatchMergeType = Literal["flat", "spatial", "spatial_unpad"]
+
+# What may be set for one call of the image processor and changes the size of its crops.
+_CROP_SETTINGS = ("size", "crop_size", "do_resize", "do_center_crop")
 
 
 class LlavaProcessor(ConversationEncoding, NativeLlavaProcessor):
@@ -86,9 +92,8 @@ class LlavaProcessor(ConversationEncoding, NativeLlavaProcessor):
         """As in transformers; a folder of the original LLaVA, without processor files, gets one from its
         config.json."""
         location = {key: kwargs[key] for key in ("revision", "token", "cache_dir") if key in kwargs}
-        quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
         names = ("processor_config.json", "preprocessor_config.json")
-        files = [cached_file(pretrained_model_name_or_path, name, **quiet, **location) for name in names]
+        files = [file_if_there(pretrained_model_name_or_path, name, **location) for name in names]
         if any(files):
             settings = [json.loads(Path(file).read_text(encoding="utf-8")) for file in files if file]
             kind = LlavaNextProcessor if any(_cuts_into_crops(setting) for setting in settings) else LlavaProcessor
@@ -109,6 +114,44 @@ class LlavaProcessor(ConversationEncoding, NativeLlavaProcessor):
             image_grid_pinpoints=getattr(config, "image_grid_pinpoints", None),
             patch_merge_type=getattr(config, "patch_merge_type", "spatial_unpad"),
         )
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """As in transformers, in files that transformers 4 reads too."""
+        written = super().save_pretrained(save_directory)
+        write_for_older_readers(save_directory)
+        if push_to_hub:  # not in transformers' own, which would upload before the files are so
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+        return written
+
+    # A private name of transformers', but the one by which vLLM asks.
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Sequence[tuple[int, int]] | None = None, **kwargs
+    ) -> MultiModalData:
+        """
+        How many placeholders a call makes of pictures of these sizes.
+
+        Args:
+            image_sizes: `(height, width)` of each picture.
+            kwargs: settings of the image processor that the call would be given too, such as `size`.
+
+        Returns:
+            `MultiModalData` with `num_image_tokens` by picture, and `num_image_patches`, the rows that each has in
+            `pixel_values`: 1, because transformers counts the crops of LLaVA-1.6 in another dimension.
+        """
+        if image_sizes is None:
+            return MultiModalData()
+        given = {**kwargs, **kwargs.get("images_kwargs", {})}
+        settings = {name: given[name] for name in _CROP_SETTINGS if given.get(name) is not None}
+        counts = [self._num_image_tokens_with(settings, height, width) for height, width in image_sizes]
+        return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(counts))
+
+    def _num_image_tokens_with(self, settings: dict, height: int, width: int) -> int:
+        """`num_image_tokens_at` where the image processor is given `settings`."""
+        if not settings:
+            return self.num_image_tokens_at(height, width)
+        return self.num_placeholders(
+            self.image_processor([Image.new("RGB", (8, 8))], return_tensors="pt", **settings)
+        )[0]
 
     def use_chat_template(self, version: str) -> None:
         """Replaces the chat template by the one called `version`; it is saved with the processor."""
@@ -171,7 +214,9 @@ class LlavaNextProcessor(LlavaProcessor):
         return {"pixel_values": torch.stack(crops), "image_sizes": torch.tensor(sizes)}
 
     def num_placeholders(self, encoded_images) -> list[int]:
-        return [self.num_image_tokens_at(*size) for size in torch.as_tensor(encoded_images["image_sizes"]).tolist()]
+        edge = encoded_images["pixel_values"][0][0].shape[-1]  # of the crops that there are, whatever made them
+        sizes = torch.as_tensor(encoded_images["image_sizes"]).tolist()
+        return [self._num_features(height, width, edge) for height, width in sizes]
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return self.image_token * self.num_placeholders(image_inputs)[image_idx]
@@ -185,7 +230,18 @@ class LlavaNextProcessor(LlavaProcessor):
         raise AttributeError("the number of placeholders depends on the picture: ask num_image_tokens_at.")
 
     def num_image_tokens_at(self, height: int, width: int) -> int:
-        edge = self.image_processor.crop_size["height"] or self.image_processor.size["height"]
+        return self._num_image_tokens_with({}, height, width)
+
+    def _num_image_tokens_with(self, settings: dict, height: int, width: int) -> int:
+        def setting(name):
+            return settings.get(name, getattr(self.image_processor, name))
+
+        size = setting("crop_size") if setting("do_center_crop") else setting("size")
+        size = size if isinstance(size, SizeDict) else SizeDict(**size)
+        return self._num_features(height, width, edge=size.height or size.shortest_edge)
+
+    def _num_features(self, height: int, width: int, edge: int) -> int:
+        """Placeholders of a picture of `height` x `width` pixels that is cut into crops of `edge`."""
         drops_class_token = self.vision_feature_select_strategy == "default"
         if self.patch_merge_type == "spatial_unpad":
             return self._get_number_of_features(height, width, edge, edge) - drops_class_token  # type: ignore[misc]

@@ -10,12 +10,15 @@ import json
 from importlib import import_module
 from pathlib import Path
 
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
 IMAGE_TOKEN = "<image>"
 IMAGE_START_TOKEN, IMAGE_END_TOKEN = "<im_start>", "<im_end>"
+# The first of a gated repository too, the last of a name that is none.
+_NOT_TO_BE_HAD = (RepositoryNotFoundError, RevisionNotFoundError, PermissionError, ValueError)
 
 
 def load_tokenizer(name_or_path, **kwargs):
@@ -24,18 +27,24 @@ def load_tokenizer(name_or_path, **kwargs):
     if not tokenizer.is_fast:
         raise ValueError(f"{name_or_path}: its tokenizer has no fast version, which labels by character spans need.")
 
-    def has(file_name: str) -> str | None:
-        return cached_file(
-            name_or_path,
-            file_name,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            **{key: value for key, value in kwargs.items() if key in ("revision", "token", "cache_dir", "subfolder")},
-        )
-
-    if has("tokenizer.json") is None and (model_file := has("tokenizer.model")) is not None:
-        return _as_sentencepiece(tokenizer, Path(model_file))
+    location = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in kwargs}
+    if file_if_there(name_or_path, "tokenizer.json", **location) is None:
+        model_file = file_if_there(name_or_path, "tokenizer.model", **location)
+        if model_file is not None:
+            return _as_sentencepiece(tokenizer, Path(model_file))
     return tokenizer
+
+
+def file_if_there(name_or_path, file_name: str, **location) -> str | None:
+    """The path of a file in a folder, in the cache or on the Hub; `None` if it is not there, or the Hub is not to be
+    reached. `location`: as `cached_file` takes it."""
+    try:
+        return cached_file(name_or_path, file_name, **location)
+    except OSError as error:
+        # transformers' own, which it raises for everything, has no number; a full disk has one.
+        if error.errno is not None or isinstance(error.__cause__, _NOT_TO_BE_HAD):
+            raise
+        return None
 
 
 def prepare_tokenizer(tokenizer, image_start_end: bool = False):

@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import SiglipImageProcessorPil
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers import (
+    CLIPImageProcessorPil,
+    LlavaImageProcessorPil,
+    LlavaNextImageProcessorPil,
+    SiglipImageProcessorPil,
+)
 
 # Those of them that make one square of a picture.
 _SQUARE = (LlavaImageProcessorPil, CLIPImageProcessorPil, SiglipImageProcessorPil)

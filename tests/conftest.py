@@ -30,7 +30,9 @@ def checkout() -> Path:
     return CHECKOUT
 
 
-def tiny_config(text: str = "llama", vision: str = "clip", tie: bool = False, **fields) -> hf_llava_ft.LlavaConfig:
+def tiny_config(
+    text: str = "llama", vision: str = "clip", tie: bool = False, rope: dict | None = None, **fields
+) -> hf_llava_ft.LlavaConfig:
     """2 layers of width 64, a vocabulary of 1024 + 64, and a tower of 3 layers of width 32 with 16 patches."""
     text_config = TEXT_CONFIGS[text](
         hidden_size=64,
@@ -44,6 +46,7 @@ def tiny_config(text: str = "llama", vision: str = "clip", tie: bool = False, **
         eos_token_id=2,
         pad_token_id=0,
         tie_word_embeddings=tie,
+        rope_parameters=rope and dict(rope),
     )
     sizes = {
         "intermediate_size": 64,

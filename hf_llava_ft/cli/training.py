@@ -65,9 +65,10 @@ def compose(
 )
 def train(context: typer.Context) -> None:
     """Fine-tune a LLaVA: [RECIPE.yaml] and flags, those of the original's train.py and transformers' Trainer too."""
-    from hf_llava_ft.train import main as train_main
+    with exit_on_user_error():
+        from hf_llava_ft.train import main as train_main
 
-    train_main(context.args)
+        train_main(context.args)
 
 
 @app.command()
@@ -138,6 +139,7 @@ def check(
 )
 def estimate(context: typer.Context) -> None:
     """Memory and time of a training run, from the model's configuration alone: the flags of train, and --fit GB."""
-    from hf_llava_ft.estimate.command import main as estimate_main
+    with exit_on_user_error():
+        from hf_llava_ft.estimate.command import main as estimate_main
 
-    estimate_main(context.args)
+        estimate_main(context.args)

@@ -22,7 +22,6 @@ import datasets
 import numpy as np
 import pyarrow as pa
 from datasets import Features, Image, List, Value
-from datasets.data_files import DataFilesDict, DataFilesList
 
 from hf_llava_ft.data.file_index import content_fingerprint, file_index
 from hf_llava_ft.data.garbage import garbage_collection_paused
@@ -47,9 +46,6 @@ FEATURES = Features(
     }
 )
 
-# As `load_llava_json` gives them: the collator opens a picture as the original does, without its EXIF orientation.
-_UNDECODED = Features({**FEATURES, "images": List(Image(decode=False))})
-
 _TABLE_ROWS = 1000
 _NUM_NAMED = 3  # unreadable images that a message names besides the first
 
@@ -58,6 +54,9 @@ _NUM_NAMED = 3  # unreadable images that a message names besides the first
 class LlavaConversationsConfig(datasets.BuilderConfig):
     """
     Args:
+        files (`tuple[str]`):
+            Absolute paths of the data files. Not the `data_files` of `datasets`, which would take "[1].json" for a
+            pattern.
         image_folder (`str`, *optional*):
             Folder that image paths are relative to; not needed for text alone.
         content_fingerprint (`str`, *optional*):
@@ -65,6 +64,7 @@ class LlavaConversationsConfig(datasets.BuilderConfig):
             cache. Computed by [`LlavaConversations`] when not given.
     """
 
+    files: tuple[str, ...] = ()
     image_folder: str | None = None
     content_fingerprint: str | None = None
 
@@ -98,15 +98,15 @@ class LlavaConversations(datasets.ArrowBasedBuilder):
     def __init__(
         self,
         cache_dir: str | None = None,
-        data_files: str | os.PathLike | Sequence[str | os.PathLike] | DataFilesDict | None = None,
+        data_files: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
         image_folder: str | os.PathLike | None = None,
         **kwargs,
     ):
         paths = _absolute_paths(data_files)
         if image_folder is not None:
             image_folder = os.path.abspath(os.path.expanduser(image_folder))
-        root = Path(os.path.expanduser(cache_dir or datasets.config.HF_DATASETS_CACHE))
-        indexes = [file_index(path, root) for path in paths]
+        self._index_root = Path(os.path.expanduser(cache_dir or datasets.config.HF_DATASETS_CACHE))
+        indexes = [file_index(path, self._index_root) for path in paths]
         # All rows, in parts of some megabytes that can be read each on its own.
         self.parts: list[JsonPart] = [part for index in indexes for part in index.parts]
         if kwargs.get("content_fingerprint") is None:
@@ -114,8 +114,7 @@ class LlavaConversations(datasets.ArrowBasedBuilder):
         kwargs.setdefault("dataset_name", "llava_conversations")
         super().__init__(
             cache_dir=cache_dir,
-            # Made here, since `datasets` would take "[1].json" for a pattern. The fingerprint replaces time stamps.
-            data_files=DataFilesDict({"train": DataFilesList(paths, origin_metadata=[])}),
+            files=tuple(paths),
             image_folder=image_folder,
             **kwargs,
         )
@@ -163,8 +162,8 @@ class LlavaConversations(datasets.ArrowBasedBuilder):
         self._refuse_unreadable_images()
 
     def _refuse_unreadable_images(self) -> None:
-        files, images = self.config.data_files["train"], ImageFolder(self.config.image_folder)
-        indexes = [file_index(file, Path(self._cache_dir_root)) for file in files]
+        files, images = self.config.files, ImageFolder(self.config.image_folder)
+        indexes = [file_index(file, self._index_root) for file in files]
         named = dict.fromkeys(name for index in indexes for name in index.images)
         # All of them are inside the folder, links followed: the rows have been read. So no need to do it again.
         unreadable = unreadable_images(os.path.join(images.real_path or "", name) for name in named)
@@ -212,11 +211,17 @@ def load_llava_json(
         cache_dir=None if cache_dir is None else os.fspath(cache_dir), data_files=data_path, image_folder=image_folder
     )
     builder.download_and_prepare(num_proc=max(1, min(num_workers(), len(builder.parts))))
-    prepared = builder.as_dataset(split="train")
-    # Said of the rows as they lie on the disk; cast_column would write them all a second time.
-    info = prepared.info.copy()
-    info.features = _UNDECODED
-    return datasets.Dataset(prepared.data, info=info, split=prepared.split, fingerprint=prepared._fingerprint)
+    return undecoded(builder.as_dataset(split="train"))
+
+
+def undecoded(dataset: datasets.Dataset) -> datasets.Dataset:
+    """`dataset`, of [`FEATURES`], with its images as they are stored: the collator opens a picture as the original
+    does, without its EXIF orientation."""
+    # Said of the rows as they lie on the disk; cast_column would write them all a second time, embedded pictures
+    # included.
+    info = dataset.info.copy()
+    info.features = Features({**FEATURES, "images": List(Image(decode=False))})
+    return datasets.Dataset(dataset.data, info=info, split=dataset.split, fingerprint=dataset._fingerprint)
 
 
 def modality_lengths(dataset: datasets.Dataset) -> np.ndarray:
@@ -252,9 +257,7 @@ def _nor_can(names: list[str]) -> str:
 
 
 def _absolute_paths(data_files) -> list[str]:
-    if isinstance(data_files, DataFilesDict):
-        data_files = [path for files in data_files.values() for path in files]
-    elif isinstance(data_files, (str, os.PathLike)):
+    if isinstance(data_files, (str, os.PathLike)):
         data_files = [data_files]
     if not data_files:
         raise UserError("no data file is given; give the path of a LLaVA JSON or JSONL file.")

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from datasets import DatasetInfo, SplitDict, SplitInfo
 from datasets.info import DatasetInfosDict
-from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCardData
 
 from hf_llava_ft.data.builder import FEATURES
@@ -61,8 +60,7 @@ def write_card(path: Path, exported: "ExportedDataset", name: str) -> None:
     )
     data = DatasetCardData(task_categories=["image-text-to-text"], tags=["llava"])
     DatasetInfosDict({"default": info}).to_dataset_card_data(data)
-    config = {"data_files": [{"split": "train", "path": "data/train-*"}]}
-    MetadataConfigs({"default": config}).to_dataset_card_data(data)
+    data["configs"] = [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}]
     text = _TEXT.format(
         title=escaped(name.rpartition("/")[2]),
         load=code_block("python", _LOAD.format(name=json.dumps(name))),

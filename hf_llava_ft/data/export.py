@@ -8,6 +8,7 @@ What may surprise:
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -19,7 +20,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Image, List
 from datasets.utils import tqdm  # the bar that datasets' disable_progress_bars() silences
-from datasets.utils.py_utils import convert_file_size_to_int
 
 from hf_llava_ft.artifact import staged_folder
 from hf_llava_ft.data.builder import FEATURES
@@ -197,10 +197,15 @@ def _read_back(folder: Path, num_rows: int, expected: bytes) -> None:
 
 
 def _shard_bytes(size: int | str) -> int:
-    try:
-        number = convert_file_size_to_int(size)
-    except ValueError:
+    found = re.fullmatch(r"\s*(\d+)\s*([KMGTP])(I?)B", str(size).upper())
+    if isinstance(size, int):
+        number = size
+    elif found is None:
         number = 0
+    else:
+        number = int(found[1]) * (1024 if found[3] else 1000) ** ("KMGTP".index(found[2]) + 1)
+        if not found[3] and str(size).endswith("b"):  # bits, as `datasets` has it
+            number //= 8
     if number <= 0:
         raise UserError(f"--max_shard_size {size} is no size; write 500MB or 1GB.")
     return number

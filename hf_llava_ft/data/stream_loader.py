@@ -41,8 +41,7 @@ def stream_dataloader(
         persistent_workers=args.dataloader_persistent_workers,
         prefetch_factor=args.dataloader_prefetch_factor,
         drop_last=args.dataloader_drop_last,
-        # Newer than the oldest transformers.
-        multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
+        multiprocessing_context=args.dataloader_multiprocessing_context,
     )
     # One process: the stream has dealt the rows already, and rank 0 must not read for all.
     return prepare_data_loader(

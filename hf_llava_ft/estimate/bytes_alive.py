@@ -2,11 +2,12 @@
 
 import gc
 import weakref
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 
@@ -29,9 +30,8 @@ class BytesAlive(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         results = func(*args, **(kwargs or {}))
-        for result in tree_leaves(results):
-            if isinstance(result, torch.Tensor):
-                self._hold(result.untyped_storage())
+        for result in _tensors(results):
+            self._hold(result.untyped_storage())
         return results
 
     def _hold(self, storage: torch.UntypedStorage) -> None:
@@ -48,3 +48,12 @@ class BytesAlive(TorchDispatchMode):
 
     def _release(self, size: int) -> None:
         self.now -= size
+
+
+def _tensors(results: Any) -> Iterator[torch.Tensor]:
+    """Those that an operation returns: one, or several in a tuple or list."""
+    if isinstance(results, torch.Tensor):
+        yield results
+    elif isinstance(results, tuple | list):
+        for result in results:
+            yield from _tensors(result)

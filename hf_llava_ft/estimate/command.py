@@ -19,6 +19,7 @@ from hf_llava_ft.estimate.memory import DEFAULT_BUCKET, DEFAULT_LIVE, Engine
 from hf_llava_ft.estimate.pictures import parsed_size, picture_of, worst_picture
 from hf_llava_ft.estimate.plan import GIB, SET_ASIDE, Estimate, Estimator, Plan
 from hf_llava_ft.estimate.trace import Batch
+from hf_llava_ft.library_differences import checkpointing_flags
 from hf_llava_ft.parsing import resolve
 
 CARDS = (16, 24, 40, 80, 141)
@@ -133,7 +134,7 @@ def _dtype(named: str, config: Any) -> torch.dtype:
 
 def _checkpointing(settings: dict[str, Any]) -> bool:
     """Whether layers are computed again in the backward pass; both of transformers' names ask for it."""
-    names = ("activation_checkpointing", "gradient_checkpointing")
+    names = checkpointing_flags()
     for name in names:
         options = settings.get(f"{name}_kwargs") or {}
         try:

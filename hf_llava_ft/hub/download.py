@@ -6,9 +6,10 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.hub.files import HTTPError, first_line
+from hf_llava_ft.hub.files import first_line
 from hf_llava_ft.hub.private_text import without_token
 from hf_llava_ft.hub.upload import Uploaded, patiently
+from hf_llava_ft.library_differences import HTTPError
 
 
 def files_of(folder: Path) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from huggingface_hub import (
-    constants,
+    HfApi,
     file_exists,
     hf_hub_download,
     is_offline_mode,
@@ -27,9 +27,8 @@ from huggingface_hub.errors import (
 )
 
 from hf_llava_ft.errors import UserError
+from hf_llava_ft.library_differences import HTTPError
 
-# Of httpx, or of httpx2 in newer versions of huggingface_hub: what goes wrong on the way to a server.
-HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
 _UNAUTHORIZED, _FORBIDDEN, _TOO_MANY_REQUESTS, _SERVER_ERROR = 401, 403, 429, 500
 
 
@@ -149,7 +148,7 @@ def _url(error: BaseException) -> str:
 def _sentence(error: BaseException, path: str, revision: str | None) -> str | None:
     if isinstance(error, GatedRepoError):
         return (
-            f"{path} is gated: ask for access at {constants.ENDPOINT}/{path}, and give a token of that account (hf "
+            f"{path} is gated: ask for access at {HfApi().endpoint}/{path}, and give a token of that account (hf "
             f"auth login, or HF_TOKEN)."
         )
     if isinstance(error, RevisionNotFoundError):

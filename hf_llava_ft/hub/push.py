@@ -15,12 +15,13 @@ from huggingface_hub import HfApi
 from hf_llava_ft.checkpoints import ADAPTER_CONFIG, Checkpoint, Kind, inspect_checkpoint, load_model, load_processor
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.hub.download import check_same_files, download, files_of
-from hf_llava_ft.hub.files import HTTPError, read_json
+from hf_llava_ft.hub.files import read_json
 from hf_llava_ft.hub.model_card import write_card
 from hf_llava_ft.hub.private_text import check_nothing_private
 from hf_llava_ft.hub.staging import hub_name, id_of_cached, is_of_card, kind_on_the_hub, replaced_by, stage
 from hf_llava_ft.hub.training_facts import SUMMARY_FILE, TRAINING_FILE
 from hf_llava_ft.hub.upload import Upload, Uploaded, check_login, patiently
+from hf_llava_ft.library_differences import HTTPError
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.verify import (
     LOGIT_TOLERANCE,

@@ -12,8 +12,9 @@ from huggingface_hub.errors import (
 )
 
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.hub.files import HTTPError, first_line
+from hf_llava_ft.hub.files import first_line
 from hf_llava_ft.hub.private_text import without_token
+from hf_llava_ft.library_differences import HTTPError
 
 _BAD_REQUEST, _UNAUTHORIZED, _FORBIDDEN, _TOO_MANY_REQUESTS, _SERVER_ERROR = 400, 401, 403, 429, 500
 _CHANGED_MEANWHILE = (409, 412)

@@ -19,8 +19,11 @@ from hf_llava_ft.checkpoints import ADAPTER_CONFIG, DAMAGED, Kind
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.hub.files import first_line
 from hf_llava_ft.hub.training_facts import TRAINING_FILE, hub_id
+from hf_llava_ft.modeling.older_readers_llava import write_config_for_older_readers
 from hf_llava_ft.modeling.original_config_llava import is_original
 from hf_llava_ft.original_folders import NON_LORA_FILE, PROJECTOR_FILE, read_weights
+from hf_llava_ft.processing.older_readers_processing_llava import write_for_older_readers
+from hf_llava_ft.reload import NATIVE_MODEL_TYPES
 from hf_llava_ft.remote_code import own_code, runs_only_our_code
 
 CONFIG = "config.json"
@@ -44,6 +47,8 @@ _GOES: dict[Kind, tuple[str, ...]] = {
 }
 # Older weights of the same kind: next to newer ones, some programs would take them.
 _SUPERSEDED = {"model": ("pytorch_model*.bin", "pytorch_model.bin.index.json"), "adapter": ("adapter_model.bin",)}
+# How a file was opened here, which transformers writes down.
+_OF_THIS_MACHINE = ("is_local", "local_files_only", "_commit_hash")
 # The card and its pictures, which are written into the staged folder.
 _CARD = ("README.md", "assets/*")
 _DATASET = ("README.md", "data/train-*-of-*.parquet")
@@ -93,6 +98,7 @@ def stage(source: Path, kind: Kind, staged: Path, base: str | None = None, base_
             f"trust_remote_code=True: write the folder anew (llava-ft convert or merge), or take the code out."
         )
     config = _read(staged / CONFIG)
+    _say_it_to_older_readers(staged, kind, config)
     if is_original(config) and kind != "adapter":
         _check_tower(source, config)
     top = {PurePosixPath(name).parts[0] for name in sent}
@@ -201,6 +207,14 @@ def _write_settings(file: Path, name: str, target: Path, base: str | None, base_
         target.write_text(json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def _say_it_to_older_readers(staged: Path, kind: Kind, config: dict[str, Any]) -> None:
+    """For a folder that transformers 5 wrote without us. A tokenizer of another class may do more than its file."""
+    if _read(staged / "tokenizer_config.json").get("tokenizer_class") == "TokenizersBackend":
+        write_for_older_readers(staged)
+    if kind == "model" and config.get("model_type") in NATIVE_MODEL_TYPES and "vision_config" in config:
+        write_config_for_older_readers(staged)
+
+
 def _without_folders(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_folders(each) for each in value]
@@ -208,7 +222,9 @@ def _without_folders(value: Any) -> Any:
         return value
     where = ("_name_or_path", "name_or_path")
     kept = {
-        key: each for key, each in value.items() if key not in where or not isinstance(each, str) or hub_name(each)
+        key: each
+        for key, each in value.items()
+        if key not in _OF_THIS_MACHINE and (key not in where or not isinstance(each, str) or hub_name(each))
     }
     return {key: _without_folders(each) for key, each in kept.items()}
 

@@ -7,41 +7,42 @@ own.
 """
 
 import json
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi
 from peft import PeftModel
 from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import HubStrategy
-from transformers.utils import logging
-from transformers.utils.hub import PushInProgress
 
 from hf_llava_ft.checkpoints import Kind
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.hub.files import HTTPError
 from hf_llava_ft.hub.model_card import ASSETS_FOLDER, CARD_FILE, write_card
 from hf_llava_ft.hub.private_text import check_nothing_private
 from hf_llava_ft.hub.refusals import push_refusal
 from hf_llava_ft.hub.staging import hub_name, replaced_by, stage
 from hf_llava_ft.hub.upload import Upload, Uploaded, patiently
+from hf_llava_ft.library_differences import HTTPError
 from hf_llava_ft.resume import SEAL, seal
+from hf_llava_ft.trainer_files import TRAINER_STATE_NAME
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 LAST_CHECKPOINT = "last-checkpoint"
 
 
 class PushingTrainer(Trainer):
     """As `transformers.Trainer`; what differs is what a push holds."""
+
+    # Of checkpoints; transformers' own `push_in_progress` stays empty.
+    _running_pushes: Sequence[Future[CommitInfo]] = ()
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """
@@ -66,6 +67,7 @@ class PushingTrainer(Trainer):
                 raise
             raise refusal from error
         self._pushes = ThreadPoolExecutor(max_workers=1)
+        self._running_pushes = []
 
     def create_model_card(  # type: ignore[override]
         self, language=None, license=None, tags=None, model_name=None, dataset_tags=None, **kwargs
@@ -138,7 +140,7 @@ class PushingTrainer(Trainer):
             with _PushFolder.new(folder) as push:
                 stage(folder, self._kind, push.staged)
                 self._write_card(push.staged, folder, **card)
-                self._finish_current_push()
+                self._wait_for_pushes()
                 future = self._upload(push, commit_message or "Upload model", token=token, revision=revision)
             return future.result() if blocking else future
         except UserError as error:
@@ -151,15 +153,15 @@ class PushingTrainer(Trainer):
 
     def push_checkpoint(self, checkpoint: Path) -> None:
         """Pushes the model in a checkpoint that is whole, and the checkpoint itself if `hub_strategy` says so."""
-        if not self.args.push_to_hub or not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+        strategy = self.args.hub_strategy
+        if not self.args.push_to_hub or not self.is_world_process_zero() or strategy == "end":
             return
-        current: Any = self.push_in_progress
-        running = current is not None and not current.is_done()
+        running = [push for push in self._running_pushes if not push.done()]
         if running and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        with_state = {HubStrategy.CHECKPOINT: LAST_CHECKPOINT, HubStrategy.ALL_CHECKPOINTS: checkpoint.name}
-        name = with_state.get(HubStrategy(self.args.hub_strategy))
+        with_state = {"checkpoint": LAST_CHECKPOINT, "all_checkpoints": checkpoint.name}
+        name = next((name for known, name in with_state.items() if strategy == known), None)
         try:
             with _PushFolder.new(checkpoint.parent) as push:
                 push.keep(checkpoint)
@@ -171,8 +173,18 @@ class PushingTrainer(Trainer):
         except UserError as error:
             _tell_of_failure(error)  # no reason to end the training
             return
-        jobs: Any = [*(current.jobs if running else []), future]
-        self.push_in_progress = cast(Any, PushInProgress(jobs))
+        self._running_pushes = [*running, future]
+
+    def train(self, *args, **kwargs):
+        """As in transformers; waits at the end for what is still being pushed."""
+        output = super().train(*args, **kwargs)
+        self._wait_for_pushes()
+        return output
+
+    def _wait_for_pushes(self) -> None:
+        if not all(push.done() for push in self._running_pushes):
+            logger.info("Waiting for the current checkpoint push to be finished, this might take a couple of minutes.")
+            wait(self._running_pushes)
 
     @property
     def _base_of_adapter(self) -> str | None:

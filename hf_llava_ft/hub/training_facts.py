@@ -16,9 +16,6 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils.hub import extract_commit_hash
 
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.hub.checked_json import (
@@ -37,6 +34,7 @@ from hf_llava_ft.hub.checked_json import (
 )
 from hf_llava_ft.hub.files import read_json
 from hf_llava_ft.page import write_atomically
+from hf_llava_ft.trainer_files import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME
 
 SUMMARY_FILE, TRAINING_FILE = "train_summary.json", "training.json"
 # Of a longer run as many points are kept, evenly spaced.
@@ -190,7 +188,8 @@ def hub_commit(name: str, revision: str | None = None) -> str | None:
     if Path(name).exists() or hub_id(name) is None:
         return None
     file = try_to_load_from_cache(name, "config.json", revision=revision)
-    return extract_commit_hash(file, None) if isinstance(file, str) else None
+    # The cache has the files of a commit in snapshots/<commit>.
+    return commit_hash(Path(file).parent.name) if isinstance(file, str) else None
 
 
 def base_facts(names: list[str], revision: str | None = None) -> list[dict[str, str]]:

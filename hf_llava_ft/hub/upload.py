@@ -7,6 +7,7 @@ What may surprise:
 * The commit names its parent, so that nothing is overwritten that came in between.
 """
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable
@@ -14,14 +15,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session, get_token, is_offline_mode
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    RepoFile,
+    get_session,
+    get_token,
+    is_offline_mode,
+)
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import sha, validate_repo_id
+from huggingface_hub.utils import validate_repo_id
 
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.hub.files import HTTPError
 from hf_llava_ft.hub.refusals import push_refusal, status_of
+from hf_llava_ft.library_differences import HTTPError
 
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -199,7 +207,7 @@ class Upload:
             return False
         if entry.lfs is not None:
             return entry.lfs.sha256 == self._sha256(name)
-        return entry.blob_id == sha.git_hash(path.read_bytes())
+        return entry.blob_id == _git_hash(path.read_bytes())
 
     def _sha256(self, name: str) -> str:
         return self._addition(name).upload_info.sha256.hex()
@@ -252,6 +260,11 @@ def patiently(call: Callable[[], T], also: tuple[int, ...] = ()) -> T:
             _LOG.warning("The Hub did not answer as it should; another attempt in %d s.", pause)
         time.sleep(pause)
     raise AssertionError("the last attempt returns or raises")
+
+
+def _git_hash(content: bytes) -> str:
+    """The id that git, and so the Hub, gives to a file that is not in LFS."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def _pause(error: BaseException, wait: int, also: tuple[int, ...]) -> int | None:

@@ -7,7 +7,8 @@ from huggingface_hub import snapshot_download
 
 from hf_llava_ft.checkpoints import inspect_checkpoint, load_model, load_processor
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.hub.files import HTTPError, hub_refusal
+from hf_llava_ft.hub.files import hub_refusal
+from hf_llava_ft.library_differences import HTTPError
 from hf_llava_ft.verify import Probe, Verification, reference_outputs, verify
 
 

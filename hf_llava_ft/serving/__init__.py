@@ -5,7 +5,6 @@ its name: vLLM's, SGLang's and the endpoint's are loaded in a fresh process and 
 every weight by name and shape; llama.cpp's parts are put together again and compared.
 """
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,6 @@ from hf_llava_ft.serving.guide import commands, write_guide, write_modelfile
 from hf_llava_ft.serving.limits import SERVERS, Server, differences, refuse_what_cannot_be_served
 from hf_llava_ft.serving.names import check_names
 from hf_llava_ft.serving.parts import check_parts, write_parts
-from hf_llava_ft.serving.tokenizer import speak_to_transformers_4
 from hf_llava_ft.verify import LOGIT_TOLERANCE, Probe, reference_outputs, verify
 
 
@@ -148,22 +146,6 @@ def _write_whole(model: Any, processor: Any, folder: Path, server: Server) -> No
     model.save_pretrained(folder, checkpoint_format="llava-hf" if model.config.is_native else "nested")
     processor.save_pretrained(folder)
     if model.config.is_native:
-        _speak_to_older_readers(processor, folder)
         check_names(folder, model.config.to_native())
     if server == "endpoints":
         shutil.copyfile(ENDPOINT_HANDLER, folder / "handler.py")
-
-
-def _speak_to_older_readers(processor: Any, folder: Path) -> None:
-    """
-    Says twice what transformers 5 moved: the settings of tokenizer and image processor, which transformers 4 would not
-    find, and the base of the rotary embedding, which it would take for 10,000 without a word.
-    """
-    path = folder / "config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    rope = settings["text_config"].get("rope_parameters") or {}
-    if "rope_theta" in rope:
-        settings["text_config"]["rope_theta"] = rope["rope_theta"]
-        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    processor.image_processor.save_pretrained(folder)
-    speak_to_transformers_4(folder)

@@ -15,8 +15,13 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, CLIPVisionModel, SiglipVisionModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    CLIPVisionModel,
+    SiglipVisionModel,
+)
 
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.serving.tokenizer import save_tokenizer, with_media_markers
@@ -50,7 +55,7 @@ def _write_language_model(model: Any, processor: Any, folder: Path) -> None:
         if name in weights:
             weights[name] = weights[name][: config.vocab_size].clone()
     save_torch_state_dict(weights, folder, metadata={"format": "pt"})
-    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
     config.dtype = model.dtype
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)

@@ -14,6 +14,7 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
 from hf_llava_ft.errors import UserError
+from hf_llava_ft.processing.older_readers_processing_llava import write_for_older_readers
 
 _proto: Any = sentencepiece_model_pb2  # its classes are made when it is imported
 # What a difference in merging, in bytes of unknown letters, or in spaces would show on.
@@ -72,7 +73,7 @@ def save_tokenizer(tokenizer: Any, chat_template: str, folder: Path) -> None:
     """
     tokenizer.save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-    speak_to_transformers_4(folder)
+    write_for_older_readers(folder)
     model = sentencepiece_model(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
     if model is not None:
         _check(model, tokenizer)
@@ -80,19 +81,6 @@ def save_tokenizer(tokenizer: Any, chat_template: str, folder: Path) -> None:
         size = SentencePieceProcessor(model_proto=model).get_piece_size()
         added = {token: index for token, index in tokenizer.get_added_vocab().items() if index >= size}
         (folder / "added_tokens.json").write_text(json.dumps(added, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def speak_to_transformers_4(folder: Path) -> None:
-    """Names class, inputs and special tokens in `tokenizer_config.json` as both transformers 4 and 5 read them."""
-    path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    if settings.get("tokenizer_class") == "TokenizersBackend":
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        settings.setdefault("model_input_names", ["input_ids", "attention_mask"])
-    settings.pop("backend", None)
-    if isinstance(settings.get("extra_special_tokens"), list):
-        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
-    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def sentencepiece_model(tokenizer_json: dict[str, Any]) -> bytes | None:

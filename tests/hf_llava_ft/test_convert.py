@@ -20,6 +20,7 @@ from hf_llava_ft.checkpoints import inspect_checkpoint, load_model, load_process
 from hf_llava_ft.convert import convert
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.merge import merge_adapter
+from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
 
 ORIGINAL = "c_forward/mlp2x_patch/checkpoint"
 LORA = "f_lora/llava-tiny-lora"
@@ -276,3 +277,29 @@ def test_a_tower_that_is_not_there_is_named(tmp_path):
     (tmp_path / "m/config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="vision tower 'no-such-tower'.*not found"):
         load_processor(str(tmp_path / "m"))
+
+
+@pytest.mark.parametrize(
+    ("rope", "written"),
+    [
+        ({"rope_type": "linear", "factor": 4.0, "rope_theta": 5e4}, {"type": "linear", "factor": 4.0}),
+        ({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, {"type": "dynamic", "factor": 2.0}),
+        ({"rope_type": "default", "rope_theta": 1e6}, None),
+    ],
+    ids=["linear", "dynamic", "default"],
+)
+def test_a_scaled_rotary_embedding_is_written_in_the_words_of_the_original(tiny, golden, tmp_path, rope, written):
+    model = tiny.model(rope=rope)
+    model.save_pretrained(tmp_path / "native")
+    hf_llava_ft.LlavaProcessor.build(
+        load_tokenizer(golden / "tokenizer_tiny"), model.config.vision_config, version="v1", image_aspect_ratio="pad"
+    ).save_pretrained(tmp_path / "native")
+    model.model.vision_tower.save_pretrained(tmp_path / "tower")
+    tower = str(tmp_path / "tower")
+    converted = convert(str(tmp_path / "native"), tmp_path / "original", "llava", vision_tower=tower)
+    assert converted.verification.logit_difference < 1e-5
+    settings = json.loads((tmp_path / "original/config.json").read_text())
+    assert settings["rope_scaling"] == written and settings["rope_theta"] == rope["rope_theta"]
+    assert "rope_parameters" not in settings
+    read = load_model(str(tmp_path / "original")).config.text_config.rope_parameters
+    assert {name: read[name] for name in rope} == rope

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,12 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 import hf_llava_ft
 from hf_llava_ft.checkpoints import fit_to_processor, load_model
 from hf_llava_ft.hub.staging import goes
+from hf_llava_ft.hub.trainer_push import PushingTrainer
 from hf_llava_ft.resume import what_is_missing
 from tests.loopback.cards import problems
 from tests.loopback_hub import LoopbackHub, Status
@@ -25,6 +29,8 @@ ROOT = Path(__file__).resolve().parents[2]
 RUNS = """
 import os
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
@@ -247,3 +253,25 @@ def test_an_adapter_names_the_commit_of_its_base(trained):
         settings = json.loads(commit.files["adapter_config.json"].content)
         assert settings["base_model_name_or_path"] == "org/base"
         assert settings["revision"] == hub.repositories["models/org/base"].at("main").sha
+
+
+class _Learner(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return {"loss": (self.weight * x).sum()}
+
+
+def test_training_ends_when_what_it_pushed_has_arrived(tmp_path):
+    args = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True
+    )
+    trainer = PushingTrainer(model=_Learner(), args=args, train_dataset=[{"x": torch.ones(1)}])
+    may_arrive = threading.Event()
+    with ThreadPoolExecutor(max_workers=1) as pushes:
+        trainer._running_pushes = [pushes.submit(may_arrive.wait, 60)]
+        threading.Timer(1, may_arrive.set).start()
+        trainer.train()
+        assert all(push.done() for push in trainer._running_pushes)

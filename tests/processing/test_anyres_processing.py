@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, CLIPVisionConfig, SiglipVisionConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.models.llava.processing_llava import LlavaProcessor as NativeLlavaProcessor
 from transformers.models.llava_next.modeling_llava_next import select_best_resolution, unpad_image
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor as NativeLlavaNextProcessor
 
@@ -185,3 +186,57 @@ def test_siglip_has_no_class_token_to_drop(tokenizer_for):
 def test_anyres_without_sizes_to_choose_from_is_refused(tokenizer_for, vision_config):
     with pytest.raises(ValueError, match="needs image_grid_pinpoints"):
         LlavaProcessor.build(tokenizer_for("llama"), vision_config, image_aspect_ratio="anyres")
+
+
+PICTURES = [(150, 60), (45, 130), (96, 96), (56, 56), (1, 90), (90, 1), (3, 5), (400, 401), (57, 56), (640, 30)]
+
+
+def placeholders_of(processor, sizes, **settings) -> list[int]:
+    """How many placeholders a call really makes, picture by picture."""
+    texts = [processor.image_token + " here"] * len(sizes)
+    ids = processor(text=texts, images=[[picture(*size)] for size in sizes], padding=True, **settings)["input_ids"]
+    return [row.count(processor.image_token_id) for row in map(list, ids)]
+
+
+@pytest.mark.parametrize("merge_type", ["flat", "spatial", "spatial_unpad"])
+@pytest.mark.parametrize("strategy", ["default", "full"])
+def test_vllm_is_told_as_many_placeholders_as_a_call_makes(tokenizer_for, vision_config, merge_type, strategy):
+    built = LlavaProcessor.build(
+        tokenizer_for("llama"),
+        vision_config,
+        image_aspect_ratio="anyres",
+        image_grid_pinpoints=pinpoints(56),
+        patch_merge_type=merge_type,
+        vision_feature_select_strategy=strategy,
+    )
+    told = built._get_num_multimodal_tokens(image_sizes=[(height, width) for width, height in PICTURES])
+    assert told["num_image_tokens"] == placeholders_of(built, PICTURES)
+    assert told["num_image_patches"] == [1] * len(PICTURES)
+    assert len(set(told["num_image_tokens"])) > 1
+    # Negative control: LLaVA-1.5's count, which transformers' method gives on this class, is another.
+    one_size = NativeLlavaProcessor._get_num_multimodal_tokens(built, image_sizes=[(60, 150)])
+    assert one_size["num_image_tokens"] != told["num_image_tokens"][:1]
+    assert built._get_num_multimodal_tokens()["num_image_tokens"] is None
+
+
+@pytest.mark.parametrize("settings", [{}, {"size": {"height": 28, "width": 28}, "do_center_crop": False}])
+@pytest.mark.parametrize("aspect_ratio", ["square", "pad", "anyres"])
+def test_vllm_is_told_the_placeholders_of_a_call_with_other_settings(
+    tokenizer_for, vision_config, aspect_ratio, settings
+):
+    sizes = {"image_grid_pinpoints": pinpoints(56)} if aspect_ratio == "anyres" else {}
+    built = LlavaProcessor.build(tokenizer_for("llama"), vision_config, image_aspect_ratio=aspect_ratio, **sizes)
+    hw = [(height, width) for width, height in PICTURES]
+    told = built._get_num_multimodal_tokens(image_sizes=hw, **settings)["num_image_tokens"]
+    assert told == placeholders_of(built, PICTURES, **settings)
+    nested = built._get_num_multimodal_tokens(image_sizes=hw, images_kwargs=settings)["num_image_tokens"]
+    assert nested == told
+    if settings:
+        assert told != built._get_num_multimodal_tokens(image_sizes=hw)["num_image_tokens"]
+
+
+def test_vllm_is_told_what_transformers_own_processor_tells(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    native = AutoProcessor.from_pretrained(tmp_path)
+    hw = [(height, width) for width, height in PICTURES]
+    assert processor._get_num_multimodal_tokens(image_sizes=hw) == native._get_num_multimodal_tokens(image_sizes=hw)

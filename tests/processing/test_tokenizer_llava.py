@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer, CanineTokenizer
 
-from hf_llava_ft.processing.tokenizer_llava import IMAGE_TOKEN, load_tokenizer, prepare_tokenizer
+from hf_llava_ft.processing.tokenizer_llava import IMAGE_TOKEN, file_if_there, load_tokenizer, prepare_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FOLDERS = {"llama": GOLDEN / "tokenizer_llama", "legacy": GOLDEN / "tokenizer_tiny"}
@@ -142,3 +142,12 @@ def test_a_tokenizer_without_offsets_is_refused(tmp_path):
     CanineTokenizer().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no fast version"):
         load_tokenizer(tmp_path)
+
+
+def test_a_file_that_is_not_there_is_an_answer_and_a_name_that_is_none_is_not(tmp_path):
+    (tmp_path / "there.json").write_text("{}")
+    assert file_if_there(tmp_path, "there.json") == str(tmp_path / "there.json")
+    assert file_if_there(tmp_path, "missing.json") is None
+    assert file_if_there("user/nothing", "missing.json") is None
+    with pytest.raises(OSError, match="a name/that is none"):
+        file_if_there("a name/that is none", "missing.json")

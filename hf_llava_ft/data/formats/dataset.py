@@ -18,11 +18,10 @@ from typing import Any
 
 import datasets
 import pyarrow.compute as pc
-from datasets import Image, List
 from datasets.exceptions import DatasetGenerationError
 from filelock import FileLock
 
-from hf_llava_ft.data.builder import FEATURES, load_llava_json
+from hf_llava_ft.data.builder import FEATURES, load_llava_json, undecoded
 from hf_llava_ft.data.formats.checked_rows import checked_rows
 from hf_llava_ft.data.formats.containers import JsonFile
 from hf_llava_ft.data.formats.dialects import LLAVA, SHAREGPT
@@ -145,7 +144,7 @@ def load_source(source: Source, cache_dir: str | os.PathLike) -> datasets.Datase
                 dataset = builder.as_dataset(split="train")
                 images = _images_state(dataset)
                 if images == kept["images"]:
-                    return _undecoded(dataset)
+                    return undecoded(dataset)
                 state = f"{files}-{images}"
         builder = SourceRows(source, state, os.fspath(cache_dir))
         builder.download_and_prepare()
@@ -153,7 +152,7 @@ def load_source(source: Source, cache_dir: str | os.PathLike) -> datasets.Datase
         unfinished = known.with_suffix(".incomplete")
         unfinished.write_text(json.dumps({"state": state, "images": _images_state(dataset)}), encoding="utf-8")
         unfinished.replace(known)
-    return _undecoded(dataset)
+    return undecoded(dataset)
 
 
 def _only_names_files(source: Source) -> bool:
@@ -203,11 +202,3 @@ def _images_state(dataset: datasets.Dataset) -> str:
                 state = f"{path}\tmissing\n"
             digest.update(state.encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
-
-
-def _undecoded(dataset: datasets.Dataset) -> datasets.Dataset:
-    # The collator opens a picture as the original does, without its EXIF orientation. Said of the rows as they lie on
-    # the disk: cast_column would write them all a second time, embedded pictures included.
-    info = dataset.info.copy()
-    info.features = datasets.Features({**FEATURES, "images": List(Image(decode=False))})
-    return datasets.Dataset(dataset.data, info=info, split=dataset.split, fingerprint=dataset._fingerprint)
