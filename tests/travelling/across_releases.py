@@ -3,7 +3,7 @@
 Folders that this version writes must do everything that `loading.py` tries, under every release; else this ends with
 exit code 1. What folders of earlier versions can still do is printed as well, and must be what `docs/travelling.md`
 says of it.
-`python across_releases.py 5.17.0 5.24.0` tries those releases alone.
+`python -m tests.travelling.across_releases 5.17.0 5.24.0` tries those releases alone.
 """
 
 import json
@@ -13,8 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from environments import CHECKOUT, RELEASES, python_with
-from loading import CHECKS, RESULT
+from tests.travelling.environments import CHECKOUT, RELEASES, python_with
+from tests.travelling.loading import CHECKS, RESULT
 
 HERE = Path(__file__).parent
 EARLIER = HERE / "exported_0.1.0"

@@ -12,8 +12,8 @@ CHECKOUT = Path(__file__).parents[2]
 ENVIRONMENTS = CHECKOUT / ".venv-travelling"
 # The last patch of each minor release since the oldest that pyproject.toml allows.
 RELEASES = ("5.17.0", "5.18.0", "5.19.0", "5.20.2", "5.21.1", "5.22.2", "5.23.0", "5.24.0")
-# What a folder may need besides torch and transformers; sentencepiece and protobuf for Llama's tokenizer.model.
-_BESIDES_TORCH = ("numpy", "pillow", "sentencepiece", "protobuf", "jinja2")
+# For pictures and chat templates. Not sentencepiece: what reads a tokenizer.model is asked of nobody who only loads.
+_BESIDES_TORCH = ("numpy", "pillow", "jinja2")
 
 
 def python_with(release: str) -> Path:
