@@ -12,8 +12,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from tests.hf_llava_ft.test_compose_kinds import CASES as KIND_CASES
-from tests.hf_llava_ft.test_compose_kinds import write_language_model
 from tokenizers import pre_tokenizers
 from transformers import CLIPVisionModel, Qwen2Tokenizer, SiglipVisionModel, set_seed
 
@@ -28,6 +26,8 @@ from hf_llava_ft.quickstart.small_llava import LANGUAGE_MODEL_FILE, LANGUAGE_MOD
 from hf_llava_ft.serving import export_for_serving
 from hf_llava_ft.settings.arguments import TuningArguments
 from hf_llava_ft.training.tuning import with_lora
+from tests.hf_llava_ft.checkpoints.test_compose_kinds import CASES as KIND_CASES
+from tests.hf_llava_ft.checkpoints.test_compose_kinds import write_language_model
 from tests.older_reader import Read, Wanted, older_python, read_by
 from tests.processing.conftest import byte_level_tokenizer
 

@@ -6,6 +6,7 @@ import os
 import pytest
 from huggingface_hub import constants
 
+from hf_llava_ft.checkpoints import training_facts as module
 from hf_llava_ft.checkpoints.training_facts import (
     SUMMARY_FILE,
     TRAINING_FILE,
@@ -15,7 +16,6 @@ from hf_llava_ft.checkpoints.training_facts import (
     training_facts,
 )
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.hub import training_facts as module
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SUMMARY = {

@@ -279,7 +279,7 @@ def test_files_of_four_gigabytes(folder, start, says):
 
 def test_a_string_of_any_length_is_not_held(folder, monkeypatch):
     """The text of a 4 GB string is real here, as much of it as may be read before it is refused."""
-    from hf_llava_ft.data import json_rows
+    from hf_llava_ft.data.json import rows as json_rows
 
     monkeypatch.setattr(json_rows, "MAX_ROW_CHARS", 2**21)
     with open(folder / "data", "wb") as file:

@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hf_llava_ft.data import builder, json_parts, json_rows
+from hf_llava_ft.data import builder
 from hf_llava_ft.data.builder import LlavaConversations, load_llava_json, modality_lengths
 from hf_llava_ft.data.collator import open_picture
 from hf_llava_ft.data.image_folder import ImageFolder
+from hf_llava_ft.data.json import parts as json_parts
+from hf_llava_ft.data.json import rows as json_rows
 from hf_llava_ft.data.json.llava_json import iter_llava_json
 from hf_llava_ft.data.json.parts import index_json, iter_part
 from hf_llava_ft.data.json.rows import iter_json_rows

@@ -20,10 +20,11 @@ from transformers import set_seed
 
 import hf_llava_ft
 from hf_llava_ft.checkpoints.opening import load_model, load_processor
-from hf_llava_ft.data import json_parts, stream_loader
+from hf_llava_ft.data import stream_loader
 from hf_llava_ft.data.builder import LlavaConversations
 from hf_llava_ft.data.collator import LlavaCollator, open_picture
 from hf_llava_ft.data.formats import load_data, open_source
+from hf_llava_ft.data.json import parts as json_parts
 from hf_llava_ft.data.streaming import PASSED, LlavaStream
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.settings.arguments import LlavaTrainingArguments, TuningArguments

@@ -5,7 +5,6 @@ from functools import cache
 
 import pytest
 import torch
-from tests.hf_llava_ft.test_estimate import llava_7b, run
 
 import hf_llava_ft
 from hf_llava_ft.errors import UserError
@@ -13,6 +12,7 @@ from hf_llava_ft.estimate.memory import Engine, divided, state_bytes
 from hf_llava_ft.estimate.plan import GIB, SET_ASIDE, Estimate, Estimator, Plan
 from hf_llava_ft.estimate.trace import Batch, Precision, build_model
 from hf_llava_ft.settings.arguments import TuningArguments
+from tests.hf_llava_ft.estimate.test_estimate import llava_7b, run
 
 ENGINES: list[tuple[Engine, int]] = [
     ("single", 1),

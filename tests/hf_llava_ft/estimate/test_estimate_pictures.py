@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from tests.hf_llava_ft.test_estimate import FLOAT32, real_inputs, run, saved_bytes, tuning
 
 import hf_llava_ft
 from hf_llava_ft.estimate.pictures import TYPICAL_SIZE, parsed_size, picture_of, worst_picture
@@ -12,6 +11,7 @@ from hf_llava_ft.estimate.trace import Batch, trace_micro_batch
 from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
 from hf_llava_ft.training.trainer import LossOverTokens
 from hf_llava_ft.training.tuning import with_tuning
+from tests.hf_llava_ft.estimate.test_estimate import FLOAT32, real_inputs, run, saved_bytes, tuning
 
 PINPOINTS = [[112, 56], [56, 112], [112, 112], [56, 168], [168, 56]]
 SIZES = [(40, 100), (56, 56), (480, 640), (640, 480), (100, 1000), (1000, 100), (333, 334)]
