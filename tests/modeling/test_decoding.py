@@ -79,3 +79,25 @@ def test_rows_of_a_batch_are_answered_as_alone(case, llava, settings):
         if row == 2:  # negative control: its pictures in the other order give another answer
             alone["pixel_values"] = alone["pixel_values"].flip(0) + 1
             assert not torch.equal(generate(model, alone, **settings)[0], together[row])
+
+
+def test_an_assistant_model_sees_the_pictures(tiny):
+    model, assistant = tiny.model(), tiny.model()
+    batch = tiny.batch()
+    asked = {"input_ids": batch["input_ids"][:1], "pixel_values": batch["pixel_values"][:1]}
+    asked["attention_mask"] = batch["attention_mask"][:1]
+    runs = []
+    assistant.model.vision_tower.register_forward_hook(lambda *_: runs.append(1))
+    alone = model.generate(**asked, max_new_tokens=8, do_sample=False)
+    assisted = model.generate(**asked, max_new_tokens=8, do_sample=False, assistant_model=assistant)
+    assert torch.equal(alone, assisted) and runs
+
+
+def test_shifted_labels_are_taken_as_they_are(tiny):
+    model, batch = tiny.model(), tiny.batch()
+    labels = batch.pop("labels")
+    shifted = model.next_token_targets(labels, batch["input_ids"], batch["attention_mask"])
+    with torch.no_grad():
+        expected = model(**batch, labels=labels).loss
+        torch.testing.assert_close(model(**batch, shift_labels=shifted).loss, expected, rtol=0, atol=0)
+        assert model(**batch, shift_labels=shifted.roll(1, dims=1)).loss != expected
