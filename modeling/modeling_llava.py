@@ -12,6 +12,7 @@ training. What differs from native:
 Legend of the shapes: B rows, T positions (text and image), D text width, S supervised positions, V vocabulary.
 """
 
+from functools import wraps
 from typing import Any
 
 import torch
@@ -111,6 +112,7 @@ class LlavaForCausalLM(LlavaCheckpointMixin, LlavaPreTrainedModel, GenerationMix
             )
         return LlavaCausalLMOutput(loss=loss, logits=logits, **fields)
 
+    @wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` takes only what its signature names
     def prepare_inputs_for_generation(self, input_ids, *args, is_first_iteration: bool | None = False, **kwargs):
         """As in transformers, which takes the first step of an assistant model for a later one and drops the pictures:
         the first step is that of an empty cache."""
