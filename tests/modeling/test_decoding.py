@@ -86,11 +86,16 @@ def test_an_assistant_model_sees_the_pictures(tiny):
     batch = tiny.batch()
     asked = {"input_ids": batch["input_ids"][:1], "pixel_values": batch["pixel_values"][:1]}
     asked["attention_mask"] = batch["attention_mask"][:1]
-    runs = []
-    assistant.model.vision_tower.register_forward_hook(lambda *_: runs.append(1))
+    seen = []
+
+    def look(module, args, kwargs):
+        seen.append(kwargs["pixel_values"] is not None or bool((kwargs["mm_encoder_outputs"] or {}).get("image")))
+
+    assistant.model.register_forward_pre_hook(look, with_kwargs=True)
     alone = model.generate(**asked, max_new_tokens=8, do_sample=False)
     assisted = model.generate(**asked, max_new_tokens=8, do_sample=False, assistant_model=assistant)
-    assert torch.equal(alone, assisted) and runs
+    assert torch.equal(alone, assisted)
+    assert seen[0] and not all(seen)  # in its first step alone
 
 
 def test_shifted_labels_are_taken_as_they_are(tiny):
