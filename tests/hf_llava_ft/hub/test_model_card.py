@@ -31,7 +31,7 @@ from tests.loopback_hub import LoopbackHub
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 QUESTION = "What|is *this* <b>thing</b>? ![x](http://x.org/y.png)"
 OF_THE_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "processor_config.json", "tokenizer.json")
-OF_THE_ADAPTER += ("tokenizer_config.json", "chat_template.jinja")
+OF_THE_ADAPTER += ("preprocessor_config.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 @pytest.fixture(scope="module")
