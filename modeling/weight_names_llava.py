@@ -6,8 +6,7 @@ when writing. Names are translated here and nowhere else.
 """
 
 import re
-
-from transformers.core_model_loading import WeightRenaming
+from typing import Any
 
 # haotian-liu/LLaVA: one flat language model with the tower and the projector hung into it.
 _ORIGINAL_BODY = (
@@ -37,22 +36,29 @@ NATIVE_NAMES = (
 )
 
 
-def reading_conversions() -> list[WeightRenaming]:
+def reading_conversions() -> list[Any]:
     """Renamings under which a checkpoint of either dialect, or one that uses our own names, loads."""
     # transformers 5 and 5-written files also hold the tower without or with `vision_model.` under our own prefix.
     own = ((r"^model\.vision_tower\.vision_model\.", "model.vision_tower."),)
-    return [WeightRenaming(source, target) for source, target in (*ORIGINAL_NAMES, *NATIVE_NAMES, *own)]
+    return _renamings((*ORIGINAL_NAMES, *NATIVE_NAMES, *own))
 
 
-def native_conversions() -> list[WeightRenaming]:
+def native_conversions() -> list[Any]:
     """Renamings whose reversal writes the layout of llava-hf."""
-    return [WeightRenaming(source, target) for source, target in NATIVE_NAMES]
+    return _renamings(NATIVE_NAMES)
 
 
-def original_conversions(projector_type: str) -> list[WeightRenaming]:
+def original_conversions(projector_type: str) -> list[Any]:
     """Renamings whose reversal writes the layout of haotian-liu/LLaVA."""
     projector = _ORIGINAL_LINEAR if projector_type == "linear" else _ORIGINAL_MLP
-    return [WeightRenaming(source, target) for source, target in (*_ORIGINAL_BODY, *projector)]
+    return _renamings((*_ORIGINAL_BODY, *projector))
+
+
+def _renamings(pairs) -> list[Any]:
+    # Imported here: a folder with our names for the weights, which is all that carries this code, loads without it.
+    from transformers.core_model_loading import WeightRenaming
+
+    return [WeightRenaming(source, target) for source, target in pairs]
 
 
 def name_in_memory(name: str) -> str:

@@ -179,7 +179,8 @@ def save_and_reload(folder: Folder) -> None:
         folder.processor.save_pretrained(again)
         before = {path.name: path.read_bytes() for path in folder.path.glob("*.py")}
         after = {path.name: path.read_bytes() for path in again.glob("*.py")}
-        assert after == before, f"the code written is another: {sorted(after.keys() ^ before.keys())}"
+        # Perhaps fewer files: what no class imports was never brought here. That none is missed, loading it shows.
+        assert after and after.items() <= before.items(), f"the code written is another: {sorted(after)}"
         reloaded = AutoModelForImageTextToText.from_pretrained(again, trust_remote_code=True)
         folder.compare_logits(reloaded(**folder.inputs).logits)
         assert torch.equal(folder.generated(reloaded), folder.expected["generated"]), "the answer is another"
