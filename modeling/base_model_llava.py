@@ -29,7 +29,7 @@ class LlavaPreTrainedModel(PreTrainedModel):
     config_class = LlavaConfig
     config: Any  # a LlavaConfig; while it is being saved as llava-hf, the native one
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -51,6 +51,13 @@ class LlavaBaseModel(LlavaPreTrainedModel):
             width = config.text_config.hidden_size
             self.image_newline = nn.Parameter(torch.randn(width) * width**-0.5)  # as the original begins with
         self.post_init()
+
+    # Named, where transformers would have to guess: an adapter, a resize and an offload ask for them.
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
 
     @can_return_tuple
     def get_image_features(
@@ -78,7 +85,7 @@ class LlavaBaseModel(LlavaPreTrainedModel):
         Raises:
             ValueError: if pictures of the sizes given have another number of crops.
         """
-        counts = None
+        counts: list[int] | None = None
         if self.config.image_aspect_ratio == "anyres" and image_sizes is not None:
             counts = num_crops(image_sizes, self.config)
             if pixel_values.dim() == 5:
@@ -97,7 +104,7 @@ class LlavaBaseModel(LlavaPreTrainedModel):
         if strategy == "default":
             states = [state[:, 1:] for state in states]
         features = self.multi_modal_projector(torch.cat(states, dim=-1))  # (N or C, P, D)
-        if counts is None:
+        if counts is None or image_sizes is None:
             outputs.pooler_output = list(features)
         else:
             newline = self.image_newline if self.config.has_image_newline else None

@@ -41,6 +41,12 @@ class LlavaForCausalLM(LlavaCheckpointMixin, LlavaPreTrainedModel, GenerationMix
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
@@ -95,8 +101,10 @@ class LlavaForCausalLM(LlavaCheckpointMixin, LlavaPreTrainedModel, GenerationMix
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, kept, :])
         else:
-            targets = shift_labels
-            if targets is None:
+            if shift_labels is not None:
+                targets = shift_labels
+            else:
+                assert labels is not None
                 targets = self.next_token_targets(labels, input_ids, attention_mask)
             if supervised_logits_only:
                 supervised = targets != IGNORE_INDEX

@@ -238,7 +238,9 @@ class LlavaNextProcessor(LlavaProcessor):
 
         size = setting("crop_size") if setting("do_center_crop") else setting("size")
         size = size if isinstance(size, SizeDict) else SizeDict(**size)
-        return self._num_features(height, width, edge=size.height or size.shortest_edge)
+        edge = size.height or size.shortest_edge
+        assert edge is not None
+        return self._num_features(height, width, edge)
 
     def _num_features(self, height: int, width: int, edge: int) -> int:
         """Placeholders of a picture of `height` x `width` pixels that is cut into crops of `edge`."""

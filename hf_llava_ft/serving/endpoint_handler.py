@@ -170,8 +170,9 @@ def _content(content: Any, number: int, images: list[Image.Image]) -> list[dict[
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     items = []
-    for item in content if isinstance(content, list) else [None]:
-        kind = item.get("type") if isinstance(item, dict) else None
+    for each in content if isinstance(content, list) else [None]:
+        item = each if isinstance(each, dict) else {}
+        kind = item.get("type")
         if kind == "text" and isinstance(item.get("text"), str):
             items.append({"type": "text", "text": item["text"]})
         elif kind == "image_url" and isinstance(item.get("image_url"), dict):

@@ -55,7 +55,7 @@ def _write_language_model(model: Any, processor: Any, folder: Path) -> None:
         if name in weights:
             weights[name] = weights[name][: config.vocab_size].clone()
     save_torch_state_dict(weights, folder, metadata={"format": "pt"})
-    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]  # type: ignore[union-attr,attr-defined]
     config.dtype = model.dtype
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
