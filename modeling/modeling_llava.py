@@ -66,7 +66,6 @@ class LlavaForCausalLM(LlavaCheckpointMixin, LlavaPreTrainedModel, GenerationMix
         logits_to_keep: int | torch.Tensor = 0,
         supervised_logits_only: bool = False,
         num_items_in_batch: int | torch.Tensor | None = None,
-        shift_labels: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         image_sizes: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
@@ -83,6 +82,8 @@ class LlavaForCausalLM(LlavaCheckpointMixin, LlavaPreTrainedModel, GenerationMix
             shift_labels (`int64[B, T]`, *optional*): instead of `labels`, at each position what is to be learned
                 there, as engines give it that share a row out among processes; nothing is masked or moved.
         """
+        # Not an argument by name: transformers' Trainer would take it for labels that every batch has to hold.
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,

@@ -21,7 +21,15 @@ STABLE_LIBRARIES = ("torch", "bitsandbytes", "deepspeed")
 UNKNOWN = "?"
 
 # Attributes that a class has without anybody having written them.
-_MADE_BY_PYTHON = {"__module__", "__doc__", "__qualname__", "__dict__", "__weakref__", "__annotations__"} | {
+_MADE_BY_PYTHON = {
+    "__slotnames__",
+    "__module__",
+    "__doc__",
+    "__qualname__",
+    "__dict__",
+    "__weakref__",
+    "__annotations__",
+} | {
     *("__parameters__", "__orig_bases__", "__abstractmethods__", "_abc_impl", "__firstlineno__"),
     *("__static_attributes__", "__annotations_cache__", "__annotate_func__", "__annotate__", "__hash__"),
     *("__dataclass_fields__", "__dataclass_params__", "__match_args__", "__replace__", "__eq__", "__repr__"),

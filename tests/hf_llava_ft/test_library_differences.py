@@ -18,7 +18,9 @@ from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
 from hf_llava_ft.training.loss import LossOverTokens
 
 
-@pytest.mark.parametrize("name", [name for name in vars(trainer_files) if name.isupper()])
+@pytest.mark.parametrize(
+    "name", ["PREFIX_CHECKPOINT_DIR", "TRAINER_STATE_NAME", "TRAINING_ARGS_NAME", "SAFE_WEIGHTS_NAME"]
+)
 def test_files_are_called_what_the_trainer_calls_them(name):
     assert getattr(trainer_files, name) == getattr(transformers.trainer, name, None) or (
         getattr(trainer_files, name) == getattr(transformers.utils, name)

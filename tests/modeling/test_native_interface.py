@@ -136,3 +136,11 @@ def test_image_outputs_may_be_given_instead_of_pictures(both, llava):
     assert_same(model(**text, mm_encoder_outputs={"image": found}).logits, model(**batch).logits)
     with pytest.raises(ValueError, match="either pixel_values or"):
         model(**batch, mm_encoder_outputs={"image": found})
+
+
+def test_a_trainer_finds_the_labels_that_it_finds_in_native_llava(tiny):
+    """It takes every argument with "label" in its name for labels, and without one of them there is no eval_loss."""
+    from transformers import LlavaForConditionalGeneration
+    from transformers.utils.generic import find_labels
+
+    assert find_labels(type(tiny.model())) == find_labels(LlavaForConditionalGeneration) == ["labels"]
