@@ -29,6 +29,7 @@ from hf_llava_ft.modeling.configuration_llava import LlavaConfig
 from hf_llava_ft.modeling.part_names_llava import PROJECTOR
 from hf_llava_ft.modeling.weight_names_llava import name_in_memory
 from hf_llava_ft.settings.arguments import LlavaTrainingArguments, ModelArguments, TuningArguments
+from hf_llava_ft.settings.composition import Composition
 
 COMPOSED = "composed"
 _FINGERPRINT = "composed_from.sha256"
@@ -138,10 +139,10 @@ def _compose(model_args: ModelArguments, projector: dict[str, torch.Tensor] | No
     layer = model_args.mm_vision_select_layer
     settings: dict[str, Any] = {
         "version": model_args.version,
-        "projector_type": model_args.mm_projector_type or "mlp2x_gelu",
-        "vision_feature_layer": -2 if layer is None else layer,
+        "projector_type": model_args.mm_projector_type or Composition.projector_type,
+        "vision_feature_layer": Composition.vision_feature_layer if layer is None else layer,
         "vision_feature_select_strategy": None,
-        "image_aspect_ratio": model_args.image_aspect_ratio or "pad",
+        "image_aspect_ratio": model_args.image_aspect_ratio or Composition.image_aspect_ratio,
         "image_start_end": bool(model_args.mm_use_im_start_end),
         "revision": model_args.revision,
         "seed": seed,

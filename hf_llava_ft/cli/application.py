@@ -1,7 +1,7 @@
 """What the commands share: the application, options, and how a result is told."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -35,6 +35,10 @@ ModelOption = Annotated[
     str, typer.Option("--model", help="Folder or Hub id: an adapter, a merged or an original model.")
 ]
 BaseOption = Annotated[str | None, typer.Option("--base", help="Base of an adapter, instead of the one it names.")]
+OutputDirOption = Annotated[Path, typer.Option("--output_dir", help="The new folder; must be empty or not there.")]
+DtypeOption = Annotated[
+    str, typer.Option("--dtype", help="dtype of the weights: auto (as saved), float32, bfloat16, float16.")
+]
 RevisionOption = Annotated[
     str | None, typer.Option("--revision", help="Branch, tag or commit of what is on the Hub; default: main.")
 ]
@@ -67,9 +71,12 @@ def print_note_on_code(folder: Path) -> None:
         typer.echo(note_on_code(folder), err=True)
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path: Path | None, content: dict[str, Any]) -> None:
+    """Writes the file that `--json` asks for, if it does."""
     import json
 
+    if path is None:
+        return
     try:
         path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:

@@ -99,8 +99,7 @@ def push(
             _print_dry_run(repo_id, content["files"], left_out, card)
         else:
             _print_uploaded(uploaded, "" if no_verify else checked)
-        if json_file is not None:
-            write_json(json_file, content | {"uploaded": None if uploaded is None else vars(uploaded)})
+        write_json(json_file, content | {"uploaded": None if uploaded is None else vars(uploaded)})
 
 
 def _holds_model(path: str) -> bool:

@@ -8,9 +8,11 @@ import typer
 from hf_llava_ft.cli.application import (
     AttentionOption,
     BaseOption,
+    DtypeOption,
     JsonOption,
     MaxNewTokensOption,
     ModelOption,
+    OutputDirOption,
     RevisionOption,
     TemperatureOption,
     app,
@@ -27,39 +29,34 @@ _FORMAT_HELP = (
 
 @app.command()
 def merge(
-    adapter: Annotated[str, typer.Option("--adapter", help="Adapter folder or Hub id.")],
-    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where the merged model is written.")],
+    adapter: Annotated[str, typer.Option("--adapter", help="Adapter: folder or Hub id.")],
+    output_dir: OutputDirOption,
     base: BaseOption = None,
     revision: RevisionOption = None,
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="dtype of the merged weights: auto (the base's), float32, ...")
-    ] = "auto",
+    dtype: DtypeOption = "auto",
     json_file: JsonOption = None,
 ) -> None:
     """Merge an adapter into its base, and check the result in a fresh process."""
     with exit_on_user_error():
         from hf_llava_ft.checkpoints.merge import merge_adapter
 
-        merged = merge_adapter(adapter, output_dir, base=base, revision=revision, dtype=dtype)
-        difference = merged.verification.logit_difference
-        typer.echo(f"Merged and verified: {merged.output_dir} (largest logit difference {difference:.1e}).", err=True)
-        print_note_on_code(output_dir)
-        if json_file is not None:
-            result = {"output_dir": str(output_dir), "verified": True, "loader": merged.verification.loader}
-            write_json(json_file, result | {"logit_difference": difference})
+        found = merge_adapter(adapter, output_dir, base=base, revision=revision, dtype=dtype).verification
+        _print_verified("Merged", output_dir, found.logit_difference)
+        result = {"output_dir": str(output_dir), "verified": True, "loader": found.loader}
+        write_json(json_file, result | {"logit_difference": found.logit_difference})
 
 
 @app.command()
 def convert(
     model: ModelOption,
-    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where the new folder is written.")],
+    output_dir: OutputDirOption,
     checkpoint_format: Annotated[str, typer.Option("--format", help=_FORMAT_HELP)],
     base: BaseOption = None,
     revision: RevisionOption = None,
     vision_tower: Annotated[
         str | None, typer.Option("--vision_tower", help="Name of the tower for the format llava.")
     ] = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="dtype of the weights: auto (kept), float32, ...")] = "auto",
+    dtype: DtypeOption = "auto",
     json_file: JsonOption = None,
 ) -> None:
     """Write a model, adapter or projector in the other format, and check it in a fresh process."""
@@ -68,31 +65,24 @@ def convert(
             raise UserError(f"--format {checkpoint_format} is unknown: use llava-hf or llava.")
         from hf_llava_ft.checkpoints.convert import convert as convert_checkpoint
 
+        form = cast(Any, checkpoint_format)
         done = convert_checkpoint(
-            model,
-            output_dir,
-            cast(Any, checkpoint_format),
-            base=base,
-            revision=revision,
-            vision_tower=vision_tower,
-            dtype=dtype,
+            model, output_dir, form, base=base, revision=revision, vision_tower=vision_tower, dtype=dtype
         )
-        difference = done.verification.logit_difference
-        typer.echo(f"Converted and verified: {done.output_dir} (largest logit difference {difference:.1e}).", err=True)
-        print_note_on_code(output_dir)
-        if json_file is not None:
-            result = {"output_dir": str(output_dir), "kind": done.kind, "verified": True}
-            write_json(json_file, result | {"loader": done.verification.loader, "logit_difference": difference})
+        found = done.verification
+        _print_verified("Converted", output_dir, found.logit_difference)
+        result = {"output_dir": str(output_dir), "kind": done.kind, "verified": True, "loader": found.loader}
+        write_json(json_file, result | {"logit_difference": found.logit_difference})
 
 
 @app.command()
 def export(
     model: ModelOption,
-    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where the folder is written.")],
+    output_dir: OutputDirOption,
     server: Annotated[str, typer.Option("--for", help="vllm, sglang, llama.cpp, ollama or endpoints.")],
     base: BaseOption = None,
     revision: RevisionOption = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="dtype of the weights: auto (kept), bfloat16, ...")] = "auto",
+    dtype: DtypeOption = "auto",
     keep_adapter: Annotated[
         bool, typer.Option("--keep_adapter", help="For vllm: a base, and a LoRA of the language model beside it.")
     ] = False,
@@ -102,25 +92,23 @@ def export(
     with exit_on_user_error():
         from hf_llava_ft.serving import export_for_serving
 
+        name = cast(Any, server)
         done = export_for_serving(
-            model,
-            output_dir,
-            cast(Any, server),
-            base=base,
-            revision=revision,
-            dtype=dtype,
-            keep_adapter=keep_adapter,
+            model, output_dir, name, base=base, revision=revision, dtype=dtype, keep_adapter=keep_adapter
         )
-        difference = done.logit_difference
-        typer.echo(f"Exported and verified: {done.output_dir} (largest logit difference {difference:.1e}).", err=True)
-        print_note_on_code(output_dir)
+        _print_verified("Exported", output_dir, done.logit_difference)
         for note in done.notes:
             typer.echo(f"Note: {note}", err=True)
         if done.commands:
             typer.echo("\n".join([f"cd {done.output_dir}", *done.commands]))
-        if json_file is not None:
-            result = {"output_dir": str(output_dir), "for": server, "verified": True, "logit_difference": difference}
-            write_json(json_file, result | {"commands": done.commands, "notes": done.notes})
+        result = {"output_dir": str(output_dir), "for": server, "verified": True}
+        result |= {"logit_difference": done.logit_difference, "commands": done.commands, "notes": done.notes}
+        write_json(json_file, result)
+
+
+def _print_verified(done: str, output_dir: Path, logit_difference: float) -> None:
+    typer.echo(f"{done} and verified: {output_dir} (largest logit difference {logit_difference:.1e}).", err=True)
+    print_note_on_code(output_dir)
 
 
 @app.command()
@@ -149,9 +137,8 @@ def verify(
         else:
             typer.echo(f"Not the same: {model}, loaded with {by}: {'; '.join(found.differences)}.", err=True)
         typer.echo(f"Asked what is in a test picture, it says: {found.answer!r}")
-        if json_file is not None:
-            result = {"ok": found.ok, "loader": found.loader, "differences": found.differences}
-            write_json(json_file, result | {"logit_difference": found.logit_difference, "answer": found.answer})
+        result = {"ok": found.ok, "loader": found.loader, "differences": found.differences}
+        write_json(json_file, result | {"logit_difference": found.logit_difference, "answer": found.answer})
         if not found.ok:
             raise typer.Exit(1)
 
@@ -174,10 +161,10 @@ def generate(
 
         images = [open_image(source) for source in image or []]
         parts = load_for_answering(model, base=base, revision=revision, attn_implementation=attn_implementation)
-        conversation = Conversation(*parts)
-        answer = _print_stream(conversation, prompt, images, max_new_tokens=max_new_tokens, temperature=temperature)
-        if json_file is not None:
-            write_json(json_file, {"prompt": prompt, "images": image or [], "answer": answer})
+        answer = _print_stream(
+            Conversation(*parts), prompt, images, max_new_tokens=max_new_tokens, temperature=temperature
+        )
+        write_json(json_file, {"prompt": prompt, "images": image or [], "answer": answer})
 
 
 @app.command()

@@ -5,8 +5,16 @@ from typing import Annotated
 
 import typer
 
-from hf_llava_ft.cli.application import JsonOption, app, print_note_on_code, writable_file, write_json
+from hf_llava_ft.cli.application import (
+    JsonOption,
+    OutputDirOption,
+    app,
+    print_note_on_code,
+    writable_file,
+    write_json,
+)
 from hf_llava_ft.errors import exit_on_user_error
+from hf_llava_ft.settings.composition import Composition
 
 
 @app.command()
@@ -26,35 +34,30 @@ def quickstart(
 
 @app.command()
 def compose(
+    context: typer.Context,
     vision: Annotated[str, typer.Option("--vision", help="CLIP or SigLIP model: folder or Hub id.")],
     language: Annotated[str, typer.Option("--language", help="Decoder language model: folder or Hub id.")],
-    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where the new LLaVA is written.")],
+    output_dir: OutputDirOption,
     revision: Annotated[str | None, typer.Option("--revision", help="Of the language model on the Hub.")] = None,
-    version: Annotated[str | None, typer.Option("--version", help="Chat template; default: the tokenizer's.")] = None,
+    version: Annotated[
+        str | None, typer.Option("--version", help="Chat template; default: the tokenizer's.")
+    ] = Composition.version,
     projector_type: Annotated[
-        str, typer.Option("--mm_projector_type", help="linear, mlp{N}x_gelu, identity.")
-    ] = "mlp2x_gelu",
+        str, typer.Option("--mm_projector_type", help="linear, mlp{N}x_gelu or identity.")
+    ] = Composition.projector_type,
     vision_feature_layer: Annotated[
-        int, typer.Option("--mm_vision_select_layer", help="Hidden state that is read.")
-    ] = -2,
-    image_aspect_ratio: Annotated[str, typer.Option("--image_aspect_ratio", help="square or pad.")] = "pad",
-    seed: Annotated[int, typer.Option("--seed", help="Governs the fresh projector.")] = 42,
+        int, typer.Option("--mm_vision_select_layer", help="The tower's hidden state that the projector reads.")
+    ] = Composition.vision_feature_layer,
+    image_aspect_ratio: Annotated[
+        str, typer.Option("--image_aspect_ratio", help="How a picture is made square: square or pad.")
+    ] = Composition.image_aspect_ratio,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the new projector.")] = Composition.seed,
 ) -> None:
     """Make a new LLaVA from a vision tower and a language model."""
     with exit_on_user_error():
         from hf_llava_ft.checkpoints.compose import compose_llava
 
-        folder = compose_llava(
-            vision,
-            language,
-            output_dir,
-            revision=revision,
-            version=version,
-            projector_type=projector_type,
-            vision_feature_layer=vision_feature_layer,
-            image_aspect_ratio=image_aspect_ratio,
-            seed=seed,
-        )
+        folder = compose_llava(**context.params)  # these options are its arguments, name by name
         typer.echo(f"The new LLaVA is at {folder}.", err=True)
         print_note_on_code(folder)
 
@@ -127,8 +130,7 @@ def check(
             preview=preview,
             report=report,
         )
-        if json_file is not None:
-            write_json(json_file, result.to_json())
+        write_json(json_file, result.to_json())
         if not result.trainable:
             raise typer.Exit(1)
 
