@@ -22,8 +22,8 @@ from hf_llava_ft.cli.application import (
 from hf_llava_ft.errors import UserError, exit_on_user_error
 
 _FORMAT_HELP = (
-    "llava: that of haotian-liu/LLaVA. llava-hf: transformers' own; a model that it cannot express is written with "
-    "its code, and others load it with trust_remote_code=True."
+    "llava: the format of haotian-liu/LLaVA. llava-hf: that of transformers; a model that it cannot express is "
+    "written with its code, and loads with trust_remote_code=True."
 )
 
 
@@ -54,7 +54,7 @@ def convert(
     base: BaseOption = None,
     revision: RevisionOption = None,
     vision_tower: Annotated[
-        str | None, typer.Option("--vision_tower", help="Name of the tower for the format llava.")
+        str | None, typer.Option("--vision_tower", help="Folder or Hub id of the tower that the format llava names.")
     ] = None,
     dtype: DtypeOption = "auto",
     json_file: JsonOption = None,
@@ -84,11 +84,11 @@ def export(
     revision: RevisionOption = None,
     dtype: DtypeOption = "auto",
     keep_adapter: Annotated[
-        bool, typer.Option("--keep_adapter", help="For vllm: a base, and a LoRA of the language model beside it.")
+        bool, typer.Option("--keep_adapter", help="For vllm: write the LoRA of the language model beside its base.")
     ] = False,
     json_file: JsonOption = None,
 ) -> None:
-    """Write the folder that a server needs, with an adapter merged, and check it; then say how to serve it."""
+    """Write and check the folder that a server needs, with an adapter merged, and print how to serve it."""
     with exit_on_user_error():
         from hf_llava_ft.serving import export_for_serving
 
@@ -118,9 +118,9 @@ def verify(
     revision: RevisionOption = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Load a model or an adapter as others would, in a fresh process, and compare it with what this package reads.
+    """Load a model or an adapter as others would, in a fresh process, and compare it with what this package loads.
 
-    Ends with 0 if both answer the same, 1 if not, 2 if it can't be loaded.
+    Exit code: 0 if both answer the same, 1 if not, 2 if it can't be loaded.
     """
     with exit_on_user_error():
         from hf_llava_ft.hub.verify_published import verify_for_others
@@ -147,7 +147,9 @@ def verify(
 def generate(
     model: ModelOption,
     prompt: Annotated[str, typer.Option("--prompt", help="The question.")],
-    image: Annotated[list[str] | None, typer.Option("--image", help="Path or URL; may be repeated.")] = None,
+    image: Annotated[
+        list[str] | None, typer.Option("--image", help="Path or URL of a picture; may be repeated.")
+    ] = None,
     base: BaseOption = None,
     revision: RevisionOption = None,
     max_new_tokens: MaxNewTokensOption = 256,
@@ -155,7 +157,7 @@ def generate(
     attn_implementation: AttentionOption = "sdpa",
     json_file: JsonOption = None,
 ) -> None:
-    """Answer one question about one or more pictures, streamed."""
+    """Answer one question about any number of pictures, as a stream."""
     with exit_on_user_error():
         from hf_llava_ft.answering.conversation import Conversation, load_for_answering, open_image
 
@@ -170,21 +172,23 @@ def generate(
 @app.command()
 def chat(
     model: ModelOption,
-    image: Annotated[list[str] | None, typer.Option("--image", help="Path or URL to begin with.")] = None,
+    image: Annotated[
+        list[str] | None, typer.Option("--image", help="Path or URL of a picture to begin with; may be repeated.")
+    ] = None,
     base: BaseOption = None,
     revision: RevisionOption = None,
     max_new_tokens: MaxNewTokensOption = 256,
     temperature: TemperatureOption = 0.0,
     attn_implementation: AttentionOption = "sdpa",
 ) -> None:
-    """Talk with a model about pictures. In the chat: /image PATH_OR_URL, /new, /quit."""
+    """Chat with a model about pictures. In the chat: /image PATH_OR_URL, /new, /quit."""
     with exit_on_user_error():
         from hf_llava_ft.answering.conversation import Conversation, load_for_answering, open_image
 
         pending = [open_image(source) for source in image or []]
         parts = load_for_answering(model, base=base, revision=revision, attn_implementation=attn_implementation)
         conversation = Conversation(*parts)
-        typer.echo("/image PATH_OR_URL adds a picture, /new begins anew, /quit ends.", err=True)
+        typer.echo("/image PATH_OR_URL adds a picture, /new starts over, /quit ends.", err=True)
         while True:
             try:
                 line = input("you: ").strip()
