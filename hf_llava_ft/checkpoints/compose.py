@@ -83,7 +83,7 @@ def _config_of(flag: str, name: str, revision: str | None = None) -> Any:
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{flag} {name} is no model that can be read, on this machine or on the Hub: {reason}"
+            f"{flag} {name} is not a model that can be loaded, from this machine or from the Hub: {reason}"
         ) from error
 
 
@@ -110,7 +110,7 @@ def compose_from_parts(
     if composition.version is None and not is_marked and "<|im_end|>" in processor.tokenizer.get_vocab():
         # Qwen3's own puts an empty <think> into the last answer and takes it out of the earlier ones.
         processor.use_chat_template("chatml")
-        logger.warning("The tokenizer's own chat template cannot be used for training: chatml stands for it.")
+        logger.warning("The tokenizer's own chat template cannot be used for training: chatml is used instead.")
     set_seed(composition.seed)
     grow_embeddings(language_model, max(len(processor.tokenizer), processor.image_token_id + 1))
     fill_rows(language_model, set(processor.tokenizer.get_vocab().values()) - words)

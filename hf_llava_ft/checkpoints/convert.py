@@ -100,8 +100,8 @@ def _write_native(model: Any, processor: LlavaProcessor, checkpoint: Checkpoint,
         return
     if not _is_llava(checkpoint.base, checkpoint.revision):
         raise UserError(
-            f"{checkpoint.path} was trained on the bare language model {checkpoint.base}, on which no adapter of the "
-            f"format llava-hf can stand: merge it with llava-ft merge, or name a LLaVA made of it with --base."
+            f"{checkpoint.path} was trained on the bare language model {checkpoint.base}, for which the format "
+            f"llava-hf has no adapters: merge it with llava-ft merge, or name a LLaVA made of it with --base."
         )
     model.peft_config["default"].base_model_name_or_path = checkpoint.base
     model.peft_config["default"].revision = checkpoint.revision

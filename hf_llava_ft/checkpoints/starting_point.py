@@ -157,7 +157,7 @@ def _compose(model_args: ModelArguments, projector: dict[str, torch.Tensor] | No
         path = folder / _FINGERPRINT
         if path.is_file() and path.read_text(encoding="utf-8") == fingerprint:
             return  # of the run that is resumed, or of another process
-        raise UserError(f"{folder} holds a LLaVA of other parts: remove it, or choose another --output_dir.")
+        raise UserError(f"{folder} holds a LLaVA made of other parts: remove it, or choose another --output_dir.")
     try:
         with staged_folder(folder) as staged:
             compose_llava(*parts, staged / "model", projector=projector, **settings)
@@ -168,7 +168,7 @@ def _compose(model_args: ModelArguments, projector: dict[str, torch.Tensor] | No
     except UserError:
         raise
     except (OSError, ValueError) as error:
-        raise UserError(f"{' and '.join(parts)} make no LLaVA: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{' and '.join(parts)} cannot be made into a LLaVA: {str(error).splitlines()[0]}") from error
 
 
 def read_projector_of(path: str) -> dict[str, torch.Tensor]:
@@ -194,7 +194,7 @@ def read_projector_of(path: str) -> dict[str, torch.Tensor]:
     if not found:
         raise UserError(
             f"--pretrain_mm_mlp_adapter {path}: there is no projector; give the original's {PROJECTOR_FILE}, or the "
-            f"folder that stage 1 left."
+            f"folder that stage 1 wrote."
         )
     if other := sorted(set(weights) - set(found)):
         raise UserError(
@@ -210,7 +210,7 @@ def _projector_in(file: Path) -> dict[str, torch.Tensor]:
             names = {name: name_in_memory(name) for name in tensors.keys()}
             return {ours: tensors.get_tensor(name) for name, ours in names.items() if f".{PROJECTOR}." in ours}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} is no readable file of weights: {error}.") from error
+        raise UserError(f"{file} is not a readable weights file: {error}.") from error
 
 
 def _check_agreement(model_args: ModelArguments, config: LlavaConfig) -> None:
@@ -256,7 +256,7 @@ def _pinpoints(text: str) -> list[list[int]]:
         return [[height, width] for width, height in json.loads(text.replace("(", "[").replace(")", "]"))]
     except (ValueError, TypeError) as error:
         raise UserError(
-            f"--image_grid_pinpoints {text} is no list of sizes such as [(336, 672), (672, 336)]."
+            f"--image_grid_pinpoints {text} is not a list of sizes such as [(336, 672), (672, 336)]."
         ) from error
 
 

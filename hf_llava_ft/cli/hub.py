@@ -116,8 +116,8 @@ def _holds_model(path: str) -> bool:
     checkpoints = sorted(Path(path).glob("checkpoint-*"), key=lambda folder: folder.stat().st_mtime)
     if checkpoints:
         raise UserError(
-            f"{path} is a training run without a model, because it has not ended: push {checkpoints[-1]}, or go on "
-            f"training."
+            f"{path} is a training run without a model, because it has not finished: push "
+            f"{checkpoints[-1]}, or continue training."
         )
     return False
 
@@ -127,7 +127,7 @@ def _print_dry_run(repo_id: str, files: dict[str, int], left_out: list[str], car
     for name, size in files.items():
         typer.echo(f"  {size:>14,}  {name}")
     if left_out:
-        typer.echo(f"These stay here: {', '.join(left_out)}")
+        typer.echo(f"Not uploaded: {', '.join(left_out)}")
     typer.echo(f"\n{card}")
 
 
@@ -137,8 +137,8 @@ def _print_uploaded(uploaded: "Uploaded", checked: str) -> None:
     else:
         typer.echo(f"Nothing has changed: {uploaded.url} holds all of it (commit {uploaded.commit}).", err=True)
     if uploaded.deleted:
-        typer.echo(f"Files of the version before are deleted: {', '.join(uploaded.deleted)}.", err=True)
+        typer.echo(f"Files of the previous version are deleted: {', '.join(uploaded.deleted)}.", err=True)
     if checked:
         typer.echo(f"Verified: {checked}.", err=True)
     else:
-        typer.echo("Not verified: nobody has tried whether it loads for others, and answers as it did here.", err=True)
+        typer.echo("Not verified: whether it loads for others and gives the same answers was not tried.", err=True)

@@ -91,7 +91,7 @@ def export_for_serving(
             verification = draft.verify("the exported model is not the same", model_dtype, part=part, base=on)
             difference = verification.logit_difference
         if server == "ollama" and not write_modelfile(staged, processor):
-            notes.append("The prompt can't be said in Ollama's words: write TEMPLATE into the Modelfile yourself.")
+            notes.append("Ollama's templates can't express the prompt: write TEMPLATE into the Modelfile yourself.")
         notes += differences(config, processor, server)
         lines = commands(server, config, processor.image_processor, rank)
         write_guide(staged, f"This folder is for {server}", lines, notes)

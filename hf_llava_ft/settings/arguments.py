@@ -126,7 +126,7 @@ class DataArguments:
         if self.eval_data_path is not None:
             raise ValueError("eval_split and eval_data_path both say which rows are evaluated: leave one out.")
         if not 0 < self.eval_split < 1:
-            raise ValueError(f"eval_split {self.eval_split:g} is no share of the rows: give one like 0.05.")
+            raise ValueError(f"eval_split {self.eval_split:g} is not a share of the rows: give one like 0.05.")
         if self.streaming:
             raise ValueError("eval_split needs all rows before training, and streaming has none: use eval_data_path.")
 

@@ -209,7 +209,7 @@ def test_the_command(folder):
     for options, says in (
         ([], "error: nowhere to write to"),
         (["--output_dir", str(folder / "out")], "is not empty"),
-        (["--repo_id", "no name"], "error: --repo_id no name is no name of a repository: write user/name"),
+        (["--repo_id", "no name"], "error: --repo_id no name is not a repository name: write user/name"),
         (["--repo_id", "user/name"], "error: HF_HUB_OFFLINE is set, and pushing needs the Hub"),
     ):
         refused = CliRunner().invoke(app, [*map(str, arguments), *options])
