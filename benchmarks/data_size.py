@@ -1,4 +1,4 @@
-"""What a data set costs before the first step, from 1,000 rows to the 665,298 of mix665k, beside the original's way.
+"""What a dataset costs before the first step, from 1,000 rows to the 665,298 of mix665k, beside the original's way.
 
     python benchmarks/data_size.py --output_dir /tmp/size [--rows 1000 10000 100000 665298 --token_rows 100000]
 

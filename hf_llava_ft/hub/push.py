@@ -1,4 +1,4 @@
-"""`llava-ft push`: an adapter, a model, a projector or a data set, so that it works for the next person.
+"""`llava-ft push`: an adapter, a model, a projector or a dataset, so that it works for the next person.
 
 Staged, loaded in a fresh process, uploaded in one commit, downloaded again and loaded once more.
 """

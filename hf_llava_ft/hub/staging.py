@@ -118,7 +118,7 @@ def replaced_by(kind: Kind | None, name: str) -> bool:
     name: an old shard beside new ones breaks loading.
 
     Args:
-        kind (`Kind`, *optional*): of the artefact; `None` is a data set.
+        kind (`Kind`, *optional*): of the artefact; `None` is a dataset.
     """
     if kind is None:
         return any(_matches(name, pattern) for pattern in _DATASET)

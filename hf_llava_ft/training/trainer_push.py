@@ -78,7 +78,7 @@ class PushingTrainer(Trainer):
 
         Args:
             tags (`str` or `list[str]`, *optional*): to add to ours.
-            dataset_tags (`str` or `list[str]`, *optional*): Hub ids of data sets.
+            dataset_tags (`str` or `list[str]`, *optional*): Hub ids of datasets.
         """
         if not self.is_world_process_zero():
             return
