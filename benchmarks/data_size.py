@@ -1,4 +1,4 @@
-"""What a data set costs before the first step, from 1,000 rows to the 665,298 of mix665k, beside the original's way.
+"""What a dataset costs before the first step, from 1,000 rows to the 665,298 of mix665k, beside the original's way.
 
     python benchmarks/data_size.py --output_dir /tmp/size [--rows 1000 10000 100000 665298 --token_rows 100000]
 
@@ -180,9 +180,9 @@ def print_table(results: list[dict]) -> None:
             *(f"{cell[f'{name}_seconds']:.2f} ({cell[f'{name}_cpu_seconds']:.2f})" if cell else "-" for cell in cells),
         )
     for title, part, name in [
-        ("memory, opening first: peak", "first", "peak_mb"),
-        ("memory, opened and read: peak", "again", "peak_mb"),
-        ("  and pages of mapped files", "again", "mapped_mb"),
+        ("memory, loading first: peak", "first", "peak_mb"),
+        ("memory, loaded and read: peak", "again", "peak_mb"),
+        ("  and pages of memory-mapped files", "again", "mapped_mb"),
         ("memory, the original's list: peak", "original", "peak_mb"),
     ]:
         table.add_row(title, *(f"{result[part][name]:.0f} MB" for result in results))
@@ -215,8 +215,8 @@ def plot(results: list[dict], path: Path) -> None:
     rows = [result["rows"] for result in results]
     for title, part, style in [
         ("original: the list", "original", "s--C3"),
-        ("ours, opening first", "first", "o-C0"),
-        ("ours, opened and read", "again", "o-C2"),
+        ("ours, loading first", "first", "o-C0"),
+        ("ours, loaded and read", "again", "o-C2"),
     ]:
         memory_axes.plot(rows, [result[part]["peak_mb"] for result in results], style, label=title)
     memory_axes.set(xscale="log", yscale="log", xlabel="rows", ylabel="MB at the peak", title="Memory of the process")

@@ -1,4 +1,4 @@
-"""A Hub on this computer, for as much of its API as pushing and loading models and data sets needs.
+"""A Hub on this computer, for as much of its API as pushing and loading models and datasets needs.
 
     with LoopbackHub() as hub:
         hub.upload("models/org/base", folder)

@@ -57,7 +57,7 @@ class WithoutRows(Container):
 
 @dataclass
 class _Part:
-    """One source's data set, and for each of its rows the number in the file, `int64[N]`."""
+    """One source's dataset, and for each of its rows the number in the file, `int64[N]`."""
 
     source: Source
     dataset: datasets.Dataset
@@ -170,7 +170,7 @@ def sound_rows(
         on_bad_row (`"raise"` or `"skip"`): what a row does that can't be read, or whose image can't be decoded.
 
     Raises:
-        `UserError`: under `raise`, at the first such row; under both, if a file is no data set.
+        `UserError`: under `raise`, at the first such row; under both, if a file is no dataset.
     """
     sources = open_source(
         data_path, image_folder, allow_outside=allow_outside, allow_urls=allow_urls, cache_dir=cache_dir

@@ -1,4 +1,4 @@
-"""`llava-ft check`: a whole data set looked at before a step is trained.
+"""`llava-ft check`: a whole dataset looked at before a step is trained.
 
 The rows are read once, by processes of their own, then every distinct image is decoded once, in parallel too. What is
 kept of a sound row is some forty bytes, and of an image file its path. A set with images that can't be decoded is

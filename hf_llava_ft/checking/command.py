@@ -36,7 +36,7 @@ def run_check(
     console: Console | None = None,
 ) -> CheckResult:
     """
-    Check a data set, print what was found, and write the report.
+    Check a dataset, print what was found, and write the report.
 
     Args:
         data_path, image_folder, allow_outside, allow_urls: see `open_source`.

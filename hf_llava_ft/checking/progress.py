@@ -1,4 +1,4 @@
-"""The bars one watches while a data set is checked."""
+"""The bars one watches while a dataset is checked."""
 
 import json
 import os

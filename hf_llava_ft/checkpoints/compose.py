@@ -18,6 +18,7 @@ from hf_llava_ft.modeling.configuration_llava import LlavaConfig
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
+from hf_llava_ft.settings.composition import Composition
 
 logger = logging.getLogger(__name__)
 
@@ -29,16 +30,10 @@ def compose_llava(
     language: str,
     output_dir: str | Path,
     *,
-    version: str | None = None,
-    projector_type: str = "mlp2x_gelu",
-    vision_feature_layer: int = -2,
-    vision_feature_select_strategy: str | None = None,
-    image_aspect_ratio: str = "pad",
-    image_start_end: bool = False,
     projector: dict[str, torch.Tensor] | None = None,
     revision: str | None = None,
     dtype: str = "auto",
-    seed: int = 42,
+    **composition: Any,
 ) -> Path:
     """
     Writes a LLaVA made of the tower at `vision`, the language model at `language` and a projector, fresh or given.
@@ -46,23 +41,19 @@ def compose_llava(
     Args:
         vision (`str`): folder or Hub id of a CLIP or SigLIP model.
         language (`str`): folder or Hub id of a decoder language model.
-        version (`str`, *optional*): chat template; by default the tokenizer's own with its answers marked, or what
-            suits it. Where ChatML is known and an own one rewrites earlier answers, as Qwen3's, `chatml`.
-        projector_type (`str`): see `LlavaConfig`.
-        vision_feature_layer (`int`): the tower's hidden state that the projector reads.
-        vision_feature_select_strategy (`"default"` or `"full"`, *optional*): without the tower's class token or with
-            it; by default without, where it has one.
-        image_start_end (`bool`): put `<im_start>` and `<im_end>` around each image.
         projector (`dict[str, torch.Tensor]`, *optional*): its weights, by their names in memory.
         revision (`str`, *optional*): of the language model.
-        seed (`int`): governs the fresh projector and the new embedding rows.
+        dtype (`str`): of the weights; `auto` is that of each part.
+        composition: the fields of [`Composition`].
 
     Returns:
         `output_dir`.
 
     Raises:
         UserError: if there is no model at `vision` or `language`, or one of another kind.
+        TypeError: if `Composition` has no such field.
     """
+    settings = Composition(**composition)
     tower_config = _config_of("--vision", vision)
     if hasattr(_config_of("--language", language, revision), "vision_config"):
         raise UserError(f"--language {language} sees pictures already: give a language model that takes text alone.")
@@ -77,14 +68,8 @@ def compose_llava(
         tower,
         language_model,
         load_tokenizer(language, revision=revision),
-        version=version,
-        projector_type=projector_type,
-        vision_feature_layer=vision_feature_layer,
-        vision_feature_select_strategy=vision_feature_select_strategy,
-        image_aspect_ratio=image_aspect_ratio,
-        image_start_end=image_start_end,
+        settings,
         tower_name=vision,
-        seed=seed,
     )
     if projector is not None:
         load_projector(model, projector)
@@ -98,7 +83,7 @@ def _config_of(flag: str, name: str, revision: str | None = None) -> Any:
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{flag} {name} is no model that can be read, on this machine or on the Hub: {reason}"
+            f"{flag} {name} is not a model that can be loaded, from this machine or from the Hub: {reason}"
         ) from error
 
 
@@ -106,15 +91,8 @@ def compose_from_parts(
     tower: PreTrainedModel,
     language_model: PreTrainedModel,
     tokenizer,
-    *,
-    version: str | None = None,
-    projector_type: str = "mlp2x_gelu",
-    vision_feature_layer: int = -2,
-    vision_feature_select_strategy: str | None = None,
-    image_aspect_ratio: str = "pad",
-    image_start_end: bool = False,
+    composition: Composition,
     tower_name: str | None = None,
-    seed: int = 42,
 ) -> tuple[LlavaForCausalLM, LlavaProcessor]:
     """As [`compose_llava`], from loaded parts, whose weights are taken over without a copy; the tower in the language
     model's dtype, since a folder of two is loaded in that of its first weight."""
@@ -122,18 +100,18 @@ def compose_from_parts(
     processor = LlavaProcessor.build(
         tokenizer,
         tower.config,
-        version=version,
-        image_aspect_ratio=image_aspect_ratio,
-        vision_feature_select_strategy=vision_feature_select_strategy,
+        version=composition.version,
+        image_aspect_ratio=composition.image_aspect_ratio,
+        vision_feature_select_strategy=composition.vision_feature_select_strategy,
         tower_name=tower_name,
-        image_start_end=image_start_end,
+        image_start_end=composition.image_start_end,
     )
     is_marked = "endgeneration" in str(processor.chat_template)
-    if version is None and not is_marked and "<|im_end|>" in processor.tokenizer.get_vocab():
+    if composition.version is None and not is_marked and "<|im_end|>" in processor.tokenizer.get_vocab():
         # Qwen3's own puts an empty <think> into the last answer and takes it out of the earlier ones.
         processor.use_chat_template("chatml")
-        logger.warning("The tokenizer's own chat template cannot be used for training: chatml stands for it.")
-    set_seed(seed)
+        logger.warning("The tokenizer's own chat template cannot be used for training: chatml is used instead.")
+    set_seed(composition.seed)
     grow_embeddings(language_model, max(len(processor.tokenizer), processor.image_token_id + 1))
     fill_rows(language_model, set(processor.tokenizer.get_vocab().values()) - words)
     tower.to(language_model.dtype)  # type: ignore[arg-type]
@@ -145,10 +123,10 @@ def compose_from_parts(
     config = LlavaConfig(
         vision_config=vision_config,
         text_config=text_config,
-        projector_type=projector_type,
-        vision_feature_layer=vision_feature_layer,
+        projector_type=composition.projector_type,
+        vision_feature_layer=composition.vision_feature_layer,
         vision_feature_select_strategy=processor.vision_feature_select_strategy,
-        image_aspect_ratio=cast(Any, image_aspect_ratio),  # checked by the configuration itself
+        image_aspect_ratio=cast(Any, composition.image_aspect_ratio),  # checked by the configuration itself
         image_token_index=processor.image_token_id,
         image_seq_length=processor.num_image_tokens,
         tie_word_embeddings=text_config.tie_word_embeddings,

@@ -9,20 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_llava_ft.checkpoints.artifact import staged_folder
 from hf_llava_ft.checkpoints.files import find_file
-from hf_llava_ft.checkpoints.opening import (
-    Checkpoint,
-    fit_to_processor,
-    inspect_checkpoint,
-    load_config,
-    load_model,
-    load_processor,
-)
+from hf_llava_ft.checkpoints.opening import Checkpoint, fit_to_processor, inspect_checkpoint, load_config
 from hf_llava_ft.checkpoints.original_folders import write_original_lora, write_projector
-from hf_llava_ft.checkpoints.training_facts import training_facts
-from hf_llava_ft.checkpoints.verify import Probe, Verification, reference_outputs, verify
+from hf_llava_ft.checkpoints.rewriting import rewriting, save_for_others
+from hf_llava_ft.checkpoints.verify import Probe, Verification
 from hf_llava_ft.errors import UserError
+from hf_llava_ft.processing.processing_llava import LlavaProcessor
 
 Format = Literal["llava-hf", "llava"]
 # What the original's loader reads besides config.json and the weights.
@@ -78,49 +71,42 @@ def convert(
             nothing stays at `output_dir`.
     """
     checkpoint = inspect_checkpoint(model, revision, base)
-    facts = training_facts(model, revision)
-    probe = probe or Probe()
-    with staged_folder(output_dir) as staged:
-        processor = load_processor(model, revision, base=base)
-        loaded: Any = load_model(model, base=base, revision=revision, dtype=dtype)
+    with rewriting(checkpoint, output_dir, revision=revision, dtype=dtype, probe=probe, fits_processor=False) as draft:
+        loaded, processor = draft.model, draft.processor
         whole = loaded.get_base_model() if checkpoint.is_adapter else loaded
         if vision_tower is not None:
             whole.config.vision_tower_name = vision_tower
         try:
             if checkpoint_format == "llava-hf":
                 fit_to_processor(whole, processor)
-                _write_native(loaded, checkpoint, staged)
-                processor.save_pretrained(staged)
+                _write_native(loaded, processor, checkpoint, draft.folder)
             else:
                 if not processor.depends_on_image_size:
                     whole.config.image_aspect_ratio = "pad" if processor.image_processor.do_pad else "square"
-                _write_original(loaded, checkpoint, staged)
-                _copy_tokenizer(checkpoint, staged)
-                (staged / "chat_template.jinja").write_text(str(processor.chat_template), encoding="utf-8")
+                _write_original(loaded, checkpoint, draft.folder)
+                _copy_tokenizer(checkpoint, draft.folder)
+                (draft.folder / "chat_template.jinja").write_text(str(processor.chat_template), encoding="utf-8")
                 fit_to_processor(whole, processor)  # after writing: the original has no row for an image
         except ValueError as error:
             raise UserError(f"{model} cannot be written as {checkpoint_format}: {error}") from error
-        if facts is not None:
-            facts.save(staged)
-        reference = reference_outputs(loaded, processor, probe)
-        verification = verify(staged, reference, processor, probe, dtype=whole.dtype, base=checkpoint.base)
-        if not verification.ok:
-            raise UserError(f"the converted model is not the same: {'; '.join(verification.differences)}.")
+        draft.ask()
+        verification = draft.verify("the converted model is not the same", whole.dtype, base=checkpoint.base)
     return Converted(Path(output_dir), checkpoint.kind, verification)
 
 
-def _write_native(model: Any, checkpoint: Checkpoint, folder: Path) -> None:
+def _write_native(model: Any, processor: LlavaProcessor, checkpoint: Checkpoint, folder: Path) -> None:
     if not checkpoint.is_adapter:
-        model.save_pretrained(folder, checkpoint_format="llava-hf" if model.config.is_native else "nested")
+        save_for_others(model, processor, folder)
         return
     if not _is_llava(checkpoint.base, checkpoint.revision):
         raise UserError(
-            f"{checkpoint.path} was trained on the bare language model {checkpoint.base}, on which no adapter of the "
-            f"format llava-hf can stand: merge it with llava-ft merge, or name a LLaVA made of it with --base."
+            f"{checkpoint.path} was trained on the bare language model {checkpoint.base}, for which the format "
+            f"llava-hf has no adapters: merge it with llava-ft merge, or name a LLaVA made of it with --base."
         )
     model.peft_config["default"].base_model_name_or_path = checkpoint.base
     model.peft_config["default"].revision = checkpoint.revision
     model.save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
 def _is_llava(path: str, revision: str | None) -> bool:

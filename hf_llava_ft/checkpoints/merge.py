@@ -2,12 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from hf_llava_ft.checkpoints.artifact import staged_folder
-from hf_llava_ft.checkpoints.opening import inspect_checkpoint, load_model, load_processor
-from hf_llava_ft.checkpoints.training_facts import training_facts
-from hf_llava_ft.checkpoints.verify import Probe, Verification, reference_outputs, verify
+from hf_llava_ft.checkpoints.opening import inspect_checkpoint
+from hf_llava_ft.checkpoints.rewriting import rewriting, save_for_others
+from hf_llava_ft.checkpoints.verify import Probe, Verification
 from hf_llava_ft.errors import UserError
 
 
@@ -42,28 +40,16 @@ def merge_adapter(
 
     Raises:
         UserError: if there is no adapter, `output_dir` is not empty or not writable, or the merged folder answers
-        otherwise; then
-            nothing stays at `output_dir`.
+            otherwise; then nothing stays at `output_dir`.
     """
     adapter = str(adapter)
-    if not inspect_checkpoint(adapter, revision, base).is_adapter:
+    checkpoint = inspect_checkpoint(adapter, revision, base)
+    if not checkpoint.is_adapter:
         raise UserError(f"{adapter} is a whole model, not an adapter: there is nothing to merge.")
-    facts = training_facts(adapter, revision)
-    probe = probe or Probe()
-    with staged_folder(output_dir) as staged:
-        processor = load_processor(adapter, revision, base=base)
-        model: Any = load_model(adapter, processor, base=base, revision=revision, dtype=dtype)
-        reference = reference_outputs(model, processor, probe)
-        merged = model.merge_and_unload()
+    with rewriting(checkpoint, output_dir, revision=revision, dtype=dtype, probe=probe) as draft:
+        draft.ask()
+        merged = draft.model.merge_and_unload()
         merged.config.use_cache = merged.config.text_config.use_cache = True
-        # Not the original's format, even where the base came in it: a merged model is for others to load.
-        merged.save_pretrained(staged, checkpoint_format="llava-hf" if merged.config.is_native else "nested")
-        processor.save_pretrained(staged)
-        if facts is not None:
-            facts.save(staged)
-        verification = verify(staged, reference, processor, probe, dtype=merged.dtype)
-        if not verification.ok:
-            raise UserError(
-                f"the merged model is not the same as base and adapter: {'; '.join(verification.differences)}."
-            )
+        save_for_others(merged, draft.processor, draft.folder)
+        verification = draft.verify("the merged model is not the same as base and adapter", merged.dtype)
     return Merged(Path(output_dir), verification)

@@ -44,7 +44,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             raise ValueError("it holds something else than tensors")
     except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError, UnpicklingError) as error:
         reason = "it holds code" if "Unsupported global" in str(error) else str(error).splitlines()[0][:100]
-        raise UserError(f"{path} is no readable file of weights: {reason}.") from error
+        raise UserError(f"{path} is not a readable weights file: {reason}.") from error
     # The original's DeepSpeed runs leave the prefix of PEFT, or only its first half, before the model's own names.
     bare = {name.removeprefix(_PEFT_PREFIX).removeprefix("base_model."): value for name, value in tensors.items()}
     return {name_in_memory(name): value for name, value in bare.items()}

@@ -29,6 +29,7 @@ from hf_llava_ft.modeling.configuration_llava import LlavaConfig
 from hf_llava_ft.modeling.part_names_llava import PROJECTOR
 from hf_llava_ft.modeling.weight_names_llava import name_in_memory
 from hf_llava_ft.settings.arguments import LlavaTrainingArguments, ModelArguments, TuningArguments
+from hf_llava_ft.settings.composition import Composition
 
 COMPOSED = "composed"
 _FINGERPRINT = "composed_from.sha256"
@@ -138,10 +139,10 @@ def _compose(model_args: ModelArguments, projector: dict[str, torch.Tensor] | No
     layer = model_args.mm_vision_select_layer
     settings: dict[str, Any] = {
         "version": model_args.version,
-        "projector_type": model_args.mm_projector_type or "mlp2x_gelu",
-        "vision_feature_layer": -2 if layer is None else layer,
+        "projector_type": model_args.mm_projector_type or Composition.projector_type,
+        "vision_feature_layer": Composition.vision_feature_layer if layer is None else layer,
         "vision_feature_select_strategy": None,
-        "image_aspect_ratio": model_args.image_aspect_ratio or "pad",
+        "image_aspect_ratio": model_args.image_aspect_ratio or Composition.image_aspect_ratio,
         "image_start_end": bool(model_args.mm_use_im_start_end),
         "revision": model_args.revision,
         "seed": seed,
@@ -156,7 +157,7 @@ def _compose(model_args: ModelArguments, projector: dict[str, torch.Tensor] | No
         path = folder / _FINGERPRINT
         if path.is_file() and path.read_text(encoding="utf-8") == fingerprint:
             return  # of the run that is resumed, or of another process
-        raise UserError(f"{folder} holds a LLaVA of other parts: remove it, or choose another --output_dir.")
+        raise UserError(f"{folder} holds a LLaVA made of other parts: remove it, or choose another --output_dir.")
     try:
         with staged_folder(folder) as staged:
             compose_llava(*parts, staged / "model", projector=projector, **settings)
@@ -167,7 +168,7 @@ def _compose(model_args: ModelArguments, projector: dict[str, torch.Tensor] | No
     except UserError:
         raise
     except (OSError, ValueError) as error:
-        raise UserError(f"{' and '.join(parts)} make no LLaVA: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{' and '.join(parts)} cannot be made into a LLaVA: {str(error).splitlines()[0]}") from error
 
 
 def read_projector_of(path: str) -> dict[str, torch.Tensor]:
@@ -193,7 +194,7 @@ def read_projector_of(path: str) -> dict[str, torch.Tensor]:
     if not found:
         raise UserError(
             f"--pretrain_mm_mlp_adapter {path}: there is no projector; give the original's {PROJECTOR_FILE}, or the "
-            f"folder that stage 1 left."
+            f"folder that stage 1 wrote."
         )
     if other := sorted(set(weights) - set(found)):
         raise UserError(
@@ -209,7 +210,7 @@ def _projector_in(file: Path) -> dict[str, torch.Tensor]:
             names = {name: name_in_memory(name) for name in tensors.keys()}
             return {ours: tensors.get_tensor(name) for name, ours in names.items() if f".{PROJECTOR}." in ours}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} is no readable file of weights: {error}.") from error
+        raise UserError(f"{file} is not a readable weights file: {error}.") from error
 
 
 def _check_agreement(model_args: ModelArguments, config: LlavaConfig) -> None:
@@ -255,7 +256,7 @@ def _pinpoints(text: str) -> list[list[int]]:
         return [[height, width] for width, height in json.loads(text.replace("(", "[").replace(")", "]"))]
     except (ValueError, TypeError) as error:
         raise UserError(
-            f"--image_grid_pinpoints {text} is no list of sizes such as [(336, 672), (672, 336)]."
+            f"--image_grid_pinpoints {text} is not a list of sizes such as [(336, 672), (672, 336)]."
         ) from error
 
 

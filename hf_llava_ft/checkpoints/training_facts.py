@@ -56,7 +56,7 @@ class TrainingFacts:
         evaluated (`list[list]`): step and loss.
         data (`dict`): `rows`, `rows_with_images`, `images`, `rows_evaluated`, `rows_left_out`, `rows_cut` and
             `fingerprint`.
-        sources (`list[dict]`): of each data set `name` without folders, `on_hub`, `format`, `weight`, `fingerprint`.
+        sources (`list[dict]`): of each dataset `name` without folders, `on_hub`, `format`, `weight`, `fingerprint`.
         versions (`dict[str, str]`): of the packages.
     """
 

@@ -1,7 +1,7 @@
 """What the commands share: the application, options, and how a result is told."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,19 +28,23 @@ def options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None:
-    """Fine-tune LLaVA on your images and conversations, and know that it worked."""
+    """Fine-tune LLaVA on your images and conversations, and verify the result."""
 
 
-ModelOption = Annotated[
-    str, typer.Option("--model", help="Folder or Hub id: an adapter, a merged or an original model.")
+ModelOption = Annotated[str, typer.Option("--model", help="Folder or Hub id: a model or an adapter, of any format.")]
+BaseOption = Annotated[str | None, typer.Option("--base", help="Base of an adapter, if not the one it names.")]
+OutputDirOption = Annotated[
+    Path, typer.Option("--output_dir", help="Where the result is written: a new or empty folder.")
 ]
-BaseOption = Annotated[str | None, typer.Option("--base", help="Base of an adapter, instead of the one it names.")]
+DtypeOption = Annotated[
+    str, typer.Option("--dtype", help="dtype of the weights: auto (as saved), float32, bfloat16, float16.")
+]
 RevisionOption = Annotated[
-    str | None, typer.Option("--revision", help="Branch, tag or commit of what is on the Hub; default: main.")
+    str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub; default: main.")
 ]
 AttentionOption = Annotated[str, typer.Option("--attn_implementation", help="sdpa, eager, flash_attention_2, ...")]
-MaxNewTokensOption = Annotated[int, typer.Option("--max_new_tokens", min=1, help="Longest answer in tokens.")]
-TemperatureOption = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]
+MaxNewTokensOption = Annotated[int, typer.Option("--max_new_tokens", min=1, help="Most tokens of an answer.")]
+TemperatureOption = Annotated[float, typer.Option("--temperature", min=0.0, help="Sampling temperature; 0: greedy.")]
 
 
 def writable_file(path: Path | None) -> Path | None:
@@ -67,9 +71,12 @@ def print_note_on_code(folder: Path) -> None:
         typer.echo(note_on_code(folder), err=True)
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path: Path | None, content: dict[str, Any]) -> None:
+    """Writes the file that `--json` asks for, if it does."""
     import json
 
+    if path is None:
+        return
     try:
         path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:

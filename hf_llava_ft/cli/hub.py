@@ -11,38 +11,45 @@ from hf_llava_ft.errors import UserError, exit_on_user_error
 if TYPE_CHECKING:
     from hf_llava_ft.hub.upload import Uploaded
 
-_BASE_HELP = "Hub id of the base of an adapter or projector, if it was trained on a folder."
+_BASE_HELP = "Hub id of the base of an adapter or projector that was trained on a local folder."
 
 
 @app.command()
 def push(
     path: Annotated[
         str,
-        typer.Argument(metavar="PATH", help="Folder of an adapter, a model or a projector; or data of any format."),
+        typer.Argument(metavar="PATH", help="Folder of an adapter, a model or a projector; or data in any format."),
     ],
-    repo_id: Annotated[str, typer.Option("--repo_id", help="user/name; made if it is not there.")],
-    private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
-    revision: Annotated[str | None, typer.Option("--revision", help="Branch; made from main if not there.")] = None,
-    create_pr: Annotated[bool, typer.Option("--create_pr", help="Offer it as a pull request.")] = False,
+    repo_id: Annotated[str, typer.Option("--repo_id", help="user/name; created if it does not exist.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="Branch; created from main if it does not exist.")
+    ] = None,
+    create_pr: Annotated[bool, typer.Option("--create_pr", help="Open a pull request.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry_run", help="List what would go, and the card; upload nothing.")
+        bool, typer.Option("--dry_run", help="List what would be uploaded, print the card, and upload nothing.")
     ] = False,
     no_verify: Annotated[
-        bool, typer.Option("--no_verify", help="Don't load it, neither before the upload nor after.")
+        bool, typer.Option("--no_verify", help="Skip verification, before the upload and after.")
     ] = False,
     keep_card: Annotated[
-        bool, typer.Option("--keep_card", help="Leave README.md on the Hub as it is; without it, it is written anew.")
+        bool, typer.Option("--keep_card", help="Leave README.md on the Hub as it is, instead of writing it anew.")
     ] = False,
-    commit_message: Annotated[str | None, typer.Option("--commit_message", help="Of the one commit.")] = None,
-    license: Annotated[str | None, typer.Option("--license", help="As on the Hub; default: the base's.")] = None,
-    language: Annotated[list[str] | None, typer.Option("--language", help="en, de, ...; may be repeated.")] = None,
+    commit_message: Annotated[str | None, typer.Option("--commit_message", help="Message of the commit.")] = None,
+    license: Annotated[
+        str | None, typer.Option("--license", help="License, as the Hub names it; default: that of the base.")
+    ] = None,
+    language: Annotated[
+        list[str] | None, typer.Option("--language", help="Language, en, de, ...; may be repeated.")
+    ] = None,
     run: Annotated[Path | None, typer.Option("--run", help="Folder of the training run, for the card.")] = None,
     base: Annotated[str | None, typer.Option("--base", help=_BASE_HELP)] = None,
     samples: Annotated[
-        int, typer.Option("--samples", min=0, help="So many pictures of --eval_prompts go on the card. They are data.")
+        int,
+        typer.Option("--samples", min=0, help="Show this many of the --eval_prompts with their pictures on the card."),
     ] = 0,
     image_folder: Annotated[
-        str | None, typer.Option("--image_folder", help="Of data: the folder its image paths are relative to.")
+        str | None, typer.Option("--image_folder", help="For data: the folder that its image paths are relative to.")
     ] = None,
     kinds: Annotated[list[str] | None, typer.Option("--kind", hidden=True, help="Nothing else is pushed.")] = None,
     json_file: JsonOption = None,
@@ -99,8 +106,7 @@ def push(
             _print_dry_run(repo_id, content["files"], left_out, card)
         else:
             _print_uploaded(uploaded, "" if no_verify else checked)
-        if json_file is not None:
-            write_json(json_file, content | {"uploaded": None if uploaded is None else vars(uploaded)})
+        write_json(json_file, content | {"uploaded": None if uploaded is None else vars(uploaded)})
 
 
 def _holds_model(path: str) -> bool:
@@ -110,8 +116,8 @@ def _holds_model(path: str) -> bool:
     checkpoints = sorted(Path(path).glob("checkpoint-*"), key=lambda folder: folder.stat().st_mtime)
     if checkpoints:
         raise UserError(
-            f"{path} is a training run without a model, because it has not ended: push {checkpoints[-1]}, or go on "
-            f"training."
+            f"{path} is a training run without a model, because it has not finished: push "
+            f"{checkpoints[-1]}, or continue training."
         )
     return False
 
@@ -121,7 +127,7 @@ def _print_dry_run(repo_id: str, files: dict[str, int], left_out: list[str], car
     for name, size in files.items():
         typer.echo(f"  {size:>14,}  {name}")
     if left_out:
-        typer.echo(f"These stay here: {', '.join(left_out)}")
+        typer.echo(f"Not uploaded: {', '.join(left_out)}")
     typer.echo(f"\n{card}")
 
 
@@ -131,8 +137,8 @@ def _print_uploaded(uploaded: "Uploaded", checked: str) -> None:
     else:
         typer.echo(f"Nothing has changed: {uploaded.url} holds all of it (commit {uploaded.commit}).", err=True)
     if uploaded.deleted:
-        typer.echo(f"Files of the version before are deleted: {', '.join(uploaded.deleted)}.", err=True)
+        typer.echo(f"Files of the previous version are deleted: {', '.join(uploaded.deleted)}.", err=True)
     if checked:
         typer.echo(f"Verified: {checked}.", err=True)
     else:
-        typer.echo("Not verified: nobody has tried whether it loads for others, and answers as it did here.", err=True)
+        typer.echo("Not verified: whether it loads for others and gives the same answers was not tried.", err=True)

@@ -8,9 +8,11 @@ import typer
 from hf_llava_ft.cli.application import (
     AttentionOption,
     BaseOption,
+    DtypeOption,
     JsonOption,
     MaxNewTokensOption,
     ModelOption,
+    OutputDirOption,
     RevisionOption,
     TemperatureOption,
     app,
@@ -20,46 +22,41 @@ from hf_llava_ft.cli.application import (
 from hf_llava_ft.errors import UserError, exit_on_user_error
 
 _FORMAT_HELP = (
-    "llava: that of haotian-liu/LLaVA. llava-hf: transformers' own; a model that it cannot express is written with "
-    "its code, and others load it with trust_remote_code=True."
+    "llava: the format of haotian-liu/LLaVA. llava-hf: that of transformers; a model that it cannot express is "
+    "written with its code, and loads with trust_remote_code=True."
 )
 
 
 @app.command()
 def merge(
-    adapter: Annotated[str, typer.Option("--adapter", help="Adapter folder or Hub id.")],
-    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where the merged model is written.")],
+    adapter: Annotated[str, typer.Option("--adapter", help="Adapter: folder or Hub id.")],
+    output_dir: OutputDirOption,
     base: BaseOption = None,
     revision: RevisionOption = None,
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="dtype of the merged weights: auto (the base's), float32, ...")
-    ] = "auto",
+    dtype: DtypeOption = "auto",
     json_file: JsonOption = None,
 ) -> None:
     """Merge an adapter into its base, and check the result in a fresh process."""
     with exit_on_user_error():
         from hf_llava_ft.checkpoints.merge import merge_adapter
 
-        merged = merge_adapter(adapter, output_dir, base=base, revision=revision, dtype=dtype)
-        difference = merged.verification.logit_difference
-        typer.echo(f"Merged and verified: {merged.output_dir} (largest logit difference {difference:.1e}).", err=True)
-        print_note_on_code(output_dir)
-        if json_file is not None:
-            result = {"output_dir": str(output_dir), "verified": True, "loader": merged.verification.loader}
-            write_json(json_file, result | {"logit_difference": difference})
+        found = merge_adapter(adapter, output_dir, base=base, revision=revision, dtype=dtype).verification
+        _print_verified("Merged", output_dir, found.logit_difference)
+        result = {"output_dir": str(output_dir), "verified": True, "loader": found.loader}
+        write_json(json_file, result | {"logit_difference": found.logit_difference})
 
 
 @app.command()
 def convert(
     model: ModelOption,
-    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where the new folder is written.")],
+    output_dir: OutputDirOption,
     checkpoint_format: Annotated[str, typer.Option("--format", help=_FORMAT_HELP)],
     base: BaseOption = None,
     revision: RevisionOption = None,
     vision_tower: Annotated[
-        str | None, typer.Option("--vision_tower", help="Name of the tower for the format llava.")
+        str | None, typer.Option("--vision_tower", help="Folder or Hub id of the tower that the format llava names.")
     ] = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="dtype of the weights: auto (kept), float32, ...")] = "auto",
+    dtype: DtypeOption = "auto",
     json_file: JsonOption = None,
 ) -> None:
     """Write a model, adapter or projector in the other format, and check it in a fresh process."""
@@ -68,59 +65,50 @@ def convert(
             raise UserError(f"--format {checkpoint_format} is unknown: use llava-hf or llava.")
         from hf_llava_ft.checkpoints.convert import convert as convert_checkpoint
 
+        form = cast(Any, checkpoint_format)
         done = convert_checkpoint(
-            model,
-            output_dir,
-            cast(Any, checkpoint_format),
-            base=base,
-            revision=revision,
-            vision_tower=vision_tower,
-            dtype=dtype,
+            model, output_dir, form, base=base, revision=revision, vision_tower=vision_tower, dtype=dtype
         )
-        difference = done.verification.logit_difference
-        typer.echo(f"Converted and verified: {done.output_dir} (largest logit difference {difference:.1e}).", err=True)
-        print_note_on_code(output_dir)
-        if json_file is not None:
-            result = {"output_dir": str(output_dir), "kind": done.kind, "verified": True}
-            write_json(json_file, result | {"loader": done.verification.loader, "logit_difference": difference})
+        found = done.verification
+        _print_verified("Converted", output_dir, found.logit_difference)
+        result = {"output_dir": str(output_dir), "kind": done.kind, "verified": True, "loader": found.loader}
+        write_json(json_file, result | {"logit_difference": found.logit_difference})
 
 
 @app.command()
 def export(
     model: ModelOption,
-    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where the folder is written.")],
+    output_dir: OutputDirOption,
     server: Annotated[str, typer.Option("--for", help="vllm, sglang, llama.cpp, ollama or endpoints.")],
     base: BaseOption = None,
     revision: RevisionOption = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="dtype of the weights: auto (kept), bfloat16, ...")] = "auto",
+    dtype: DtypeOption = "auto",
     keep_adapter: Annotated[
-        bool, typer.Option("--keep_adapter", help="For vllm: a base, and a LoRA of the language model beside it.")
+        bool, typer.Option("--keep_adapter", help="For vllm: write the LoRA of the language model beside its base.")
     ] = False,
     json_file: JsonOption = None,
 ) -> None:
-    """Write the folder that a server needs, with an adapter merged, and check it; then say how to serve it."""
+    """Write and check the folder that a server needs, with an adapter merged, and print how to serve it."""
     with exit_on_user_error():
         from hf_llava_ft.serving import export_for_serving
 
+        name = cast(Any, server)
         done = export_for_serving(
-            model,
-            output_dir,
-            cast(Any, server),
-            base=base,
-            revision=revision,
-            dtype=dtype,
-            keep_adapter=keep_adapter,
+            model, output_dir, name, base=base, revision=revision, dtype=dtype, keep_adapter=keep_adapter
         )
-        difference = done.logit_difference
-        typer.echo(f"Exported and verified: {done.output_dir} (largest logit difference {difference:.1e}).", err=True)
-        print_note_on_code(output_dir)
+        _print_verified("Exported", output_dir, done.logit_difference)
         for note in done.notes:
             typer.echo(f"Note: {note}", err=True)
         if done.commands:
             typer.echo("\n".join([f"cd {done.output_dir}", *done.commands]))
-        if json_file is not None:
-            result = {"output_dir": str(output_dir), "for": server, "verified": True, "logit_difference": difference}
-            write_json(json_file, result | {"commands": done.commands, "notes": done.notes})
+        result = {"output_dir": str(output_dir), "for": server, "verified": True}
+        result |= {"logit_difference": done.logit_difference, "commands": done.commands, "notes": done.notes}
+        write_json(json_file, result)
+
+
+def _print_verified(done: str, output_dir: Path, logit_difference: float) -> None:
+    typer.echo(f"{done} and verified: {output_dir} (largest logit difference {logit_difference:.1e}).", err=True)
+    print_note_on_code(output_dir)
 
 
 @app.command()
@@ -130,9 +118,9 @@ def verify(
     revision: RevisionOption = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Load a model or an adapter as others would, in a fresh process, and compare it with what this package reads.
+    """Load a model or an adapter as others would, in a fresh process, and compare it with what this package loads.
 
-    Ends with 0 if both answer the same, 1 if not, 2 if it can't be loaded.
+    Exit code: 0 if both answer the same, 1 if not, 2 if it can't be loaded.
     """
     with exit_on_user_error():
         from hf_llava_ft.hub.verify_published import verify_for_others
@@ -149,9 +137,8 @@ def verify(
         else:
             typer.echo(f"Not the same: {model}, loaded with {by}: {'; '.join(found.differences)}.", err=True)
         typer.echo(f"Asked what is in a test picture, it says: {found.answer!r}")
-        if json_file is not None:
-            result = {"ok": found.ok, "loader": found.loader, "differences": found.differences}
-            write_json(json_file, result | {"logit_difference": found.logit_difference, "answer": found.answer})
+        result = {"ok": found.ok, "loader": found.loader, "differences": found.differences}
+        write_json(json_file, result | {"logit_difference": found.logit_difference, "answer": found.answer})
         if not found.ok:
             raise typer.Exit(1)
 
@@ -160,7 +147,9 @@ def verify(
 def generate(
     model: ModelOption,
     prompt: Annotated[str, typer.Option("--prompt", help="The question.")],
-    image: Annotated[list[str] | None, typer.Option("--image", help="Path or URL; may be repeated.")] = None,
+    image: Annotated[
+        list[str] | None, typer.Option("--image", help="Path or URL of a picture; may be repeated.")
+    ] = None,
     base: BaseOption = None,
     revision: RevisionOption = None,
     max_new_tokens: MaxNewTokensOption = 256,
@@ -168,36 +157,38 @@ def generate(
     attn_implementation: AttentionOption = "sdpa",
     json_file: JsonOption = None,
 ) -> None:
-    """Answer one question about one or more pictures, streamed."""
+    """Answer one question about any number of pictures, as a stream."""
     with exit_on_user_error():
         from hf_llava_ft.answering.conversation import Conversation, load_for_answering, open_image
 
         images = [open_image(source) for source in image or []]
         parts = load_for_answering(model, base=base, revision=revision, attn_implementation=attn_implementation)
-        conversation = Conversation(*parts)
-        answer = _print_stream(conversation, prompt, images, max_new_tokens=max_new_tokens, temperature=temperature)
-        if json_file is not None:
-            write_json(json_file, {"prompt": prompt, "images": image or [], "answer": answer})
+        answer = _print_stream(
+            Conversation(*parts), prompt, images, max_new_tokens=max_new_tokens, temperature=temperature
+        )
+        write_json(json_file, {"prompt": prompt, "images": image or [], "answer": answer})
 
 
 @app.command()
 def chat(
     model: ModelOption,
-    image: Annotated[list[str] | None, typer.Option("--image", help="Path or URL to begin with.")] = None,
+    image: Annotated[
+        list[str] | None, typer.Option("--image", help="Path or URL of a picture to begin with; may be repeated.")
+    ] = None,
     base: BaseOption = None,
     revision: RevisionOption = None,
     max_new_tokens: MaxNewTokensOption = 256,
     temperature: TemperatureOption = 0.0,
     attn_implementation: AttentionOption = "sdpa",
 ) -> None:
-    """Talk with a model about pictures. In the chat: /image PATH_OR_URL, /new, /quit."""
+    """Chat with a model about pictures. In the chat: /image PATH_OR_URL, /new, /quit."""
     with exit_on_user_error():
         from hf_llava_ft.answering.conversation import Conversation, load_for_answering, open_image
 
         pending = [open_image(source) for source in image or []]
         parts = load_for_answering(model, base=base, revision=revision, attn_implementation=attn_implementation)
         conversation = Conversation(*parts)
-        typer.echo("/image PATH_OR_URL adds a picture, /new begins anew, /quit ends.", err=True)
+        typer.echo("/image PATH_OR_URL adds a picture, /new starts over, /quit ends.", err=True)
         while True:
             try:
                 line = input("you: ").strip()

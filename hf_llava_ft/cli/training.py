@@ -5,18 +5,28 @@ from typing import Annotated
 
 import typer
 
-from hf_llava_ft.cli.application import JsonOption, app, print_note_on_code, writable_file, write_json
+from hf_llava_ft.cli.application import (
+    JsonOption,
+    OutputDirOption,
+    app,
+    print_note_on_code,
+    writable_file,
+    write_json,
+)
 from hf_llava_ft.errors import exit_on_user_error
+from hf_llava_ft.settings.composition import Composition
 
 
 @app.command()
 def quickstart(
-    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where everything is written.")] = Path(
+    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where all results are written.")] = Path(
         "runs/quickstart"
     ),
-    seed: Annotated[int, typer.Option("--seed", help="Governs every initialisation and the order of the data.")] = 42,
+    seed: Annotated[
+        int, typer.Option("--seed", help="Seed of all initialisations and of the order of the data.")
+    ] = 42,
 ) -> None:
-    """Compose a small LLaVA, ask it, fine-tune it on real photographs, merge, verify, ask again."""
+    """Compose a small LLaVA, fine-tune it on five photographs, merge it, and compare its answers before and after."""
     with exit_on_user_error():
         from hf_llava_ft.quickstart.command import run_quickstart
 
@@ -26,35 +36,32 @@ def quickstart(
 
 @app.command()
 def compose(
+    context: typer.Context,
     vision: Annotated[str, typer.Option("--vision", help="CLIP or SigLIP model: folder or Hub id.")],
     language: Annotated[str, typer.Option("--language", help="Decoder language model: folder or Hub id.")],
-    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where the new LLaVA is written.")],
-    revision: Annotated[str | None, typer.Option("--revision", help="Of the language model on the Hub.")] = None,
-    version: Annotated[str | None, typer.Option("--version", help="Chat template; default: the tokenizer's.")] = None,
+    output_dir: OutputDirOption,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="Revision of the language model on the Hub.")
+    ] = None,
+    version: Annotated[
+        str | None, typer.Option("--version", help="Chat template; default: the tokenizer's.")
+    ] = Composition.version,
     projector_type: Annotated[
-        str, typer.Option("--mm_projector_type", help="linear, mlp{N}x_gelu, identity.")
-    ] = "mlp2x_gelu",
+        str, typer.Option("--mm_projector_type", help="linear, mlp{N}x_gelu or identity.")
+    ] = Composition.projector_type,
     vision_feature_layer: Annotated[
-        int, typer.Option("--mm_vision_select_layer", help="Hidden state that is read.")
-    ] = -2,
-    image_aspect_ratio: Annotated[str, typer.Option("--image_aspect_ratio", help="square or pad.")] = "pad",
-    seed: Annotated[int, typer.Option("--seed", help="Governs the fresh projector.")] = 42,
+        int, typer.Option("--mm_vision_select_layer", help="The tower's hidden state that the projector reads.")
+    ] = Composition.vision_feature_layer,
+    image_aspect_ratio: Annotated[
+        str, typer.Option("--image_aspect_ratio", help="How a picture is made square: square or pad.")
+    ] = Composition.image_aspect_ratio,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the new projector.")] = Composition.seed,
 ) -> None:
     """Make a new LLaVA from a vision tower and a language model."""
     with exit_on_user_error():
         from hf_llava_ft.checkpoints.compose import compose_llava
 
-        folder = compose_llava(
-            vision,
-            language,
-            output_dir,
-            revision=revision,
-            version=version,
-            projector_type=projector_type,
-            vision_feature_layer=vision_feature_layer,
-            image_aspect_ratio=image_aspect_ratio,
-            seed=seed,
-        )
+        folder = compose_llava(**context.params)  # these options are its arguments, name by name
         typer.echo(f"The new LLaVA is at {folder}.", err=True)
         print_note_on_code(folder)
 
@@ -64,7 +71,7 @@ def compose(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
 def train(context: typer.Context) -> None:
-    """Fine-tune a LLaVA: [RECIPE.yaml] and flags, those of the original's train.py and transformers' Trainer too."""
+    """Fine-tune a LLaVA, with a recipe (YAML), flags, and those of the original LLaVA and of transformers' Trainer."""
     with exit_on_user_error():
         from hf_llava_ft.train import main as train_main
 
@@ -73,41 +80,43 @@ def train(context: typer.Context) -> None:
 
 @app.command()
 def check(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="Data of any format; as --data_path in training.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Data in any format, as --data_path in training.")],
     image_folder: Annotated[str, typer.Option("--image_folder", help="Folder the image paths are relative to.")] = ".",
     model: Annotated[
-        str | None, typer.Option("--model", help="Folder or Hub id that is to be trained; without it, no tokens.")
+        str | None,
+        typer.Option("--model", help="Model to be trained, folder or Hub id; without it, tokens are not counted."),
     ] = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Revision of the model on the Hub.")] = None,
     version: Annotated[str | None, typer.Option("--version", help="Chat template; default: the model's.")] = None,
     model_max_length: Annotated[
         int | None,
-        typer.Option("--model_max_length", min=1, help="Longest row in tokens; default: what the model takes."),
+        typer.Option("--model_max_length", min=1, help="Most tokens of a row; default: the model's own limit."),
     ] = None,
     batch_size: Annotated[
-        int, typer.Option("--batch_size", min=1, help="Rows in a forward pass, for padding and steps.")
+        int, typer.Option("--batch_size", min=1, help="Rows per forward pass, to compute padding and steps.")
     ] = 16,
     samples_per_second: Annotated[
-        float | None, typer.Option("--samples_per_second", min=1e-9, help="Of a run before; for the time of an epoch.")
+        float | None,
+        typer.Option("--samples_per_second", min=1e-9, help="Speed of an earlier run, for the time of an epoch."),
     ] = None,
     allow_images_outside: Annotated[
-        bool, typer.Option("--allow_images_outside", help="Take image paths that leave the folder.")
+        bool, typer.Option("--allow_images_outside", help="Allow image paths that leave the image folder.")
     ] = False,
     allow_image_urls: Annotated[bool, typer.Option("--allow_image_urls", help="Fetch images from the web.")] = False,
     num_proc: Annotated[
         int | None, typer.Option("--num_proc", min=1, help="Processes; default: one for each core.")
     ] = None,
     preview: Annotated[
-        int, typer.Option("--preview", min=0, help="Print so many rows with what is learned marked.")
+        int, typer.Option("--preview", min=0, help="Print this many rows, with what is learned marked.")
     ] = 0,
     report: Annotated[
         Path | None, typer.Option("--report", callback=writable_file, help="Also write the result as an HTML page.")
     ] = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Look at a whole data set before training: rows, images, tokens, and everything that training would refuse.
+    """Check a whole dataset before training: rows, images, tokens, and everything that training would refuse.
 
-    Ends with 0 if every row can be trained on, 1 if some can't, 2 if data or model can't be opened.
+    Exit code: 0 if every row can be trained on, 1 if some can't, 2 if data or model can't be loaded.
     """
     with exit_on_user_error():
         from hf_llava_ft.checking.command import run_check
@@ -127,8 +136,7 @@ def check(
             preview=preview,
             report=report,
         )
-        if json_file is not None:
-            write_json(json_file, result.to_json())
+        write_json(json_file, result.to_json())
         if not result.trainable:
             raise typer.Exit(1)
 
@@ -138,7 +146,7 @@ def check(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
 def estimate(context: typer.Context) -> None:
-    """Memory and time of a training run, from the model's configuration alone: the flags of train, and --fit GB."""
+    """Estimate memory and time of a run from the model's configuration; takes the flags of train, and --fit GB."""
     with exit_on_user_error():
         from hf_llava_ft.estimate.command import main as estimate_main
 

@@ -189,7 +189,7 @@ def load_llava_json(
     cache_dir: str | os.PathLike | None = None,
 ) -> datasets.Dataset:
     """
-    Open LLaVA JSON or JSONL as a data set on disk, after checking all of it, images included.
+    Open LLaVA JSON or JSONL as a dataset on disk, after checking all of it, images included.
 
     The first time costs a full read and a full decode of each image, on all cores; after that, one `stat` per image.
 
@@ -199,7 +199,7 @@ def load_llava_json(
         image_folder (`str`, *optional*):
             Folder that the image paths are relative to.
         cache_dir (`str`, *optional*):
-            Where the data set is kept; the cache of `datasets` by default.
+            Where the dataset is kept; the cache of `datasets` by default.
 
     Returns:
         `datasets.Dataset`, memory-mapped, with [`FEATURES`].

@@ -1,4 +1,4 @@
-"""From rows of the data set to a batch of tensors. Runs in the DataLoader's workers, where images are decoded."""
+"""From rows of the dataset to a batch of tensors. Runs in the DataLoader's workers, where images are decoded."""
 
 import io
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Data of any format as a Parquet data set for the Hub: images embedded, read back before it counts.
+"""Data of any format as a Parquet dataset for the Hub: images embedded, read back before it counts.
 
 What may surprise:
 * Rows are read, written and compared one small group at a time, so memory does not grow with the set.
@@ -60,7 +60,7 @@ def export_dataset(
     card: Callable[[ExportedDataset], str] | None = None,
 ) -> ExportedDataset:
     """
-    Write sources as one Parquet data set with the columns of `FEATURES`, and compare what `datasets` reads from it.
+    Write sources as one Parquet dataset with the columns of `FEATURES`, and compare what `datasets` reads from it.
 
     Args:
         sources (`list[Source]`): of `open_source`; their rows follow one another.
@@ -75,9 +75,7 @@ def export_dataset(
     shard_bytes = _shard_bytes(max_shard_size)
     weighted = next((source for source in sources if source.weight != 1), None)
     if weighted is not None:
-        raise UserError(
-            f"{weighted.where} has a weight, and a data set is written whole; give the weight in training."
-        )
+        raise UserError(f"{weighted.where} has a weight, and a dataset is written whole; give the weight in training.")
     with staged_folder(Path(output_dir)) as staged:
         (staged / "data").mkdir()
         written = _Shards(staged / "data", shard_bytes)

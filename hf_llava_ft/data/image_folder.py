@@ -1,6 +1,6 @@
 """From the name of an image in a row to a file in the image folder.
 
-An image must lie inside the folder once `..` and symbolic links are followed: a data set from elsewhere could name any
+An image must lie inside the folder once `..` and symbolic links are followed: a dataset from elsewhere could name any
 file of this computer otherwise. Absolute paths are refused even when they point inside, since they tie the data to one
 computer.
 """

@@ -5,7 +5,7 @@ processor says for its size, which stands in the file's header: no pixel is deco
 pictures take the same, no file is opened.
 
 What may surprise: the numbers are found again only for the same rows, tokenizer, chat template and image settings.
-Rows are known by the data set's fingerprint, which `load_llava_json` makes from the contents of the files; so a set
+Rows are known by the dataset's fingerprint, which `load_llava_json` makes from the contents of the files; so a set
 that is only in memory is counted each time.
 """
 
@@ -79,14 +79,14 @@ def token_counts(dataset: Dataset, processor: LlavaProcessor, num_proc: int | No
 
 
 def token_lengths(
-    dataset: Dataset, processor: LlavaProcessor, where: str = "the data set", num_proc: int | None = None
+    dataset: Dataset, processor: LlavaProcessor, where: str = "the dataset", num_proc: int | None = None
 ) -> np.ndarray:
     """
     The rows' lengths in tokens.
 
     Args:
         dataset, processor, num_proc: as in [`token_counts`].
-        where (`str`): what messages call the data set.
+        where (`str`): what messages call the dataset.
 
     Returns:
         `int64[N]`, for each row what `processor.num_tokens` gives.

@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llava-ft estimate",
-        description="Memory and time of a training run, from the model's configuration alone. Takes the flags of "
+        description="Estimate memory and time of a training run from the model's configuration. Takes the flags of "
         "llava-ft train (--model_name_or_path or --model, --train_type, --lora_r, --bits, "
         "--per_device_train_batch_size, --gradient_checkpointing, --bf16, --deepspeed FILE, ...), and:",
         allow_abbrev=False,
@@ -56,12 +56,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--picture_size", default="640x480", metavar="WxH", help="LLaVA-1.6: width and height of a picture, or worst."
     )
-    parser.add_argument("--text_tokens", type=_positive, default=200, help="Tokens of a row beside its pictures.")
-    parser.add_argument("--supervised_tokens", type=_positive, help="Of these, learned ones; default: all.")
-    parser.add_argument("--tflops", type=float, default=989.0, help="Peak of a device, TFLOP/s; default: H100, H200.")
+    parser.add_argument("--text_tokens", type=_positive, default=200, help="Tokens of a row besides its pictures.")
+    parser.add_argument("--supervised_tokens", type=_positive, help="How many of these are learned; default: all.")
+    parser.add_argument(
+        "--tflops", type=float, default=989.0, help="Peak of a device in TFLOP/s; default: that of an H100 or H200."
+    )
     parser.add_argument("--utilization", type=float, default=0.4, help="Share of the peak that is reached.")
-    parser.add_argument("--fit", type=float, metavar="GB", help="Propose what fits on such a card.")
-    parser.add_argument("--global_batch", type=_positive, default=128, help="With --fit: rows of an optimiser step.")
+    parser.add_argument("--fit", type=float, metavar="GB", help="Propose what fits on a card of this size.")
+    parser.add_argument("--global_batch", type=_positive, default=128, help="With --fit: rows per optimiser step.")
     parser.add_argument("--json", type=Path, help="Also write the result to this file.")
     return parser
 

@@ -34,7 +34,7 @@ def check_nothing_private(staged: Path, source: Path) -> None:
         name = path.relative_to(staged).as_posix()
         text = _text_of(path)
         if (token and token in text) or _TOKEN.search(text):
-            raise UserError(f"{source}: {name} holds an access token: take it out, and have a new one made.")
+            raise UserError(f"{source}: {name} holds an access token: remove it, and create a new one.")
         found = next((folder for folder in folders if folder in text), None)
         if found is None and path.name not in _VOCABULARIES:
             match = _HOME.search(text)

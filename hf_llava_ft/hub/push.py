@@ -1,4 +1,4 @@
-"""`llava-ft push`: an adapter, a model, a projector or a data set, so that it works for the next person.
+"""`llava-ft push`: an adapter, a model, a projector or a dataset, so that it works for the next person.
 
 Staged, loaded in a fresh process, uploaded in one commit, downloaded again and loaded once more.
 """
@@ -233,7 +233,7 @@ class _Answers:
         verification = compare_outputs(reference, outputs, processor, tolerance, loader)
         if not verification.ok:
             raise UserError(
-                f"{checkpoint.path} answers otherwise where others load it: {'; '.join(verification.differences)}."
+                f"{checkpoint.path} answers differently where others load it: {'; '.join(verification.differences)}."
             )
         return cls(outputs, verification, processor, tolerance, base)
 
@@ -250,7 +250,7 @@ def _verify_downloaded(staged: Path, uploaded: Uploaded, answers: _Answers, base
     tolerance = 0.0 if base == answers.base or base is None else answers.tolerance
     verification = compare_outputs(answers.outputs, outputs, answers.processor, tolerance, loader)
     if not verification.ok:
-        raise UserError(f"{place} does not answer as what was pushed: {'; '.join(verification.differences)}.")
+        raise UserError(f"{place} does not answer like what was pushed: {'; '.join(verification.differences)}.")
     return verification
 
 
@@ -272,7 +272,7 @@ def _run_folder(source: Path, run: str | Path | None) -> Path:
     if run is not None:
         if not any(Path(run, name).is_file() for name in (SUMMARY_FILE, TRAINING_FILE)):
             raise UserError(
-                f"--run {run} is no folder of a training run: it has neither {SUMMARY_FILE} nor {TRAINING_FILE}."
+                f"--run {run} is not the folder of a training run: it has neither {SUMMARY_FILE} nor {TRAINING_FILE}."
             )
         return Path(run)
     return source

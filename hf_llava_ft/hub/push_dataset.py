@@ -1,4 +1,4 @@
-"""Data of any format to a Parquet data set, here or on the Hub; entry point of `hub_scripts/push_dataset.py` too."""
+"""Data of any format to a Parquet dataset, here or on the Hub; entry point of `hub_scripts/push_dataset.py` too."""
 
 import tempfile
 from collections.abc import Callable
@@ -52,11 +52,11 @@ def push_data(
     tell: Callable[[str], None] = lambda text: None,
 ) -> PushedData:
     """
-    Writes data of any format as a Parquet data set with a card, reads it back, and uploads it in one commit.
+    Writes data of any format as a Parquet dataset with a card, reads it back, and uploads it in one commit.
 
     Args:
         repo_id (`str`, *optional*): `user/name`; without it nothing is uploaded.
-        output_dir (`Path`, *optional*): where the data set stays; by default it is written to a temporary folder.
+        output_dir (`Path`, *optional*): where the dataset stays; by default it is written to a temporary folder.
         verify (`bool`): whether the commit is downloaded into an empty cache and compared, byte by byte.
         tell: is given a line on each step.
 
@@ -94,7 +94,7 @@ def push_data(
                 folder,
                 repo_id,
                 "dataset",
-                commit_message or "Upload a data set for LLaVA",
+                commit_message or "Upload a dataset for LLaVA",
                 private=private,
                 revision=revision,
                 create_pr=create_pr,
@@ -112,7 +112,7 @@ def push_data(
 def push_dataset(
     data_path: Annotated[str, typer.Option("--data_path", help="File, folder or Hub id; several with commas.")],
     image_folder: Annotated[str | None, typer.Option("--image_folder", help="Folder of the image paths.")] = None,
-    output_dir: Annotated[Path | None, typer.Option("--output_dir", help="Write the data set here.")] = None,
+    output_dir: Annotated[Path | None, typer.Option("--output_dir", help="Write the dataset here.")] = None,
     repo_id: Annotated[str | None, typer.Option("--repo_id", help="Upload it as user/name, in one commit.")] = None,
     private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
     max_shard_size: Annotated[str, typer.Option("--max_shard_size", help="Of a Parquet file.")] = "500MB",
@@ -121,7 +121,7 @@ def push_dataset(
         bool, typer.Option("--allow_images_outside", help="Take image paths that leave the image folder.")
     ] = False,
 ) -> None:
-    """Write images and conversations as a Parquet data set with a card, read it back, and upload it if told where."""
+    """Write images and conversations as a Parquet dataset with a card, read it back, and upload it if told where."""
     with exit_on_user_error():
         if output_dir is None and repo_id is None:
             raise UserError("nowhere to write to: give --output_dir, --repo_id, or both.")
@@ -137,7 +137,7 @@ def push_dataset(
             tell=lambda text: typer.echo(text, err=True),
         )
         if output_dir is not None:
-            typer.echo(f"The data set is at {output_dir}.", err=True)
+            typer.echo(f"The dataset is at {output_dir}.", err=True)
         if pushed.uploaded is not None:
             done = "Uploaded" if pushed.uploaded.changed else "Nothing has changed at"
             typer.echo(f"{done}: {pushed.uploaded.url}", err=True)

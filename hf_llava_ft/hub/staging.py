@@ -96,7 +96,7 @@ def stage(source: Path, kind: Kind, staged: Path, base: str | None = None, base_
     if kind in ("model", "adapter") and not runs_only_our_code(staged):
         raise UserError(
             f"{source} holds code that is not of this version of this package, and others would run it with "
-            f"trust_remote_code=True: write the folder anew (llava-ft convert or merge), or take the code out."
+            f"trust_remote_code=True: write the folder again (llava-ft convert or merge), or remove the code."
         )
     config = _read(staged / CONFIG)
     _say_it_to_older_readers(staged, kind, config)
@@ -118,7 +118,7 @@ def replaced_by(kind: Kind | None, name: str) -> bool:
     name: an old shard beside new ones breaks loading.
 
     Args:
-        kind (`Kind`, *optional*): of the artefact; `None` is a data set.
+        kind (`Kind`, *optional*): of the artefact; `None` is a dataset.
     """
     if kind is None:
         return any(_matches(name, pattern) for pattern in _DATASET)
@@ -160,10 +160,10 @@ def _check_complete(source: Path, kind: Kind, sent: list[str]) -> None:
         shards = set((_read(source / _INDEX).get("weight_map") or {}).values())
         missing = sorted(shards - set(sent))
         if missing:
-            raise UserError(f"{source} lacks {missing[0]}, which {_INDEX} names: write the folder anew.")
+            raise UserError(f"{source} lacks {missing[0]}, which {_INDEX} names: write the folder again.")
         unnamed = sorted(name for name in sent if fnmatch(name, "model*.safetensors") and name not in shards)
         if unnamed:
-            raise UserError(f"{source}: {unnamed[0]} is not named by {_INDEX}: take it out, it is of another model.")
+            raise UserError(f"{source}: {unnamed[0]} is not named by {_INDEX}: remove it, it is of another model.")
 
 
 def _inside(source: Path, name: str) -> Path:
@@ -181,7 +181,7 @@ def _check_weights(file: Path, name: str) -> None:
         with safe_open(file, framework="pt") as tensors:
             tensors.keys()
     except DAMAGED as error:
-        raise UserError(f"{file} is no readable file of weights: {first_line(error)}.") from error
+        raise UserError(f"{file} is not a readable weights file: {first_line(error)}.") from error
 
 
 def _link(file: Path, target: Path) -> None:
@@ -246,7 +246,7 @@ def _check_tower(source: Path, config: dict[str, Any]) -> None:
     if isinstance(tower, str) and hub_name(tower) is None:
         raise UserError(
             f"{source}: {CONFIG} names the vision tower by a folder of this machine, where nobody else finds it: "
-            f"write the folder anew with llava-ft convert --format llava --vision_tower and the tower's name on the "
+            f"write the folder again with llava-ft convert --format llava --vision_tower and the tower's name on the "
             f"Hub, such as openai/clip-vit-large-patch14-336."
         )
 

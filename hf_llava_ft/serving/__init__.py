@@ -10,17 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_llava_ft.checkpoints.artifact import staged_folder
-from hf_llava_ft.checkpoints.opening import (
-    Checkpoint,
-    fit_to_processor,
-    inspect_checkpoint,
-    load_config,
-    load_model,
-    load_processor,
-)
+from hf_llava_ft.checkpoints.opening import Checkpoint, fit_to_processor, inspect_checkpoint, load_config
 from hf_llava_ft.checkpoints.remote_code import ENDPOINT_HANDLER
-from hf_llava_ft.checkpoints.verify import LOGIT_TOLERANCE, Probe, reference_outputs, verify
+from hf_llava_ft.checkpoints.rewriting import rewriting, save_for_others
+from hf_llava_ft.checkpoints.verify import LOGIT_TOLERANCE, Probe
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.serving.adapters import ADAPTER, BASE, split_adapter
 from hf_llava_ft.serving.guide import commands, write_guide, write_modelfile
@@ -75,33 +68,30 @@ def export_for_serving(
     refuse_what_cannot_be_served(_config_of(checkpoint, revision), server)
     if keep_adapter and not (server == "vllm" and checkpoint.is_adapter):
         raise UserError("--keep_adapter is for an adapter and --for vllm: no other server here takes one.")
-    probe = probe or Probe()
-    with staged_folder(output_dir) as staged:
-        processor = load_processor(model, revision, base=base)
-        loaded: Any = load_model(model, processor, base=base, revision=revision, dtype=dtype)
-        fit_to_processor(loaded.get_base_model() if checkpoint.is_adapter else loaded, processor)
-        reference = reference_outputs(loaded, processor, probe)
-        loaded, rank, notes = _without_adapter(loaded, processor, checkpoint, staged if keep_adapter else None)
-        loaded.config.use_cache = loaded.config.text_config.use_cache = True
-        config, model_dtype = loaded.config, loaded.dtype
+    with rewriting(checkpoint, output_dir, revision=revision, dtype=dtype, probe=probe, keeps_facts=False) as draft:
+        staged, processor = draft.folder, draft.processor
+        fit_to_processor(draft.model.get_base_model() if checkpoint.is_adapter else draft.model, processor)
+        draft.ask()
+        kept_in = staged if keep_adapter else None
+        draft.model, rank, notes = _without_adapter(draft.model, processor, checkpoint, kept_in)
+        config, model_dtype = draft.model.config, draft.model.dtype
+        config.use_cache = config.text_config.use_cache = True
         in_parts = server in ("llama.cpp", "ollama")
         whole = staged / BASE if keep_adapter else staged
         if in_parts:
-            write_parts(loaded, processor, staged)
+            write_parts(draft.model, processor, staged)
         else:
-            _write_whole(loaded, processor, whole, server)
-        del loaded  # each check loads what was written, and two would be in memory
+            _write_whole(draft.model, processor, whole, server)
+        draft.model = None  # each check loads what was written, and two would be in memory
         if in_parts:
             tolerance = LOGIT_TOLERANCE[model_dtype]
-            difference = check_parts(staged, config, reference, len(processor.tokenizer), tolerance)
+            difference = check_parts(staged, config, draft.reference, len(processor.tokenizer), tolerance)
         else:
-            served, on = (staged / ADAPTER, str(whole)) if keep_adapter else (whole, None)
-            verification = verify(served, reference, processor, probe, model_dtype, base=on)
-            if not verification.ok:
-                raise UserError(f"the exported model is not the same: {'; '.join(verification.differences)}.")
+            part, on = (staged / ADAPTER, str(whole)) if keep_adapter else (None, None)
+            verification = draft.verify("the exported model is not the same", model_dtype, part=part, base=on)
             difference = verification.logit_difference
         if server == "ollama" and not write_modelfile(staged, processor):
-            notes.append("The prompt can't be said in Ollama's words: write TEMPLATE into the Modelfile yourself.")
+            notes.append("Ollama's templates can't express the prompt: write TEMPLATE into the Modelfile yourself.")
         notes += differences(config, processor, server)
         lines = commands(server, config, processor.image_processor, rank)
         write_guide(staged, f"This folder is for {server}", lines, notes)
@@ -143,8 +133,7 @@ def _shown(base: str) -> str:
 
 def _write_whole(model: Any, processor: Any, folder: Path, server: Server) -> None:
     """Writes the folder that transformers loads."""
-    model.save_pretrained(folder, checkpoint_format="llava-hf" if model.config.is_native else "nested")
-    processor.save_pretrained(folder)
+    save_for_others(model, processor, folder)
     if model.config.is_native:
         check_names(folder, model.config.to_native())
     if server == "endpoints":

@@ -16,7 +16,7 @@ class ModelArguments:
     """Which model is trained, and how it reads."""
 
     model_name_or_path: str = field(
-        metadata={"help": "LLaVA folder or Hub id, original or llava-hf; or a language model, with --vision_tower."}
+        metadata={"help": "LLaVA, original or llava-hf, folder or Hub id; or a language model, with --vision_tower."}
     )
     revision: str | None = field(default=None, metadata={"help": "Revision of the model on the Hub."})
     version: str | None = field(
@@ -25,15 +25,15 @@ class ModelArguments:
     )
     image_aspect_ratio: Literal["square", "pad", "anyres"] | None = field(
         default=None,
-        metadata={"help": "How a picture is made square; default: as the model has it. anyres: only of LLaVA-1.6."},
+        metadata={"help": "How a picture is made square; default: the model's own way. anyres: only for LLaVA-1.6."},
     )
     attn_implementation: str = field(default="sdpa", metadata={"help": "sdpa, eager, flash_attention_2, ..."})
     dtype: str = field(default="auto", metadata={"help": "dtype of the weights: auto (as saved), float32, bfloat16."})
     vision_tower: str | None = field(
         default=None,
         metadata={
-            "help": "CLIP or SigLIP model to put in front of a language model. This and the next seven make a "
-            "new LLaVA of one; of a LLaVA they may only say what it is, but for pretrain_mm_mlp_adapter."
+            "help": "CLIP or SigLIP model to put in front of a language model. This and the next seven describe a new "
+            "LLaVA; for an existing one they may only repeat what it is, except pretrain_mm_mlp_adapter."
         },
     )
     mm_projector_type: str | None = field(
@@ -41,22 +41,22 @@ class ModelArguments:
     )
     pretrain_mm_mlp_adapter: str | None = field(
         default=None,
-        metadata={"help": "Projector to start from: mm_projector.bin, or the folder that stage 1 left."},
+        metadata={"help": "Projector to start from: mm_projector.bin, or the folder that stage 1 wrote."},
     )
     mm_vision_select_layer: int | None = field(
         default=None, metadata={"help": "The tower's hidden state that the projector reads; default: -2."}
     )
     mm_vision_select_feature: Literal["patch", "cls_patch"] | None = field(
-        default=None, metadata={"help": "Without the tower's class token or with it; default: patch."}
+        default=None, metadata={"help": "patch: without the tower's class token; cls_patch: with it; default: patch."}
     )
     mm_use_im_start_end: bool | None = field(
-        default=None, metadata={"help": "<im_start> and <im_end> around each picture; default: False."}
+        default=None, metadata={"help": "Put <im_start> and <im_end> around each picture; default: False."}
     )
     mm_patch_merge_type: Literal["flat", "spatial", "spatial_unpad"] | None = field(
-        default=None, metadata={"help": "Of LLaVA-1.6: how the features of the crops become one sequence."}
+        default=None, metadata={"help": "LLaVA-1.6: how the features of the crops become one sequence."}
     )
     image_grid_pinpoints: str | None = field(
-        default=None, metadata={"help": "Of LLaVA-1.6: the sizes a picture is fitted into, '[(336, 672), ...]'."}
+        default=None, metadata={"help": "LLaVA-1.6: the sizes that a picture is fitted into, '[(336, 672), ...]'."}
     )
     # Names of the settings above that are defaults of the original's: they hold for a new LLaVA, and a LLaVA that is
     # given may differ.
@@ -68,49 +68,52 @@ class DataArguments:
     """What it is trained on."""
 
     data_path: str = field(
-        metadata={"help": "Data of any format (docs/data.md): a file, a folder, a Hub id, several with weights."}
+        metadata={"help": "Data in any format (docs/data.md): a file, a folder or a Hub id, or several with weights."}
     )
-    image_folder: str = field(default=".", metadata={"help": "Folder the image paths in the data are relative to."})
+    image_folder: str = field(
+        default=".", metadata={"help": "Folder that the image paths in the data are relative to."}
+    )
     model_max_length: int | None = field(
         default=None,
-        metadata={"help": "Longest row in tokens, image included; default: what the language model takes."},
+        metadata={"help": "Most tokens of a row, images included; default: the language model's own limit."},
     )
     on_bad_row: Literal["raise", "skip"] = field(
         default="raise",
         metadata={
-            "help": "A row that can't be trained on: raise ends with its name before anything is trained. skip leaves "
-            "such rows out, or cuts them where they are only too long, and lists them in skipped_rows.jsonl."
+            "help": "What to do about a row that can't be trained on. raise: end with an error before training. skip: "
+            "leave it out, or cut it if it is only too long, and list it in skipped_rows.jsonl."
         },
     )
     preview: int = field(
-        default=0, metadata={"help": "Print so many rows before training, with what is learned marked."}
+        default=0, metadata={"help": "Print this many rows before training, with what is learned marked."}
     )
     allow_images_outside: bool = field(
-        default=False, metadata={"help": "Take image paths that leave the image folder: absolute, '..', links."}
+        default=False, metadata={"help": "Allow image paths that leave the image folder: absolute, '..', links."}
     )
     allow_image_urls: bool = field(default=False, metadata={"help": "Fetch images from http and https addresses."})
     streaming: bool = field(
         default=False,
-        metadata={"help": "Read the rows from their files while training, with no check of the whole set before."},
+        metadata={"help": "Read the rows from their files during training, without checking the whole dataset first."},
     )
     shuffle_buffer_size: int = field(
         default=1000,
-        metadata={"help": "With streaming: rows that each worker holds and draws from; 0: the order of the files."},
+        metadata={
+            "help": "With streaming: rows in the buffer that each worker draws from; 0: the order of the files."
+        },
     )
     eval_data_path: str | None = field(
-        default=None, metadata={"help": "Rows to evaluate, as data_path; at each --eval_strategy, or at the end."}
+        default=None, metadata={"help": "Rows to evaluate on, as data_path; when --eval_strategy says, or at the end."}
     )
     eval_image_folder: str | None = field(default=None, metadata={"help": "Their images; default: image_folder."})
     eval_split: float | None = field(
-        default=None, metadata={"help": "Or the share of the rows that is held out for it, 0.05; drawn by the seed."}
+        default=None,
+        metadata={"help": "Or the share of the rows to hold out for evaluation, 0.05; drawn with the seed."},
     )
     eval_prompts: str | None = field(
         default=None,
-        metadata={
-            "help": "JSON or JSONL of questions (prompt, and image or images) that are answered at each evaluation."
-        },
+        metadata={"help": "JSON or JSONL of questions (prompt, and image or images) to answer at each evaluation."},
     )
-    eval_max_new_tokens: int = field(default=128, metadata={"help": "Longest answer to one of them, in tokens."})
+    eval_max_new_tokens: int = field(default=128, metadata={"help": "Most tokens of such an answer."})
 
     @property
     def has_eval_rows(self) -> bool:
@@ -123,7 +126,7 @@ class DataArguments:
         if self.eval_data_path is not None:
             raise ValueError("eval_split and eval_data_path both say which rows are evaluated: leave one out.")
         if not 0 < self.eval_split < 1:
-            raise ValueError(f"eval_split {self.eval_split:g} is no share of the rows: give one like 0.05.")
+            raise ValueError(f"eval_split {self.eval_split:g} is not a share of the rows: give one like 0.05.")
         if self.streaming:
             raise ValueError("eval_split needs all rows before training, and streaming has none: use eval_data_path.")
 
@@ -137,21 +140,21 @@ class TuningArguments:
         metadata={
             "help": "lora: LoRA on the language model, and the projector. qlora: the same over a quantised language "
             "model. projector: the projector alone (stage 1). freeze_vision: language model and projector (stage 2). "
-            "full: these and the vision tower. use_lora: lora, as yjin07/train-llava has it."
+            "full: these and the vision tower. use_lora: lora, as in yjin07/train-llava."
         },
     )
     freeze_backbone: bool = field(
         default=False,
         metadata={
-            "help": "With freeze_vision or full: of the language model only its head trains, as in the original."
+            "help": "With freeze_vision or full: of the language model only the head trains, as in the original."
         },
     )
     freeze_mm_mlp_adapter: bool = field(
-        default=False, metadata={"help": "With lora, freeze_vision or full: the projector stays as it is."}
+        default=False, metadata={"help": "With lora, freeze_vision or full: freeze the projector."}
     )
     lora_r: int = field(default=128, metadata={"help": "LoRA rank."})
     lora_alpha: int = field(default=256, metadata={"help": "LoRA scaling numerator."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the LoRA layers."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the LoRA layers."})
     lora_bias: Literal["none", "all", "lora_only"] = field(
         default="none",
         metadata={"help": "Which biases of the language model train with LoRA: none, all, or those of LoRA's layers."},
@@ -163,15 +166,21 @@ class TuningArguments:
     lora_vision_tower: bool = field(
         default=False, metadata={"help": "LoRA on the linear layers of the vision tower too."}
     )
-    use_dora: bool = field(default=False, metadata={"help": "DoRA: magnitude and direction apart (2402.09353)."})
+    use_dora: bool = field(
+        default=False, metadata={"help": "DoRA: magnitude and direction trained apart (arXiv 2402.09353)."}
+    )
     use_rslora: bool = field(
-        default=False, metadata={"help": "Scale by alpha / sqrt(r) instead of alpha / r (2312.03732)."}
+        default=False, metadata={"help": "rsLoRA: scale by alpha / sqrt(r) instead of alpha / r (arXiv 2312.03732)."}
     )
     bits: Literal[4, 8, 16] = field(
-        default=16, metadata={"help": "Of qlora: bits of the language model's weights, 4 if nothing is said."}
+        default=16, metadata={"help": "qlora: bits of the language model's weights; default there: 4."}
     )
-    double_quant: bool = field(default=True, metadata={"help": "Of 4 bits: quantise the scales too (2305.14314)."})
-    quant_type: Literal["nf4", "fp4"] = field(default="nf4", metadata={"help": "Of 4 bits: the kind of number."})
+    double_quant: bool = field(
+        default=True, metadata={"help": "With 4 bits: quantise the scales too (arXiv 2305.14314)."}
+    )
+    quant_type: Literal["nf4", "fp4"] = field(
+        default="nf4", metadata={"help": "With 4 bits: the data type of the weights."}
+    )
 
     @property
     def is_lora(self) -> bool:
@@ -230,7 +239,9 @@ class LlavaTrainingArguments(TrainingArguments):
     # transformers parses strings of these fields as JSON or numbers; a subclass has to repeat the list.
     learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
-    warmup_steps: float = field(default=0.03, metadata={"help": "Steps of warmup, or below 1 the share of all steps."})
+    warmup_steps: float = field(
+        default=0.03, metadata={"help": "Warmup steps, or, if below 1, their share of all steps."}
+    )
     logging_steps: float = field(default=1, metadata={"help": "Steps between two logs."})
     mm_projector_lr: float | None = field(default=None, metadata={"help": "Learning rate of the projector."})
     mm_vision_tower_lr: float | None = field(default=None, metadata={"help": "Learning rate of the vision tower."})
@@ -242,10 +253,11 @@ class LlavaTrainingArguments(TrainingArguments):
     )
     loss_normalization: Literal["tokens", "micro_batch"] = field(
         default="tokens",
-        metadata={"help": "Mean over an optimiser step's supervised tokens, or the original's mean of means."},
+        metadata={"help": "tokens: mean over a step's supervised tokens; micro_batch: the original's mean of means."},
     )
     early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "End after so many evaluations that were no better, and keep the best."}
+        default=None,
+        metadata={"help": "End after this many evaluations in a row without improvement, and keep the best."},
     )
     try_longest_batch: str = field(
         default="auto",

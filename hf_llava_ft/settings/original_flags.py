@@ -222,9 +222,9 @@ def translate(given: dict[str, Any]) -> Translation:
                 raise UserError(f"--{name} {value} has no meaning here, because {flag.why}: {flag.instead}.")
             notes.append(f"--{name} {value}: without effect; {flag.why}.")
         elif name == "warmup_ratio" and not 0 <= value < 1:
-            raise UserError(f"--warmup_ratio {value} is no share of the steps: give a number from 0 to below 1.")
+            raise UserError(f"--warmup_ratio {value} is not a share of the steps: give a number from 0 to below 1.")
         elif name == "warmup_ratio" and values.get("warmup_steps"):
-            notes.append(f"--warmup_ratio {value}: without effect; --warmup_steps goes before it.")
+            notes.append(f"--warmup_ratio {value}: without effect; --warmup_steps overrides it.")
         elif given.get(flag.name, value) != value:
             raise UserError(f"--{name} is called --{flag.name} now, which says something else: leave one of them out.")
         else:

@@ -84,13 +84,13 @@ def resolve(argv: Sequence[str]) -> Settings:
     elif chosen and chosen[-1]["train_type"] == "use_lora":
         put(USE_LORA_DEFAULTS, "default of --train_type use_lora")
         said = _said(USE_LORA_DEFAULTS, given)
-        notes.append(f"--train_type use_lora: --train_type lora, and what is not said as there: {said}.")
+        notes.append(f"--train_type use_lora: --train_type lora, and whatever is not set is as there: {said}.")
     put(preset, f"preset {preset_name}")
     put(from_recipe.values, f"recipe {recipe_path}", from_recipe.sources)
     put(from_line.values, FLAG, from_line.sources)
     if in_original_words:
         notes.append(
-            f"In the words of the original, so what is not said is as there: {_said(_settle(settings, given), given)}."
+            f"With the original's flags, what is not set is as there: {_said(_settle(settings, given), given)}."
         )
     assumed = frozenset(name for name in OF_A_NEW_LLAVA if settings[name].origin == ORIGINAL_DEFAULT)
     return Settings(settings, notes, assumed, dry_run=dry_run)

@@ -51,7 +51,7 @@ def read_recipe(path: str | Path, known: Collection[str]) -> dict[str, list[str]
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=1)
             hint = f"did you mean {close[0]}?" if close else "llava-ft train --help lists all names."
-            raise UserError(f"the recipe {path} holds {name!r}, which is no setting: {hint}")
+            raise UserError(f"the recipe {path} holds {name!r}, which is not a setting: {hint}")
     return {name: _words(name, value) for name, value in content.items() if value is not None}
 
 

@@ -48,7 +48,7 @@ def open_eval_rows(data_args: DataArguments, args: LlavaTrainingArguments) -> So
 
 
 def eval_rows_that_fit(rows: SoundRows, processor: LlavaProcessor, longest: int) -> tuple[Dataset, str | None]:
-    """The rows as a data set, and a sentence with the numbers of those left out or cut, if there are any."""
+    """The rows as a dataset, and a sentence with the numbers of those left out or cut, if there are any."""
     dataset = rows.that_fit(processor, longest)
     if not rows.left_out and not rows.cut:
         return dataset, None

@@ -54,7 +54,7 @@ class PushingTrainer(Trainer):
         base = self._base_of_adapter
         if base is not None and Path(base).exists():
             raise UserError(
-                f"--push_to_hub: the adapter stands on {base}, a folder that nobody else has: start from the Hub id "
+                f"--push_to_hub: the adapter's base is {base}, a folder that nobody else has: start from the Hub id "
                 f"of that model, or train without and push with llava-ft push, which takes the id of the base."
             )
         initialise = super().init_hf_repo
@@ -78,7 +78,7 @@ class PushingTrainer(Trainer):
 
         Args:
             tags (`str` or `list[str]`, *optional*): to add to ours.
-            dataset_tags (`str` or `list[str]`, *optional*): Hub ids of data sets.
+            dataset_tags (`str` or `list[str]`, *optional*): Hub ids of datasets.
         """
         if not self.is_world_process_zero():
             return

@@ -1,11 +1,18 @@
-"""Conversations for the tests of templates and processors: written out, or any that a data set may hold; and what of
-them is learned."""
+"""Conversations for the tests of templates and processors: written out, any that a dataset may hold, or those that the
+original was recorded with; and what of them is learned."""
+
+import json
+from pathlib import Path
 
 from hypothesis import strategies as st
 from PIL import Image
 
+from hf_llava_ft.data.schema import parse_llava_row
 from hf_llava_ft.processing.conversation_llava import IGNORE_INDEX
 
+# The rows that the original made ids of, by name, and its records of them in `<prompt style>__legacyFalse.json`.
+RECORDS_DIR = Path(__file__).parents[1] / "golden" / "a_tokenization"
+CASES = {case["id"]: case for case in json.loads((RECORDS_DIR / "conversations.json").read_text())}
 IMAGE = {"type": "image", "text": None}
 PICTURE = Image.radial_gradient("L").resize((40, 24)).convert("RGB")
 NUM_IMAGE_TOKENS = 16  # of the tower of `golden/tiny-clip`
@@ -68,3 +75,27 @@ def supervised_texts(processor, labels) -> list[str]:
             stretches[-1].append(label)
         before = label
     return [processor.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in stretches]
+
+
+def messages_of(name: str):
+    """Of one of `CASES`. Rows with two `<image>` name one file there: it is given twice."""
+    case = CASES[name]
+    files = [case["image"]] if "image" in case else []
+    images = files * sum(turn["value"].count("<image>") for turn in case["conversations"])
+    row = {"id": name, "images": images, "conversations": case["conversations"]}
+    return parse_llava_row(row, "conversations.json")["messages"]
+
+
+def as_the_original(processor, messages) -> tuple[list[int], list[int]]:
+    """Ids and labels with -200 for each image, as they are before it takes its places."""
+    row = encoded(processor, messages)
+    ids, labels = row["input_ids"].tolist(), row["labels"].tolist()
+    short_ids, short_labels = [], []
+    while ids:
+        is_image = ids[0] == processor.image_token_id
+        taken = NUM_IMAGE_TOKENS if is_image else 1
+        assert len(set(ids[:taken])) == 1
+        short_ids.append(-200 if is_image else ids[0])
+        short_labels.append(labels[0])
+        ids, labels = ids[taken:], labels[taken:]
+    return short_ids, short_labels

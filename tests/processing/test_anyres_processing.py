@@ -45,16 +45,21 @@ def messages(*questions: int) -> list[dict]:
 
 
 @pytest.fixture
-def processor(tokenizer_for, vision_config) -> LlavaNextProcessor:
-    built = LlavaProcessor.build(
-        tokenizer_for("llama"),
-        vision_config,
-        version="v1",
-        image_aspect_ratio="anyres",
-        image_grid_pinpoints=pinpoints(56),
-    )
-    assert isinstance(built, LlavaNextProcessor)
+def build(tokenizer_for, vision_config):
+    """`build(**settings)`: a processor of crops of 56 x 56."""
+
+    def built(vision=vision_config, **settings) -> LlavaNextProcessor:
+        sizes = {"image_aspect_ratio": "anyres", "image_grid_pinpoints": pinpoints(56)}
+        processor = LlavaProcessor.build(tokenizer_for("llama"), vision, **sizes, **settings)
+        assert isinstance(processor, LlavaNextProcessor)
+        return processor
+
     return built
+
+
+@pytest.fixture
+def processor(build) -> LlavaNextProcessor:
+    return build(version="v1")
 
 
 def plain_crops(image: Image.Image, edge: int) -> np.ndarray:
@@ -154,14 +159,8 @@ def test_a_batch_holds_the_crops_one_after_the_other(processor):
 
 
 @pytest.mark.parametrize("merge_type", ["flat", "spatial", "spatial_unpad"])
-def test_placeholders_follow_the_merge_type(tokenizer_for, vision_config, tmp_path, merge_type):
-    built = LlavaProcessor.build(
-        tokenizer_for("llama"),
-        vision_config,
-        image_aspect_ratio="anyres",
-        image_grid_pinpoints=pinpoints(56),
-        patch_merge_type=merge_type,
-    )
+def test_placeholders_follow_the_merge_type(build, tmp_path, merge_type):
+    built = build(patch_merge_type=merge_type)
     # 150 x 60 fills 140 x 56 of 168 x 56. Of three tiles side by side, with 4 rows of 12 features, 10 are picture.
     expected = {"flat": 4 * 16, "spatial": 4 * 16, "spatial_unpad": 16 + 4 * (10 + 1)}[merge_type]
     assert built.num_image_tokens_at(60, 150) == expected
@@ -170,14 +169,8 @@ def test_placeholders_follow_the_merge_type(tokenizer_for, vision_config, tmp_pa
     assert isinstance(again, LlavaNextProcessor) and again.num_image_tokens_at(60, 150) == expected
 
 
-def test_siglip_has_no_class_token_to_drop(tokenizer_for):
-    built = LlavaProcessor.build(
-        tokenizer_for("llama"),
-        SiglipVisionConfig(image_size=56, patch_size=14),
-        image_aspect_ratio="anyres",
-        image_grid_pinpoints=pinpoints(56),
-        patch_merge_type="flat",
-    )
+def test_siglip_has_no_class_token_to_drop(build):
+    built = build(SiglipVisionConfig(image_size=56, patch_size=14), patch_merge_type="flat")
     row = built.encode_conversation(messages(1), [picture(56, 112)])
     assert (row["input_ids"] == built.image_token_id).sum() == 3 * 16
     assert row["pixel_values"].shape == (3, 3, 56, 56)
@@ -200,15 +193,8 @@ def placeholders_of(processor, sizes, **settings) -> list[int]:
 
 @pytest.mark.parametrize("merge_type", ["flat", "spatial", "spatial_unpad"])
 @pytest.mark.parametrize("strategy", ["default", "full"])
-def test_vllm_is_told_as_many_placeholders_as_a_call_makes(tokenizer_for, vision_config, merge_type, strategy):
-    built = LlavaProcessor.build(
-        tokenizer_for("llama"),
-        vision_config,
-        image_aspect_ratio="anyres",
-        image_grid_pinpoints=pinpoints(56),
-        patch_merge_type=merge_type,
-        vision_feature_select_strategy=strategy,
-    )
+def test_vllm_is_told_as_many_placeholders_as_a_call_makes(build, merge_type, strategy):
+    built = build(patch_merge_type=merge_type, vision_feature_select_strategy=strategy)
     told = built._get_num_multimodal_tokens(image_sizes=[(height, width) for width, height in PICTURES])
     assert told["num_image_tokens"] == placeholders_of(built, PICTURES)
     assert told["num_image_patches"] == [1] * len(PICTURES)

@@ -1,16 +1,12 @@
 """What each template renders, what of it is supervised, and which template a tokenizer gets."""
 
 import json
-from pathlib import Path
 
 import pytest
 
-from hf_llava_ft.data.schema import parse_llava_row
 from hf_llava_ft.processing.chat_templates_llava import CHAT_TEMPLATES, chat_template_for, own_chat_template
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
-from tests.processing.conversations import IMAGE, answer, text, user
-
-GOLDEN = Path(__file__).parents[1] / "golden" / "a_tokenization"
+from tests.processing.conversations import IMAGE, RECORDS_DIR, answer, messages_of, text, user
 
 V1_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -115,13 +111,11 @@ def test_a_leading_image_is_followed_by_one_newline_and_any_other_stays_where_it
 @pytest.mark.parametrize("version", ["v1", "plain", "llava_llama_2"])
 def test_the_text_is_the_originals(processor_for, version):
     """Byte for byte; what the ids and labels are is for test_processing_llava.py to say."""
-    cases = {case["id"]: case for case in json.loads((GOLDEN / "conversations.json").read_text())}
-    records = json.loads((GOLDEN / f"{version}__legacyFalse.json").read_text())["records"]
+    records = json.loads((RECORDS_DIR / f"{version}__legacyFalse.json").read_text())["records"]
     prompts = {record["id"]: record["prompt"] for record in records if record["id"] in ("img_end", "single_img_first")}
     assert len(prompts) == 2
     for name, prompt in prompts.items():
-        row = parse_llava_row(cases[name], "conversations.json")
-        assert processor_for("llama", version).render(row["messages"])[0] == prompt
+        assert processor_for("llama", version).render(messages_of(name))[0] == prompt
 
 
 @pytest.mark.parametrize(

@@ -18,18 +18,19 @@ from tokenizers import Regex, pre_tokenizers
 from transformers import CLIPVisionConfig
 from transformers.models.llava.processing_llava import LlavaProcessor as NativeLlavaProcessor
 
-from hf_llava_ft.data.schema import parse_llava_row
 from hf_llava_ft.processing.chat_templates_llava import CHAT_TEMPLATES, chat_template_for
 from hf_llava_ft.processing.conversation_llava import IGNORE_INDEX
 from hf_llava_ft.processing.original_templates_llava import ORIGINAL_PROMPTS
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from tests.processing.conversations import (
     IMAGE,
-    NUM_IMAGE_TOKENS,
+    RECORDS_DIR,
     answer,
     answers,
+    as_the_original,
     conversations_of,
     encoded,
+    messages_of,
     supervised_texts,
     text,
     texts_with,
@@ -367,38 +368,13 @@ def test_the_prompt_of_a_chat_is_the_beginning_of_the_training_row(original_proc
 
 # ------------------------------------------------------------------ <im_start> and <im_end>
 
-CASES = {case["id"]: case for case in json.loads((GOLDEN / "a_tokenization" / "conversations.json").read_text())}
 RECORDS = {
-    record["id"]: record
-    for record in json.loads((GOLDEN / "a_tokenization" / "v1__legacyFalse__imse.json").read_text())["records"]
+    record["id"]: record for record in json.loads((RECORDS_DIR / "v1__legacyFalse__imse.json").read_text())["records"]
 }
 # Two images in one turn, which the original makes one; and text that it cuts.
 COLLAPSED, CUT = "two_images_one_turn", "long_text_trunc64"
 REFUSED = {"gpt_first_img_in_skipped", "text_only_with_image_tag", "empty_answer_img"}  # by the schema
 COMPARED = [name for name in RECORDS if "error" not in RECORDS[name] and name not in {COLLAPSED, CUT, *REFUSED}]
-
-
-def messages_of(name: str):
-    """Rows with two `<image>` name one file there: it is given twice."""
-    case = CASES[name]
-    files = [case["image"]] if "image" in case else []
-    images = files * sum(turn["value"].count("<image>") for turn in case["conversations"])
-    row = {"id": name, "images": images, "conversations": case["conversations"]}
-    return parse_llava_row(row, "conversations.json")["messages"]
-
-
-def with_one_id_per_image(processor, row) -> tuple[list[int], list[int]]:
-    """Ids and labels with -200 for each image, as the original has them before the image takes its places."""
-    ids, labels = row["input_ids"].tolist(), row["labels"].tolist()
-    short_ids, short_labels = [], []
-    while ids:
-        is_image = ids[0] == processor.image_token_id
-        taken = NUM_IMAGE_TOKENS if is_image else 1
-        assert len(set(ids[:taken])) == 1
-        short_ids.append(-200 if is_image else ids[0])
-        short_labels.append(labels[0])
-        ids, labels = ids[taken:], labels[taken:]
-    return short_ids, short_labels
 
 
 @pytest.fixture(scope="module")
@@ -419,7 +395,7 @@ def test_the_tokens_have_the_originals_ids(imse_processor):
 def test_prompt_ids_and_labels_between_start_and_end_are_the_originals(imse_processor, name):
     assert len(COMPARED) == 13
     record, messages = RECORDS[name], messages_of(name)
-    ids, labels = with_one_id_per_image(imse_processor, encoded(imse_processor, messages))
+    ids, labels = as_the_original(imse_processor, messages)
     assert imse_processor.render(messages)[0] == record["prompt"]
     assert ids == record["input_ids"]
     if "tokenization mismatch" in record.get("stdout", ""):  # the original lost count, and learns nothing

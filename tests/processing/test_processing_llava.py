@@ -20,13 +20,17 @@ from hf_llava_ft.processing.chat_templates_llava import CHAT_TEMPLATES
 from hf_llava_ft.processing.conversation_llava import IGNORE_INDEX
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from tests.processing.conversations import (
+    CASES,
     IMAGE,
     NUM_IMAGE_TOKENS,
     PICTURE,
+    RECORDS_DIR,
     answer,
     answers,
+    as_the_original,
     conversations_of,
     encoded,
+    messages_of,
     num_images,
     supervised_texts,
     text,
@@ -182,11 +186,10 @@ def test_spaces_are_learned_where_offsets_leave_them_out(processor_for):
 
 # ------------------------------------------------------------------ the original's figures
 
-CASES = {case["id"]: case for case in json.loads((GOLDEN / "a_tokenization" / "conversations.json").read_text())}
 RECORDS = {
     (version, record["id"]): record
     for version in ("v1", "plain", "llava_llama_2")
-    for record in json.loads((GOLDEN / "a_tokenization" / f"{version}__legacyFalse.json").read_text())["records"]
+    for record in json.loads((RECORDS_DIR / f"{version}__legacyFalse.json").read_text())["records"]
 }
 
 # Rows that the schema refuses: the original loses the first turn, trains without an image, or learns an empty answer.
@@ -209,30 +212,6 @@ def is_masked(record) -> bool:
 
 def cases(condition):
     return [key for key, record in RECORDS.items() if key[1] not in REFUSED and condition(key[1], record)]
-
-
-def messages_of(name: str):
-    """Rows with two `<image>` name one file there: it is given twice."""
-    case = CASES[name]
-    files = [case["image"]] if "image" in case else []
-    images = files * sum(turn["value"].count("<image>") for turn in case["conversations"])
-    row = {"id": name, "images": images, "conversations": case["conversations"]}
-    return parse_llava_row(row, "conversations.json")["messages"]
-
-
-def as_the_original(processor, messages) -> tuple[list[int], list[int]]:
-    """Ids and labels with -200 for each image, as they are before it takes its places."""
-    row = encoded(processor, messages)
-    ids, labels = row["input_ids"].tolist(), row["labels"].tolist()
-    short_ids, short_labels = [], []
-    while ids:
-        is_image = ids[0] == processor.image_token_id
-        taken = NUM_IMAGE_TOKENS if is_image else 1
-        assert len(set(ids[:taken])) == 1
-        short_ids.append(-200 if is_image else ids[0])
-        short_labels.append(labels[0])
-        ids, labels = ids[taken:], labels[taken:]
-    return short_ids, short_labels
 
 
 EQUAL = cases(lambda name, record: "error" not in record and not is_masked(record) and name not in (COLLAPSED, CUT))
@@ -558,7 +537,7 @@ def test_an_original_with_start_and_end_tokens_keeps_them(tmp_path, monkeypatch)
         shutil.copyfile(GOLDEN / "tokenizer_llama" / name, tmp_path / "m" / name)
     monkeypatch.chdir(GOLDEN)
     processor = LlavaProcessor.from_pretrained(tmp_path / "m")
-    records = json.loads((GOLDEN / "a_tokenization/v1__legacyFalse__imse.json").read_text())["records"]
+    records = json.loads((RECORDS_DIR / "v1__legacyFalse__imse.json").read_text())["records"]
     record = next(record for record in records if record["id"] == "single_img_first")
     content = [{"type": "image"}, {"type": "text", "text": "\nWhat is in the picture?"}]
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "A cat sitting on a mat."}]

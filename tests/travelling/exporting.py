@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import torch
+from loading import ForcedToken
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import CLIPVisionConfig, LlamaConfig, LogitsProcessor, LogitsProcessorList, SiglipVisionConfig
+from transformers import CLIPVisionConfig, LlamaConfig, LogitsProcessorList, SiglipVisionConfig
 
 import hf_llava_ft
 from hf_llava_ft.checkpoints.opening import fit_to_processor
@@ -33,19 +34,6 @@ NUM_NEW_TOKENS = 8
 EVERY = 32
 # By how much the best next token must beat the second, so that rounding cannot make another answer.
 CLEARLY = 1e-3
-
-
-class ForcedToken(LogitsProcessor):
-    """Makes every row generate `token_id` at position `length`: a model that says `<image>` by itself."""
-
-    def __init__(self, token_id: int, length: int):
-        self.token_id, self.length = token_id, length
-
-    def __call__(self, input_ids, scores):
-        if input_ids.shape[1] == self.length:
-            scores = torch.full_like(scores, -float("inf"))
-            scores[:, self.token_id] = 0
-        return scores
 
 
 def build(case: str):

@@ -33,7 +33,7 @@ INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_sizes")
 
 
 class ForcedToken(LogitsProcessor):
-    """Makes every row generate `token_id` at position `length`."""
+    """Makes every row generate `token_id` at position `length`: a model that says `<image>` by itself."""
 
     def __init__(self, token_id: int, length: int):
         self.token_id, self.length = token_id, length

@@ -1,4 +1,4 @@
-"""Every kind of data set that can be trained on, opened as one.
+"""Every kind of dataset that can be trained on, opened as one.
 
     for source in open_source("a.json:0.3,user/name:train", "images"):
         print(source.format, source.where)            # LLaVA JSON  a.json

@@ -1,4 +1,4 @@
-"""A data set cut into blocks of known size, each of which can be read without the rows before it.
+"""A dataset cut into blocks of known size, each of which can be read without the rows before it.
 
 JSON is cut as `json_parts.py` cuts it, after the one reading that counts its rows, whose result is kept in the cache
 for as long as the file stays the same; Parquet by its row groups; what `save_to_disk` wrote anywhere. A CSV file is

@@ -192,7 +192,7 @@ class ArrowRows(Container):
         self.fingerprint = dataset._fingerprint
         self.num_rows = len(dataset)
         if not self.num_rows:
-            raise UserError(f"{where} has no rows; give a data set with at least one conversation.")
+            raise UserError(f"{where} has no rows; give a dataset with at least one conversation.")
 
     def iter_raw(self) -> Iterator[tuple[int, Any]]:
         return self.iter_rows(0, len(self.dataset))

@@ -98,7 +98,7 @@ def load_data(
     cache_dir: str | os.PathLike | None = None,
 ) -> datasets.Dataset:
     """
-    Open data of any format as one data set on disk, after checking all of it, images included.
+    Open data of any format as one dataset on disk, after checking all of it, images included.
 
     Args:
         data_path, image_folder, allow_outside, allow_urls, cache_dir: see [`open_source`].

@@ -9,7 +9,7 @@
 
 What may surprise:
 * Where a row of the messages or prompt/completion dialect has images and no place for them at all, they go to the
-  front of the first human turn, a line each. TRL does so with such rows, and its data sets are written that way.
+  front of the first human turn, a line each. TRL does so with such rows, and its datasets are written that way.
 * In typed parts, `{"type": "image"}` is the place; the word `<image>` beside it in a text is refused, since no reader
   could tell whether it is meant.
 * Every answer is learned. TRL would learn the completion alone, so a prompt that holds answers is refused.

@@ -1,7 +1,7 @@
 """From what a row says of an image to where it is: a file that exists, or bytes that are a picture.
 
 What may surprise:
-* A path must stay inside the image folder, and an address is refused, unless the user allows it: a data set from
+* A path must stay inside the image folder, and an address is refused, unless the user allows it: a dataset from
   elsewhere could otherwise name any file of this computer, or have it call any server.
 * A fetched picture is kept in the cache under its address and not fetched again.
 """

@@ -1,4 +1,4 @@
-"""Several data sets as one: `--data_path a.json:0.3,user/name:train,b.parquet:2`.
+"""Several datasets as one: `--data_path a.json:0.3,user/name:train,b.parquet:2`.
 
 A weight is the share of that set's rows that the mixture holds. 0.3 draws 30% of them without replacement, by the seed
 alone, and the same ones in every epoch; 2 holds every row twice, and 2.5 every row twice and half of them once more.
@@ -55,7 +55,7 @@ def parse_data_path(data_path: str | os.PathLike | Sequence[str | os.PathLike]) 
     if isinstance(data_path, str):
         data_path = [data_path] if _exists(data_path) else [item for item in data_path.split(",") if item.strip()]
     if not data_path:
-        raise UserError("no data is given; give the path of a file or folder, or a data set of the Hub, user/name.")
+        raise UserError("no data is given; give the path of a file or folder, or a dataset of the Hub, user/name.")
     return [_parse_item(os.fspath(item).strip()) for item in data_path]
 
 

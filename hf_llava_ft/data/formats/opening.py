@@ -41,7 +41,7 @@ def open_container(path: str, split: str | None = None) -> Container:
         raise UserError(f"{path} is a file and has no split {split!r}; leave it out.")
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise UserError(f"{path} is neither a file nor a folder; give one that holds a data set.")
+            raise UserError(f"{path} is neither a file nor a folder; give one that holds a dataset.")
         with open(path, "rb") as file:
             head = file.read(2**16)
     except OSError as error:
@@ -66,7 +66,7 @@ def open_container(path: str, split: str | None = None) -> Container:
 
 def load_hub_dataset(name: str, split: str | None) -> Container:
     """
-    A data set of the Hub, downloaded into the cache of `datasets`; code of the Hub is never run.
+    A dataset of the Hub, downloaded into the cache of `datasets`; code of the Hub is never run.
 
     Args:
         name (`str`): `user/name`.

@@ -1,4 +1,4 @@
-"""One data set that can be trained on: where its rows are, what they look like, and where their images are."""
+"""One dataset that can be trained on: where its rows are, what they look like, and where their images are."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ _MAX_KEYS_NAMED = 8
 
 class Source:
     """
-    One data set. Made by [`open_source`]; it can be pickled.
+    One dataset. Made by [`open_source`]; it can be pickled.
 
     Attributes:
         format (`str`): dialect and container in words: "ShareGPT JSON", "image-caption folder (metadata.csv)".
@@ -113,7 +113,7 @@ def open_source(
     cache_dir: str | os.PathLike | None = None,
 ) -> list[Source]:
     """
-    Tell what the data sets are, from what is in them. Reads the first rows only.
+    Tell what the datasets are, from what is in them. Reads the first rows only.
 
     Args:
         data_path (`str` or `list`):

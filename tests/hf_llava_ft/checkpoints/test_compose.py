@@ -89,7 +89,7 @@ def test_a_language_model_is_no_tower(parts, tmp_path):
 def test_what_is_no_language_model_is_refused(parts, tmp_path):
     tower, language, _ = parts("llama", "clip", False)
     folder = hf_llava_ft.compose_llava(str(tower), str(language), tmp_path / "llava")
-    for wrong, reason in ((folder, "sees pictures already"), (tmp_path / "none", "is no model that can be read")):
+    for wrong, reason in ((folder, "sees pictures already"), (tmp_path / "none", "is not a model that can be loaded")):
         with pytest.raises(UserError, match=f"--language .*{reason}"):
             hf_llava_ft.compose_llava(str(tower), str(wrong), tmp_path / "again")
     assert not (tmp_path / "again").exists()

@@ -181,7 +181,7 @@ def arguments(model, **fields):
         ({"mm_vision_select_feature": "cls_patch"}, "it is patch"),
         ({"mm_patch_merge_type": "spatial_unpad"}, "it is flat"),
         ({"image_grid_pinpoints": "[(336, 672)]"}, "it is None"),
-        ({"image_grid_pinpoints": "many"}, "is no list of sizes"),
+        ({"image_grid_pinpoints": "many"}, "is not a list of sizes"),
     ],
 )
 def test_a_flag_that_contradicts_the_model_is_refused(tiny_checkpoint, fields, sentence):
@@ -236,7 +236,7 @@ def test_projectors_that_are_none(tmp_path, tiny_checkpoint):
     with pytest.raises(UserError, match="there is no projector; give the original's mm_projector.bin"):
         read_projector_of(str(tmp_path / "mm_projector.bin"))
     (tmp_path / "mm_projector.bin").write_bytes(b"no weights")
-    with pytest.raises(UserError, match="is no readable file of weights"):
+    with pytest.raises(UserError, match="is not a readable weights file"):
         read_projector_of(str(tmp_path))
     tensors = {"model.mm_projector.0.weight": torch.zeros(2, 2), "model.embed_tokens.weight": torch.zeros(2, 2)}
     torch.save(tensors, tmp_path / "mm_projector.bin")

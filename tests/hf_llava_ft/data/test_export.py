@@ -1,4 +1,4 @@
-"""A data set written for the Hub gives back the rows it was made of, pictures byte for byte."""
+"""A dataset written for the Hub gives back the rows it was made of, pictures byte for byte."""
 
 import ast
 import html
@@ -188,7 +188,7 @@ def test_a_bad_row_leaves_nothing(folder):
 
 def test_what_cannot_be_exported_is_said(folder):
     sources = open_source(f"{folder}/data.json:0.5", folder / "images")
-    with pytest.raises(UserError, match="has a weight, and a data set is written whole"):
+    with pytest.raises(UserError, match="has a weight, and a dataset is written whole"):
         export_dataset(sources, folder / "out")
     for size in ("much", "0MB", -1):
         with pytest.raises(UserError, match="is no size; write 500MB or 1GB"):
@@ -209,7 +209,7 @@ def test_the_command(folder):
     for options, says in (
         ([], "error: nowhere to write to"),
         (["--output_dir", str(folder / "out")], "is not empty"),
-        (["--repo_id", "no name"], "error: --repo_id no name is no name of a repository: write user/name"),
+        (["--repo_id", "no name"], "error: --repo_id no name is not a repository name: write user/name"),
         (["--repo_id", "user/name"], "error: HF_HUB_OFFLINE is set, and pushing needs the Hub"),
     ):
         refused = CliRunner().invoke(app, [*map(str, arguments), *options])

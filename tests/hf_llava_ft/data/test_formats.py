@@ -42,7 +42,7 @@ def load(folder, name, **kwargs):
 
 
 def shown(row):
-    """A row of the data set as (role, text with [colour number] for an image) pairs."""
+    """A row of the dataset as (role, text with [colour number] for an image) pairs."""
     pictures = iter(row["images"])
     turns = []
     for message in row["messages"]:
@@ -58,7 +58,7 @@ def shown(row):
 
 
 def read(folder, name, **kwargs):
-    """(format in words, ids, shown rows), from the sources read row by row and from the data set alike."""
+    """(format in words, ids, shown rows), from the sources read row by row and from the dataset alike."""
     (source,) = open_source(str(folder / name), folder / "images", **kwargs)
     streamed = [source.row(raw, number) for number, raw in source.iter_raw()]
     dataset = load(folder, name, **kwargs)
@@ -230,7 +230,7 @@ def test_prompt_and_completion_as_text_or_messages(folder, key):
 
 
 def test_llava_columns_in_parquet_by_pandas(folder):
-    """As data sets of LLaVA are put on the Hub: an `image` of path and bytes, null for text alone."""
+    """As datasets of LLaVA are put on the Hub: an `image` of path and bytes, null for text alone."""
     turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A red one."}]
     frame = pd.DataFrame(
         {

@@ -1,4 +1,4 @@
-"""Data sets to a Hub and back: by `push_dataset.py`, `push_to_hub` and `load_dataset`, and by id as `--data_path`."""
+"""Datasets to a Hub and back: by `push_dataset.py`, `push_to_hub` and `load_dataset`, and by id as `--data_path`."""
 
 import json
 import os

@@ -34,7 +34,7 @@ def row(number=0, image=None, answer="A cat."):
 
 @pytest.fixture
 def folder(tmp_path):
-    """The folder of a data set: `data.json` with three rows, and `images` with two pictures, in it and in `sub`."""
+    """The folder of a dataset: `data.json` with three rows, and `images` with two pictures, in it and in `sub`."""
     (tmp_path / "images" / "sub").mkdir(parents=True)
     noise = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "images" / "a.jpg")
@@ -389,7 +389,7 @@ def test_a_decompression_bomb_is_not_decoded(folder):
     assert "10000 x 10000 pixels" in unreadable_images([str(folder / "big.png")])[str(folder / "big.png")]
 
 
-# The data set
+# The dataset
 
 
 def test_a_data_set_holds_paths_and_comes_from_the_disk(folder):

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils.checkpoint import set_checkpoint_early_stop
-from transformers import CLIPVisionConfig, LlamaConfig
 from typer.testing import CliRunner
 
 import hf_llava_ft
+from benchmarks.llava_sizes import llava_1_5
 from hf_llava_ft.cli import app
 from hf_llava_ft.estimate.memory import StateBytes, divided, state_bytes
 from hf_llava_ft.estimate.trace import Batch, Precision, build_model, trace_micro_batch
@@ -143,7 +143,7 @@ def test_what_is_held_is_what_autograd_saves(tiny, train_type, checkpointing):
 @pytest.mark.parametrize("train_type", ["lora", "freeze_vision"])
 def test_what_a_middling_model_holds_is_what_autograd_saves(train_type, checkpointing):
     """A language model of 12 layers of width 512, the tower of LLaVA-1.5 at half its resolution, in 16 bits."""
-    config = llava_7b()
+    config = llava_1_5()
     sizes = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 12}
     for name, size in (sizes | {"num_attention_heads": 8, "num_key_value_heads": 8}).items():
         setattr(config.text_config, name, size)
@@ -165,29 +165,6 @@ def test_what_a_middling_model_holds_is_what_autograd_saves(train_type, checkpoi
     precision = Precision(torch.bfloat16, autocast=True)
     traced = trace_micro_batch(config, arguments, precision, rows, gradient_checkpointing=checkpointing)
     assert traced.held == pytest.approx(measured, rel=0.15)
-
-
-def llava_7b() -> hf_llava_ft.LlavaConfig:
-    """The sizes of LLaVA-1.5-7B: Vicuna-7B and CLIP ViT-L/14-336."""
-    text = LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        vocab_size=32064,
-        max_position_embeddings=4096,
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-        projection_dim=768,
-    )
-    return hf_llava_ft.LlavaConfig(text_config=text, vision_config=vision, image_token_index=32000)
 
 
 def operations_by_hand(train_type: str, checkpointing: bool) -> float:
@@ -216,7 +193,7 @@ def test_operations_of_llava_7b_are_those_computed_by_hand(train_type, checkpoin
     precision = Precision(torch.bfloat16, autocast=True)
     with set_checkpoint_early_stop(False):  # computed by hand, every operation of a layer is repeated
         traced = trace_micro_batch(
-            llava_7b(), TuningArguments(train_type=train_type), precision, rows, gradient_checkpointing=checkpointing
+            llava_1_5(), TuningArguments(train_type=train_type), precision, rows, gradient_checkpointing=checkpointing
         )
     assert traced.operations == pytest.approx(operations_by_hand(train_type, checkpointing), rel=0.001)
     assert traced.operations != pytest.approx(operations_by_hand(train_type, not checkpointing), rel=0.1)

@@ -120,7 +120,7 @@ def refusal(call, *arguments, **environment):
 facts["refusals"] = {
     "nothing": refusal(load_model, "user/nothing"),
     "no id": refusal(load_model, "no/such/folder"),
-    "a data set's name": refusal(load_processor, "user/nothing-at-all"),
+    "a dataset's name": refusal(load_processor, "user/nothing-at-all"),
     "revision": refusal(load_processor, "user/native", "v9"),
     "revision of an adapter": refusal(inspect_checkpoint, "user/adapter", "v9"),
     "gated": refusal(load_model, "someone/gated"),
@@ -385,7 +385,7 @@ def test_refusals_are_one_sentence(pushed):
     for key, says in {
         "nothing": "user/nothing is neither a folder nor a model on the Hub",
         "no id": "no/such/folder is neither a folder nor",
-        "a data set's name": "user/nothing-at-all is neither",
+        "a dataset's name": "user/nothing-at-all is neither",
         "revision": "user/native has no revision v9",
         "revision of an adapter": "user/adapter has no revision v9",
         "gated": "someone/gated is gated: ask for access",

@@ -53,7 +53,7 @@ def damage(folder, how):
         ("header", "model.safetensors names '/home/alice/'"),
         ("link", "model.safetensors is a link that leaves the folder"),
         ("pickle", "pickles are not uploaded"),
-        ("half", "is no readable file of weights"),
+        ("half", "is not a readable weights file"),
         ("foreign code", "holds code that is not of this version"),
         ("shard", "lacks model-00001-of-00002.safetensors"),
     ],

@@ -114,7 +114,7 @@ def test_an_adapter_says_what_it_is(staged, run):
     summary = json.loads((run / "train_summary.json").read_text())
     assert entry["name"] == "my_adapter" and result["task"] == {"type": "image-text-to-text"}
     assert result["metrics"][0]["value"] == pytest.approx(summary["eval_loss"]["last"]["loss"], abs=1e-6)
-    assert "datasets" not in data  # rows of this machine are no data set on the Hub
+    assert "datasets" not in data  # rows of this machine are no dataset on the Hub
 
 
 def test_the_training_is_told_as_it_was(staged, run):

@@ -123,7 +123,7 @@ def test_a_base_on_the_hub_that_is_another_is_noticed(hub, client, adapter, tiny
     save_file({**weights, name: weights[name] * 1.5}, other / "model.safetensors", metadata={"format": "pt"})
     hub.upload("models/org/other", other)
     done = client.run("push", adapter, "--repo_id", "user/wrong", "--base", "org/other")
-    assert done.code == 2 and "does not answer as what was pushed" in done.err, done.err
+    assert done.code == 2 and "does not answer like what was pushed" in done.err, done.err
 
 
 def test_a_projector_of_the_original(hub, client, tiny, tmp_path):
@@ -165,7 +165,7 @@ def test_a_dry_run_asks_nobody(hub, client, trained):
     assert done.code == 0, done.err
     assert len(hub.requests) == before
     assert all(name in done.out for name in MODEL_FILES)
-    assert "These stay here: .env, checkpoint-5/, data.json, my.py, notes.txt, optimizer.pt" in done.out
+    assert "Not uploaded: .env, checkpoint-5/, data.json, my.py, notes.txt, optimizer.pt" in done.out
     assert "pipeline_tag: image-text-to-text" in done.out
 
 
@@ -200,17 +200,17 @@ def test_branch_and_pull_request(hub, client, trained):
 @pytest.mark.parametrize(
     "arguments, environment, says",
     [
-        (("user/no token",), {}, "is no name of a repository"),
+        (("user/no token",), {}, "is not a repository name"),
         (("justname",), {}, "write user/name"),
         (("user/x",), {"HF_TOKEN": ""}, "there is no token for the Hub"),
         (("user/x",), {"HF_TOKEN": "hf_expired"}, "the Hub does not take the token"),
-        (("user/x",), {"HF_TOKEN": "hf_reading"}, "the token may only read"),
+        (("user/x",), {"HF_TOKEN": "hf_reading"}, "the token is read-only"),
         (("user/x",), {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
         (("stranger/x",), {}, "the token may not write to stranger/x"),
         (("stranger/secret",), {}, "the token may not write to stranger/secret"),
         (("user/pulls", "--revision", "refs/pr/7"), {}, "has no revision refs/pr/7"),
         (("user/adapters",), {}, "holds an adapter, and a model in the same place"),
-        (("user/open", "--private"), {}, "is there and public"),
+        (("user/open", "--private"), {}, "exists and is public"),
         (("user/x", "--license", "my own"), {}, "the Hub refuses the card"),
     ],
 )

@@ -339,7 +339,7 @@ def test_the_second_reference(capsys):
         ("--save_safetensors False", "always saved as safetensors"),
         ("--group_by_length True", "use --group_by_modality_length True"),
         ("--logging_dir logs", "TENSORBOARD_LOGGING_DIR"),
-        ("--warmup_ratio 1.5", "is no share of the steps"),
+        ("--warmup_ratio 1.5", "is not a share of the steps"),
         ("--evaluation_strategy no --eval_strategy steps", "is called --eval_strategy now, which says something else"),
         ("--tune_mm_mlp_adapter True --freeze_mm_mlp_adapter True", "nothing to train"),
         ("--version v99", "unknown chat template 'v99'"),

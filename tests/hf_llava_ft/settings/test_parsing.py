@@ -76,15 +76,15 @@ def test_kinds_of_values_in_a_recipe(recipe):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("learning_rat: 1\n", "recipe.yaml holds 'learning_rat', which is no setting: did you mean learning_rate"),
+        ("learning_rat: 1\n", "recipe.yaml holds 'learning_rat', which is not a setting: did you mean learning_rate"),
         ("lora_r: much\n", "recipe.yaml: --lora_r: invalid int value: 'much'"),
         ("lora_r: 1\nlora_r: 2\n", "recipe.yaml, line 2: 'lora_r' stands there twice"),
         ("lora_r: [1\n", "recipe.yaml, line 2: "),
         ("- lora_r\n", "holds a list and not lines of the form name: value"),
         ("lora_r: !!python/object/apply:os.system ['true']\n", "recipe.yaml, line 1: "),
-        ("dry_run: true\n", "holds 'dry_run', which is no setting"),
+        ("dry_run: true\n", "holds 'dry_run', which is not a setting"),
         ("preset: llava-v9\n", "unknown preset 'llava-v9'"),
-        ("1: 2\n", "holds 1, which is no setting"),
+        ("1: 2\n", "holds 1, which is not a setting"),
         ("train_type: half\n", "--train_type: invalid choice: 'half'"),
     ],
 )

@@ -269,7 +269,7 @@ def test_tensorboard_shows_the_answers_and_once_the_pictures(run, prompts, tmp_p
     "flags, sentence",
     [
         ({"eval_strategy": "steps", "eval_steps": 1}, "needs rows to evaluate"),
-        ({"eval_split": 1.5}, "is no share of the rows"),
+        ({"eval_split": 1.5}, "is not a share of the rows"),
         ({"eval_split": 0.1, "eval_data_path": "x.json"}, "leave one out"),
         ({"eval_split": 0.1, "streaming": True}, "use eval_data_path"),
         ({"early_stopping_patience": 2, "eval_split": 0.1}, "needs evaluations"),

@@ -151,7 +151,7 @@ def test_runs_end_as_they_should(trained):
     assert "may not write to user/broken" in refused and f"is whole at {folder / 'runs' / 'broken'}" in refused
     assert (folder / "runs" / "broken" / "checkpoint-4").is_dir()  # the pushes at 2 and 4 failed, and it went on
     assert done.stderr.count("A push to the Hub failed: ") == 3
-    assert f"the adapter stands on {base}, a folder that nobody else has" in sentences[0]
+    assert f"the adapter's base is {base}, a folder that nobody else has" in sentences[0]
     assert "is wrong or has expired" in sentences[1] and "hf_expired" not in done.stderr
     assert "may not write to user/reading" in sentences[2]
     assert {f"models/user/{name}" for name in ("local", "expired", "reading")}.isdisjoint(hub.repositories)
