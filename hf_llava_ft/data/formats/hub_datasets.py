@@ -1,10 +1,10 @@
 """A data set of the Hub by its id.
 
 What may surprise:
-* A set of JSON files is not left to the JSON reader of `datasets`. That decides a column's type by its first 10 MB, and
-  where texts and numbers mix, "000123" becomes 123 and "true" a truth value, or every text of a later part of the file
-  gets quotes around it, all without a word. Its files are downloaded and read as our own are: a text stays a text, and
-  a number in place of one is refused with row and turn.
+* A set of JSON files is not left to the JSON reader of `datasets`. That decides a column's type by its first 10 MB,
+  and where texts and numbers mix, "000123" becomes 123 and "true" a truth value, or every text of a later part of the
+  file gets quotes around it, all without a word. Its files are downloaded and read as our own are: a text stays a
+  text, and a number in place of one is refused with row and turn.
 * A set in WebDataset form is refused: there a picture whose ending is spelled otherwise than in the first rows, `.JPG`
   or `.jpeg` for `.jpg`, is none.
 """
