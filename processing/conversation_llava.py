@@ -42,7 +42,8 @@ class ConversationEncoding(ConversationText):
             token; `attention_mask` `int64[T]`; and with images what `encode_images` returns.
 
         Raises:
-            ValueError: if image places and images differ in number, or the template marks no answer or no stop token.
+            ValueError: if image places and images differ in number, or the template marks no answer, no stop token or
+                something else.
             CannotTruncate: if a cut would go through an image, or leave nothing to learn.
         """
         images = images or []
@@ -51,6 +52,11 @@ class ConversationEncoding(ConversationText):
             raise ValueError(
                 "the processor's chat template does not mark what ends an answer, so the model would never "
                 "learn to stop: choose one of ours, e.g. --version v1."
+            )
+        if self.misplaced_mark is not None:
+            raise ValueError(
+                f"the processor's chat template marks {self.misplaced_mark!r} as an answer, which is none: choose one "
+                "of ours, e.g. --version v1, or move its {% generation %} out of the macro or block it stands in."
             )
         num_places = text.count(self.image_token)
         if num_places != len(images):

@@ -13,6 +13,8 @@ import numpy as np
 from transformers import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .own_template_llava import misplaced_mark
+
 _SHORT_ANSWER = "a"
 _BYTE_LEVEL_SPACE = "Ġ"
 
@@ -88,7 +90,7 @@ class ConversationText(ProcessorMixin):
 
         Returns:
             For each, ids `int64[K]`, images not yet expanded, and `bool[K]`: whether a token is learned, because it
-            overlaps one of the spans.
+            lies in one of the spans.
         """
         tokenized: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         for add_special_tokens in (True, False):
@@ -110,7 +112,11 @@ class ConversationText(ProcessorMixin):
         return [tokenized[place] for place in range(len(rendered))]
 
     def _supervised(self, text: str, spans: list[tuple[int, int]], ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-        """`bool[K]`: whether a token overlaps one of `spans`, from ids `int64[K]` and offsets `int64[K, 2]`."""
+        """
+        `bool[K]`: whether a token belongs to one of `spans`, from ids `int64[K]` and offsets `int64[K, 2]`. It may
+        begin in front of one, where a tokenizer joins an answer's space with what stands there, but not end behind
+        it: where `<|im_end|>` is no token, `><` of `<|im_end|><|im_start|>` is one of two turns in some vocabularies.
+        """
         starts, ends = offsets[:, 0].copy(), offsets[:, 1].copy()
         # Where offsets are trimmed (GPT-NeoX), a newline and spaces that are one token lack the spaces, and these may
         # be the answer's.
@@ -132,7 +138,7 @@ class ConversationText(ProcessorMixin):
             position = text.find(self.image_token, image_end)
         supervised = np.zeros(len(ids), dtype=bool)
         for start, end in spans:
-            supervised |= (ends > start) & (starts < end) & (ends > starts)
+            supervised |= (ends > start) & (ends <= end) & (ends > starts)
         return supervised & (ids != self.image_token_id)
 
     @cached_property
@@ -163,6 +169,15 @@ class ConversationText(ProcessorMixin):
             return None
         start, end = spans[-1]
         return text[start:end].partition(_SHORT_ANSWER)[2].strip() or None
+
+    @cached_property
+    def misplaced_mark(self) -> str | None:
+        """
+        What the chat template marks as an answer and is none; `None` where its marks are right, or it has none. Jinja
+        tells where a mark stands in what it has written so far, and a macro, a block of `set` or a filter writes all
+        at once: marks inside one lie on the header that it begins with.
+        """
+        return misplaced_mark(cast(str, self.chat_template), self.tokenizer)
 
     @cached_property
     def _short_answer(self) -> tuple[str, list[tuple[int, int]]]:

@@ -64,6 +64,27 @@ def with_generation_marks(source: str, tokenizer, prologue: str = "") -> str | N
     return marked
 
 
+def misplaced_mark(source: str, tokenizer) -> str | None:
+    """
+    What the marks of the Jinja template `source` hold in place of an answer and the word that ends it; `None` where
+    they hold these, and where there are no marks.
+    """
+    if "endgeneration" not in source:
+        return None
+    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _QUESTION}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": _ANSWER}]}
+    asked_again = {"role": "user", "content": [{"type": "text", "text": _QUESTION}]}
+    for messages in ([question, answer], [question, answer, asked_again, answer]):
+        text, spans = _rendered(source, messages, tokenizer)
+        for start, end in spans if text else ():
+            held = text[start:end].strip()
+            ending = held.removeprefix(_ANSWER)
+            # A word at most: more is of the next turn.
+            if not held.startswith(_ANSWER) or len(ending.split()) > 1:
+                return text[start:end]
+    return None
+
+
 def _rendered(source: str, messages: list[dict], tokenizer, **options) -> tuple[str | None, list[tuple[int, int]]]:
     """Text and marks, or `None` and no marks where the template refuses the messages."""
     try:

@@ -157,7 +157,7 @@ class LlavaProcessor(ConversationEncoding, NativeLlavaProcessor):
         """Replaces the chat template by the one called `version`; it is saved with the processor."""
         image_start_end = IMAGE_START_TOKEN in str(self.chat_template)
         self.chat_template = chat_template_for(self.tokenizer, version, image_start_end).source
-        for known in ("stop_token_id", "stop_string", "_short_answer"):
+        for known in ("stop_token_id", "stop_string", "misplaced_mark", "_short_answer"):
             self.__dict__.pop(known, None)
 
 

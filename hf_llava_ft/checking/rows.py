@@ -91,6 +91,7 @@ class RowChecker:
     def __init__(self, sources: list[Source], processor: LlavaProcessor | None = None, longest: int | None = None):
         self.sources, self.processor, self.longest = sources, processor, longest
         self.control_text = list(_USUAL_CONTROL_TEXT) if processor is None else control_text(processor)
+        self.stops = set() if processor is None else stop_texts(processor)
         if processor is not None and not processor.depends_on_image_size:
             processor.num_image_tokens_at(1, 1)  # once for all processes
 
@@ -161,8 +162,10 @@ class RowChecker:
                     treated = "which ends an answer under this chat template"
                 else:
                     treated = "which the tokenizer reads as the control token of that name, as the original does"
-                teaches = ", so the model learns to stop there" if message["role"] == "assistant" else ""
-                what = f"turn {turn} holds the literal text {control!r}, {treated}{teaches if self.processor else ''}"
+                teaches = ""
+                if self.processor is not None and message["role"] == "assistant":
+                    teaches = f", so the model learns to {'stop there' if control in self.stops else 'write it'}"
+                what = f"turn {turn} holds the literal text {control!r}, {treated}{teaches}"
                 todo = "remove it, or write it otherwise, if it is not meant so."
                 warnings.append(Problem(where, number, shown_id(given_id), "control_text", what, todo, place))
         return warnings
@@ -228,6 +231,14 @@ def control_text(processor: LlavaProcessor) -> list[str]:
     if processor.stop_string:
         found.append(processor.stop_string)
     return found
+
+
+def stop_texts(processor: LlavaProcessor) -> set[str]:
+    """Those of [`control_text`] on which generation stops."""
+    tokenizer = processor.tokenizer
+    stop = processor.stop_token_id
+    ends = None if stop is None else tokenizer.convert_ids_to_tokens(stop)
+    return {text for text in (ends, tokenizer.eos_token, processor.stop_string) if text}
 
 
 def _digest(row: Row) -> int:

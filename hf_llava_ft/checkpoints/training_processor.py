@@ -18,8 +18,8 @@ def processor_for_training(
         image_aspect_ratio (`str`, *optional*): `square`, `pad` or `anyres`, instead of the model's.
 
     Raises:
-        UserError: if there is none, its template does not mark what ends an answer, or the model does not see pictures
-            that way.
+        UserError: if there is none, its template does not mark what ends an answer, or marks something else, or the
+            model does not see pictures that way.
     """
     processor = load_processor(model, revision)
     if version is not None:
@@ -31,6 +31,11 @@ def processor_for_training(
         raise UserError(
             f"{model}: its chat template does not mark what ends an answer, so the model would never learn to stop: "
             f"choose one of ours, --version v1 for LLaVA-1.5."
+        )
+    if processor.misplaced_mark is not None:
+        raise UserError(
+            f"{model}: its chat template marks {processor.misplaced_mark!r} as an answer, which is none: choose "
+            f"one of ours with --version, or move its {{% generation %}} out of the macro or block it stands in."
         )
     if image_aspect_ratio is not None:
         _use_aspect_ratio(processor, model, image_aspect_ratio)

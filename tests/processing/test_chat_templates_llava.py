@@ -175,3 +175,55 @@ def test_use_chat_template_replaces_the_template(tokenizer_for, vision_config):
     processor = LlavaProcessor.build(tokenizer_for("byte-level"), vision_config, version="chatml")
     processor.use_chat_template("v1")
     assert marked(processor, [SYSTEM, user("Hi"), answer("Yo")]) == "Be brief. USER: Hi ASSISTANT:[[ Yo<|im_end|>]]"
+
+
+@pytest.mark.parametrize("template", ["mpt", "chatml_direct", "mistral_direct"])
+def test_no_token_of_two_turns_is_learned(processor_for, template):
+    """In this vocabulary `><`, which ends one turn and begins the next."""
+    processor = processor_for("llama", template)
+    encoded = processor.encode_conversation([user("Sure?"), answer("Yes."), user("Sure?"), answer("No.")])
+    learned = processor.tokenizer.convert_ids_to_tokens(encoded["labels"][encoded["labels"] != -100].tolist())
+    stop = [".<", "|", "im", "_", "end", "|"]
+    assert learned == ["Yes", *stop, "No", *stop, ">"]
+
+
+SPEAKS = "{{ '<|im_start|>' + message['role'] + '\n' }}"
+SAYS = "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+ASKS = "{{ message['content'] + '<|im_end|>\n' }}"
+MARKED_INSIDE = {
+    "nothing": "{% for message in messages %}SPEAKS{% if message['role'] == 'assistant' %}SAYS"
+    "{% else %}ASKS{% endif %}{% endfor %}",
+    "a macro": "{% macro turn(message) %}SPEAKSSAYS{% endmacro %}{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ turn(message) }}{% else %}SPEAKSASKS{% endif %}{% endfor %}",
+    "a set block": "{% for message in messages %}{% if message['role'] == 'assistant' %}{% set turn %}SPEAKSSAYS"
+    "{% endset %}{{ turn }}{% else %}SPEAKSASKS{% endif %}{% endfor %}",
+    "a filter": "{% for message in messages %}{% if message['role'] == 'assistant' %}{% filter trim %}SPEAKSSAYS"
+    "{% endfilter %}{% else %}SPEAKSASKS{% endif %}{% endfor %}",
+    "too much": "{% for message in messages %}{% if message['role'] == 'assistant' %}SPEAKS{% generation %}"
+    "{{ message['content'] + '<|im_end|>\n<|im_start|>' }}{% endgeneration %}{% else %}SPEAKSASKS{% endif %}"
+    "{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("place", MARKED_INSIDE)
+def test_marks_that_do_not_hold_the_answer_are_refused(tokenizer_for, vision_config, place):
+    source = MARKED_INSIDE[place].replace("SPEAKS", SPEAKS).replace("SAYS", SAYS).replace("ASKS", ASKS)
+    tokenizer = tokenizer_for("byte-level")
+    tokenizer.chat_template = source
+    processor = LlavaProcessor.build(tokenizer, vision_config)
+    chat = [user("Sure?"), answer("Yes."), user("Sure?"), answer("No.")]
+    if place == "nothing":
+        assert marked(processor, chat).count("[[Yes.<|im_end|>]]") == 1
+        processor.encode_conversation(chat)
+        return
+    with pytest.raises(ValueError, match="marks .* as an answer, which is none"):
+        processor.encode_conversation(chat)
+    processor.use_chat_template("chatml")
+    processor.encode_conversation(chat)
+
+
+@pytest.mark.parametrize("template", CHAT_TEMPLATES)
+def test_our_own_marks_hold_the_answer(tokenizer_for, vision_config, template):
+    tokenizer = tokenizer_for("llama, chatml")
+    tokenizer.add_tokens(["<|eot_id|>"], special_tokens=True)
+    assert LlavaProcessor.build(tokenizer, vision_config, version=template).misplaced_mark is None

@@ -7,7 +7,7 @@ one block, and so is JSON that is small or cannot be cut.
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from hf_llava_ft.data.formats.containers import (
     ParquetFiles,
     RowGroup,
 )
+from hf_llava_ft.data.formats.hub_datasets import HubJson
 from hf_llava_ft.data.formats.source import Source
 from hf_llava_ft.data.json.file_index import file_index
 from hf_llava_ft.data.json.parts import JsonPart, iter_part
@@ -61,8 +62,14 @@ def blocks_of(container: Container, cache_dir: str | os.PathLike | None = None) 
         `UserError`: if a file is broken. Rows are not looked at.
     """
     container = _table_of(container)
+    cache_root = Path(os.path.expanduser(cache_dir or datasets.config.HF_DATASETS_CACHE))
     if isinstance(container, JsonFile):
-        return _json_blocks(container.where, Path(os.path.expanduser(cache_dir or datasets.config.HF_DATASETS_CACHE)))
+        return _json_blocks(container.where, cache_root)
+    if isinstance(container, HubJson) and all(rows == (rows.files, 0, None) for rows in container.ranges):
+        blocks: list[Block] = []
+        for path in (path for rows in container.ranges for path in rows.files):
+            blocks += _json_blocks(path, cache_root, sum(block.num_rows for block in blocks))
+        return blocks
     if isinstance(container, ParquetFiles):
         groups = [group for group in container.row_groups() if group.num_rows]
         return [Block(group.first_row, group.num_rows, group.num_bytes, group) for group in groups]
@@ -155,11 +162,13 @@ def _table_of(container: Container) -> Container:
     return container.table if isinstance(container, ImageFolderMetadata) else container
 
 
-def _json_blocks(path: str, cache_root: Path) -> list[Block]:
+def _json_blocks(path: str, cache_root: Path, rows_before: int = 0) -> list[Block]:
     index = file_index(os.path.abspath(path), cache_root)
-    firsts = [part.first_row for part in index.parts]
-    counts = [stop - first for first, stop in zip(firsts, [*firsts[1:], index.num_rows + 1], strict=True)]
+    parts = [replace(part, first_row=part.first_row + rows_before) for part in index.parts]
+    firsts = [part.first_row for part in parts]
+    stops = [*firsts[1:], index.num_rows + rows_before + 1]
+    counts = [stop - first for first, stop in zip(firsts, stops, strict=True)]
     return [
         Block(part.first_row, count, os.path.getsize(path) if part.stop is None else part.stop - part.start, part)
-        for part, count in zip(index.parts, counts, strict=True)
+        for part, count in zip(parts, counts, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""From a file, a folder or a Hub id to what holds its rows.
+"""From a file or a folder to what holds its rows.
 
 What may surprise:
 * Files are told apart by their first bytes, folders by what lies in them.
@@ -50,7 +50,7 @@ def open_container(path: str, split: str | None = None) -> Container:
         return ParquetFiles(path, [path])
     if head.startswith(b"version https://git-lfs.github.com/spec"):
         raise UserError(f"{path} is the pointer of Git LFS to a file, and not the file; fetch it with git lfs pull.")
-    if head[:2] in (b"PK", b"\x1f\x8b"):
+    if head[:2] in (b"PK", b"\x1f\x8b") or head[257:262] == b"ustar":
         raise UserError(f"{path} is an archive; unpack it and give what was in it.")
     if head[:8] == b"ARROW1\0\0":
         raise UserError(f"{path} is an Arrow file; give the folder that save_to_disk wrote, or Parquet.")
@@ -64,24 +64,6 @@ def open_container(path: str, split: str | None = None) -> Container:
     return JsonFile(path, text[:1])
 
 
-def load_hub_dataset(name: str, split: str | None) -> Container:
-    """
-    A dataset of the Hub, downloaded into the cache of `datasets`; code of the Hub is never run.
-
-    Args:
-        name (`str`): `user/name`.
-        split (`str`, *optional*): `train` by default, or the only one.
-    """
-    try:
-        loaded = datasets.load_dataset(name, split=split)
-    except Exception as error:  # of datasets, huggingface_hub, httpx and fsspec; all mean the same here
-        raise UserError(
-            f"{name} is no file here and can't be loaded from the Hub ({one_line(error)}); "
-            "check the name, the split and the network."
-        ) from error
-    return ArrowRows("Hub data set", name if split is None else f"{name}:{split}", _one_split(loaded, name, None))
-
-
 def _open_folder(folder: str, split: str | None) -> Container:
     if any(os.path.isfile(os.path.join(folder, name)) for name in ("dataset_dict.json", "state.json")):
         try:
@@ -89,7 +71,7 @@ def _open_folder(folder: str, split: str | None) -> Container:
         except Exception as error:  # pyarrow, json and datasets each have their own
             raise UserError(f"{folder} can't be loaded from disk ({one_line(error)}); save it again.") from None
         where = folder if split is None else f"{folder}:{split}"
-        return ArrowRows("save_to_disk folder", where, _one_split(loaded, folder, split))
+        return ArrowRows("save_to_disk folder", where, one_split(loaded, folder, split))
 
     for place in filter(None, (split and os.path.join(folder, split), folder, os.path.join(folder, "train"))):
         for name in _METADATA_NAMES:
@@ -124,7 +106,7 @@ def _split_files(folder: str, split: str | None) -> list[str]:
             f"{folder}: its data files can't be told ({one_line(error)}); give a Parquet file itself."
         ) from None
     splits = {str(name): [str(path) for path in paths] for name, paths in data_files.items()}
-    files = splits[_split_name(list(splits), folder, split)]
+    files = splits[split_name(list(splits), folder, split)]
     root = os.path.join(os.path.abspath(folder), "")
     outside = next((path for path in files if not os.path.abspath(path).startswith(root)), None)
     if outside is not None:
@@ -132,15 +114,17 @@ def _split_files(folder: str, split: str | None) -> list[str]:
     return files
 
 
-def _one_split(loaded: Any, where: str, split: str | None) -> datasets.Dataset:
+def one_split(loaded: Any, where: str, split: str | None) -> datasets.Dataset:
+    """Of what `datasets` has loaded: one data set, or several by name."""
     if isinstance(loaded, dict):
-        return loaded[_split_name(list(loaded), where, split)]
+        return loaded[split_name(list(loaded), where, split)]
     if split is not None and str(loaded.split) != split:
         raise UserError(f"{where} has no split {split!r}; leave it out.")
     return loaded
 
 
-def _split_name(names: list[str], where: str, split: str | None) -> str:
+def split_name(names: list[str], where: str, split: str | None) -> str:
+    """The one of `names` that is asked for, or that goes without saying."""
     if split is None:
         split = "train" if "train" in names or not names else names[0] if len(names) == 1 else None
     if split not in names:

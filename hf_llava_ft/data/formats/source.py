@@ -7,9 +7,10 @@ from typing import Any
 
 from hf_llava_ft.data.formats.containers import Container
 from hf_llava_ft.data.formats.dialects import LLAVA, SHAREGPT, Dialect, detect_dialect
+from hf_llava_ft.data.formats.hub_datasets import load_hub_dataset
 from hf_llava_ft.data.formats.images import ImageStore, StoredImage
 from hf_llava_ft.data.formats.mixture import parse_data_path
-from hf_llava_ft.data.formats.opening import load_hub_dataset, open_container
+from hf_llava_ft.data.formats.opening import open_container
 from hf_llava_ft.data.schema import Row, count_message_words, count_words, row_place
 from hf_llava_ft.data.values import ImageRef, json_type
 from hf_llava_ft.errors import UserError

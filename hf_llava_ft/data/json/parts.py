@@ -96,13 +96,14 @@ def index_json(path: str, num_proc: int | None = None) -> JsonIndex:
 
 def iter_part(part: JsonPart) -> Iterator[tuple[int, Any]]:
     """
-    The raw rows of a part with their numbers, as `iter_json_rows` gives them.
+    The raw rows of a part with their numbers, counted from its first one's.
 
     Raises:
         `UserError`: if it does not hold whole rows (any more).
     """
     if part.stop is None:
-        yield from iter_json_rows(part.path)
+        for number, row in iter_json_rows(part.path):
+            yield part.first_row - 1 + number, row
         return
     rows = _part_rows(part)
     if rows is None:

@@ -182,6 +182,13 @@ def test_control_text_is_what_the_tokenizer_reads_as_such(tiny_processor, folder
     assert tiny_processor.tokenizer.eos_token_id in ids
 
 
+def test_only_what_ends_an_answer_teaches_to_stop(tiny_processor, folder):
+    data = write(folder, [row("a", "q", "an <unk> and a </s> too")])
+    warnings = check_data(open_source(data), tiny_processor, num_proc=1).warnings
+    says = {warning.what.split("'")[1]: warning.what.rpartition("the model learns to ")[2] for warning in warnings}
+    assert says == {"<unk>": "write it", "</s>": "stop there"}
+
+
 @pytest.mark.parametrize("num_proc", [1, 2])
 def test_numbers_are_those_of_encoding_every_row(folder, tiny_processor, num_proc):
     words = "a cat sits on the mat and looks at me".split()
