@@ -9,20 +9,10 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_llava_ft.reports.page import (
-    NO_TEXT,
-    data_address,
-    facts_list,
-    said,
-    thumbnail,
-    trained_table,
-    write_atomically,
-    write_page,
-)
+from hf_llava_ft.reports.page import NO_TEXT, Picture, thumbnail, write_atomically, write_page
 from hf_llava_ft.reports.plots import loss_figure, loss_plot_svg
 
 if TYPE_CHECKING:
@@ -67,15 +57,20 @@ def write_report(
         trained (`list[tuple[str, int, int, str]]`): Part, trainable parameters, all parameters, learning rate.
         command (`str`): The shell command that chats with the result.
     """
-    sections = [
-        f"<header><h1>{escape(title)}</h1>{_verdict(answers)}<p>{escape(note)}</p></header>",
-        f"<section><h2>Answers</h2>{''.join(map(_card, answers))}</section>" if answers else "",
-        f"<section><h2>Talk to it</h2><pre><code>{escape(command)}</code></pre></section>",
-        f"<section><h2>Loss</h2>{_loss_sentence(losses)}{loss_plot_svg(losses)}</section>" if losses else "",
-        f"<section><h2>What trained</h2>{trained_table(trained)}</section>" if trained else "",
-        f"<section><h2>Facts</h2>{facts_list(facts)}</section>" if facts else "",
-    ]
-    write_page(path, title, sections)
+    write_page(
+        path,
+        "quickstart.html",
+        title=title,
+        note=note,
+        cards=[(answer, Picture.of(thumbnail(answer.photo))) for answer in answers],
+        num_right_before=sum(answer.is_expected(answer.before) for answer in answers),
+        num_right_after=sum(answer.is_expected(answer.after) for answer in answers),
+        losses=losses,
+        curve=loss_plot_svg(losses),
+        facts=facts,
+        trained=trained,
+        command=command,
+    )
 
 
 def answers_picture(answers: list[AnsweredPhoto], losses: list[float], path: Path) -> None:
@@ -125,39 +120,6 @@ def answers_picture(answers: list[AnsweredPhoto], losses: list[float], path: Pat
         figure.savefig(plot, format="png")
         picture.paste(Image.open(plot), (margin, y + 20))
     write_atomically(Path(path), lambda temporary: picture.save(temporary, format="PNG", optimize=True))
-
-
-def _verdict(answers: list[AnsweredPhoto]) -> str:
-    num_right = sum(answer.is_expected(answer.after) for answer in answers)
-    num_before = sum(answer.is_expected(answer.before) for answer in answers)
-    if not answers:
-        return '<p class="verdict bad">No answers were recorded.</p>'
-    mark, kind = ("\u2713", "good") if num_right == len(answers) else ("\u2717", "bad")
-    return (
-        f'<p class="verdict {kind}">{mark} {num_right} of {len(answers)} answers as expected after training'
-        f"<small>{num_before} of {len(answers)} before</small></p>"
-    )
-
-
-def _card(answer: AnsweredPhoto) -> str:
-    photo = thumbnail(answer.photo)
-    kind, mark = (
-        ("good", "\u2713 as expected") if answer.is_expected(answer.after) else ("bad", "\u2717 not as expected")
-    )
-    # dir="auto" keeps right-to-left text, and stray direction marks of an untrained model, inside their own paragraph.
-    return (
-        f'<article><img src="{data_address(photo)}" alt="{escape(answer.photo.name)}" width="{photo.width}" '
-        f'height="{photo.height}"><div><h3 dir="auto">{escape(answer.question)}</h3><div class="answers">'
-        f'<div class="before"><h4>Before</h4><p dir="auto">{said(answer.before)}</p></div>'
-        f'<div class="after {kind}"><h4>After <span>{mark}</span></h4><p dir="auto">{said(answer.after)}</p></div>'
-        f'</div><div class="expected"><h4>Expected</h4><p dir="auto">{said(answer.expected)}</p></div>'
-        "</div></article>"
-    )
-
-
-def _loss_sentence(losses: list[float]) -> str:
-    steps = "1 step" if len(losses) == 1 else f"{len(losses)} steps"
-    return f"<p>From {losses[0]:.3g} at the first to {losses[-1]:.3g} at the last of {steps}.</p>"
 
 
 def _paste_cover(picture: Image.Image, photo: Path, box: tuple[int, int, int, int]) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from markupsafe import Markup, escape
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -120,7 +122,7 @@ def loss_plot_svg(
     evaluated: list[tuple[int, float]] | None = None,
     label: str = "loss",
     smooth: bool = True,
-) -> str:
+) -> Markup:
     """The loss curve as an `<svg>` element to put inside an HTML page.
 
     It fills the width it is given while its lettering stays the same size: only the inner `<svg>`, which holds the
@@ -153,7 +155,7 @@ def loss_plot_svg(
     for step in _step_ticks(last):
         parts.append(f'<text x="{x_percent(step):.2f}%" y="{height + 20}" text-anchor="middle">{step}</text>')
     parts.append(f'<text x="50%" y="{height + 40}" text-anchor="middle">step</text>')
-    parts.append(f'<text x="-36" y="-14">{label}</text>')
+    parts.append(f'<text x="-36" y="-14">{escape(label)}</text>')
 
     curves = [(losses, 2.2, 1.0)]
     if smooth and len(losses) > MAX_STEPS_WITHOUT_SMOOTHING:
@@ -178,8 +180,8 @@ def loss_plot_svg(
     )
     # The labels hang over the edges of the element; its margins are the room for them.
     style = "overflow:visible;display:block;margin:36px 12px 52px 44px;width:calc(100% - 56px)"
-    description = _description(label, losses, steps)
-    return (
+    description = escape(_description(label, losses, steps))
+    return Markup(  # of numbers, and what is escaped above
         f'<svg role="img" aria-label="{description}" width="100%" height="{height}" font-size="13" '
         f'fill="currentColor" style="{style}">'
         f"{''.join(parts)}"

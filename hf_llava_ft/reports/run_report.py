@@ -1,28 +1,16 @@
 """`report.html` and `loss.png` of a training run, from its summary and its log."""
 
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from hf_llava_ft.reports.page import data_address, facts_list, said, trained_table, write_atomically, write_page
+from hf_llava_ft.reports.page import Picture, write_atomically, write_page
 from hf_llava_ft.reports.plots import loss_plot_svg, save_loss_plot
 
 REPORT_FILE, PLOT_FILE = "report.html", "loss.png"
 SUPERVISED = "supervised_tokens"
 MAX_STEPS = 8  # columns of answers
-STYLE = """
-.said{overflow-x:auto}.said table{min-width:520px}.said img{width:96px;height:auto;border-radius:6px;margin:0 4px 0 0}
-.said th,.said td{text-align:left;vertical-align:top;min-width:130px}
-.said td{white-space:pre-wrap;overflow-wrap:anywhere;padding:8px 14px 8px 0}
-.legend{color:var(--muted)}.legend b{color:var(--good)}.settings{columns:2;column-gap:36px;font-size:.9rem}
-.settings dl{display:block}.settings dl>div{break-inside:avoid;display:flex;justify-content:space-between;gap:16px}
-.settings dl>div{padding:4px 0;border-bottom:1px solid var(--rule)}.settings dt{font-weight:400}
-.settings dd{text-align:right;font-variant-numeric:tabular-nums}
-@media(max-width:720px){.settings{columns:1}.said table{min-width:0}.said td{display:block;padding:4px 0}
-.said td+td::before{content:attr(data-name);display:block;font-size:.85rem;font-weight:600}}
-"""
 
 
 def write_run_report(
@@ -53,44 +41,42 @@ def write_run_report(
             output_dir / PLOT_FILE,
             lambda path: save_loss_plot(losses, path, learning_rates=rates, steps=steps, evaluated=evaluated),
         )
-    rate_curve = loss_plot_svg(rates, steps=steps, label="learning rate", smooth=False) if losses else ""
-    sections = [
-        f"<header><h1>Training run</h1><p>{escape(_headline(summary))}</p></header>",
-        f"<section><h2>Loss</h2>{_legend(summary, evaluated)}"
-        f"{loss_plot_svg(losses, steps=steps, evaluated=evaluated)}</section>"
-        if losses
-        else "",
-        f"<section><h2>Answers</h2>{_answers(answers, pictures or [])}</section>" if answers else "",
-        f"<section><h2>What trained</h2>{trained_table(trained)}</section>",
-        f"<section><h2>How it went</h2>{facts_list(_facts(summary))}</section>",
-        f"<section><h2>Learning rate</h2>{rate_curve}</section>" if losses else "",
-        _named("Data", _data(summary["data"])),
-        _named("Settings", {name: _shown(value) for name, value in summary["settings"].items() if value is not None}),
-        _named("Versions", summary["versions"]),
-    ]
-    write_page(output_dir / REPORT_FILE, "Training run", sections, STYLE)
-
-
-def _headline(summary: dict[str, Any]) -> str:
-    settings = summary["settings"]
-    model, data = str(settings.get("model_name_or_path")), [each["name"] for each in summary["data"]["sources"]]
-    name = Path(model).name if model.startswith(("/", "~", ".")) else model
-    return (
-        f"{name} on {', '.join(data)}, {settings.get('train_type')}: {summary['steps']:,} steps, "
-        f"{summary['epochs'] or 0:.3g} epochs."
+    told = None
+    if losses:
+        told = summary["loss"] | {
+            "curve": loss_plot_svg(losses, steps=steps, evaluated=evaluated),
+            "rate_curve": loss_plot_svg(rates, steps=steps, label="learning rate", smooth=False),
+        }
+    settings, asked_at = summary["settings"], sorted({answer["step"] for answer in answers or []})
+    shown_steps = _shown_steps(asked_at)
+    write_page(
+        output_dir / REPORT_FILE,
+        "run.html",
+        model=_model_name(str(settings.get("model_name_or_path"))),
+        data_names=[source["name"] for source in summary["data"]["sources"]],
+        train_type=settings.get("train_type"),
+        num_steps=summary["steps"],
+        num_epochs=summary["epochs"] or 0,
+        loss=told,
+        evaluated=_evaluated(summary, evaluated) if evaluated else None,
+        steps=["before training" if step == 0 else f"step {step}" for step in shown_steps],
+        num_times_asked=len(asked_at),
+        prompts=_prompts(answers or [], shown_steps, pictures or []),
+        trained=trained,
+        facts=_facts(summary),
+        data=_data(summary["data"]),
+        settings_of_run=[(name, _shown(value)) for name, value in settings.items() if value is not None],
+        versions=list(summary["versions"].items()),
     )
 
 
-def _legend(summary: dict[str, Any], evaluated: list[tuple[int, float]]) -> str:
-    loss = summary["loss"]
-    sentence = f"From {loss['first']:.3g} to {loss['last']:.3g} in training."
-    if evaluated:
-        best = summary["eval_loss"]["best"]
-        sentence += (
-            f" <b>&#9679; Evaluation</b>: from {evaluated[0][1]:.3g} to {evaluated[-1][1]:.3g}, "
-            f"the least {best['loss']:.3g} at step {best['step']}."
-        )
-    return f'<p class="legend">{sentence}</p>'
+def _model_name(model: str) -> str:
+    return Path(model).name if model.startswith(("/", "~", ".")) else model
+
+
+def _evaluated(summary: dict[str, Any], evaluated: list[tuple[int, float]]) -> dict[str, float]:
+    best = summary["eval_loss"]["best"]
+    return {"first": evaluated[0][1], "last": evaluated[-1][1], "best": best["loss"], "best_step": best["step"]}
 
 
 def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
@@ -109,11 +95,11 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     return facts
 
 
-def _data(data: dict[str, Any]) -> dict[str, str]:
+def _data(data: dict[str, Any]) -> list[tuple[str, str]]:
     facts = {name.replace("_", " "): _shown(data[name]) for name in data if name != "sources"}
     for source in data["sources"]:
         facts[source["name"]] = f"{source['format']}, {source['bytes']:,} bytes, weight {source['weight']:g}"
-    return facts
+    return list(facts.items())
 
 
 def _shown(value: Any) -> str:
@@ -122,35 +108,27 @@ def _shown(value: Any) -> str:
     return " ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
 
 
-def _named(title: str, values: dict[str, str]) -> str:
-    return f'<section><h2>{title}</h2><div class="settings">{facts_list(list(values.items()))}</div></section>'
-
-
-def _answers(answers: list[dict[str, Any]], pictures: list[list[Image.Image]]) -> str:
-    """A row for each prompt, a column for each step."""
-    steps, note = _shown_steps(sorted({answer["step"] for answer in answers}))
-    names = {step: f"step {step}" for step in steps} | {0: "before training"}
+def _prompts(
+    answers: list[dict[str, Any]], steps: list[int], pictures: list[list[Image.Image]]
+) -> list[dict[str, Any]]:
+    """Of each prompt `question`, `pictures`, and `answers` at these steps."""
     by_prompt: dict[int, dict[int, str]] = {}
     questions = {}
     for answer in answers:
         by_prompt.setdefault(answer["index"], {})[answer["step"]] = answer["answer"]
         questions[answer["index"]] = answer["prompt"]
-    rows = ["<th>prompt</th>" + "".join(f"<th>{names[step]}</th>" for step in steps)]
-    for index, said_at in sorted(by_prompt.items()):
-        images = "".join(
-            f'<img src="{data_address(picture)}" alt="" width="{picture.width}" height="{picture.height}">'
-            for picture in (pictures[index] if index < len(pictures) else [])
-        )
-        cells = "".join(
-            f'<td dir="auto" data-name="{names[step]}">{said(said_at.get(step, ""))}</td>' for step in steps
-        )
-        rows.append(f"<td>{images}<div>{escape(questions[index])}</div></td>{cells}")
-    return f'{note}<div class="said"><table>{"".join(f"<tr>{row}</tr>" for row in rows)}</table></div>'
+    return [
+        {
+            "question": questions[index],
+            "pictures": list(map(Picture.of, pictures[index] if index < len(pictures) else [])),
+            "answers": [said_at.get(step, "") for step in steps],
+        }
+        for index, said_at in sorted(by_prompt.items())
+    ]
 
 
-def _shown_steps(steps: list[int]) -> tuple[list[int], str]:
-    """At most `MAX_STEPS` of the steps, evenly spaced with the first and the last, and a paragraph that says so."""
+def _shown_steps(steps: list[int]) -> list[int]:
+    """At most `MAX_STEPS` of the steps, evenly spaced, with the first and the last."""
     if len(steps) <= MAX_STEPS:
-        return steps, ""
-    kept = [steps[round(index * (len(steps) - 1) / (MAX_STEPS - 1))] for index in range(MAX_STEPS)]
-    return kept, f'<p class="legend">{MAX_STEPS} of {len(steps)} times; all are in eval_answers.jsonl.</p>'
+        return steps
+    return [steps[round(index * (len(steps) - 1) / (MAX_STEPS - 1))] for index in range(MAX_STEPS)]

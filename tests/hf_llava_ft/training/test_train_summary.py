@@ -14,7 +14,6 @@ from transformers import TrainerControl, TrainerState
 from hf_llava_ft.checkpoints.run_files import SUMMARY_FILE
 from hf_llava_ft.data.collator import LlavaCollator
 from hf_llava_ft.data.formats import load_data, open_source
-from hf_llava_ft.reports.run_report import MAX_STEPS, _shown_steps
 from hf_llava_ft.settings.arguments import DataArguments, LlavaTrainingArguments, ModelArguments
 from hf_llava_ft.settings.parsing import resolve
 from hf_llava_ft.train import train
@@ -131,13 +130,6 @@ def test_the_answers_are_those_of_the_model_before_and_after(run, tmp_path, tiny
         assert before["answer"] == untrained
         assert after["answer"] == Conversation(trained, processor).ask("What is it?", **ask) != untrained
     assert (before["step"], after["step"]) == (0, result.summary["steps"])
-
-
-def test_the_report_of_a_long_run_shows_some_of_its_answers():
-    steps, note = _shown_steps(list(range(0, 1001, 10)))
-    assert len(steps) == MAX_STEPS and (steps[0], steps[-1]) == (0, 1000) and steps == sorted(set(steps))
-    assert f"{MAX_STEPS} of 101 times" in note
-    assert _shown_steps([0, 5, 9]) == ([0, 5, 9], "")
 
 
 def test_settings_hide_secrets_and_the_home_folder(tmp_path, monkeypatch):
