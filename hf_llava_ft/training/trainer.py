@@ -32,11 +32,13 @@ from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.processing.uint8_pixels_llava import can_hand_over_uint8, normalize_pixels
 from hf_llava_ft.settings.arguments import LlavaTrainingArguments
 from hf_llava_ft.training.evaluation import row_losses, untouched_rng
+from hf_llava_ft.training.finite import FiniteTraining
 from hf_llava_ft.training.fsdp import check_fsdp, share_out_by_layers, whole_state_dict
 from hf_llava_ft.training.longest_batch import LongestBatch
 from hf_llava_ft.training.loss import LossOverTokens
+from hf_llava_ft.training.masters import dtype_of_result, with_float32_masters, without_float16_on_cpu
 from hf_llava_ft.training.moved_weights import MovedWeights
-from hf_llava_ft.training.one_dtype import Rounded, in_one_dtype
+from hf_llava_ft.training.one_dtype import Rounded, in_one_dtype, name_dtype
 from hf_llava_ft.training.out_of_memory import advice, advice_for_evaluation, told_of_out_of_memory
 from hf_llava_ft.training.resume import SEAL, seal
 from hf_llava_ft.training.throughput import Throughput
@@ -64,10 +66,14 @@ class LlavaTrainer(PushingTrainer):
         if data_collator is None and isinstance(processor, LlavaProcessor):
             data_collator = LlavaCollator(processor, uint8_pixels=True)
         self.longest_batch = LongestBatch(self)
+        self.finite = FiniteTraining(self)
         # First, so that what they refuse is said before a progress bar is up.
-        own = [StreamPosition(), self.longest_batch, MovedWeights()]
+        own = [StreamPosition(), self.longest_batch, self.finite, MovedWeights()]
         kwargs["callbacks"] = [*own, *(kwargs.get("callbacks") or [])]
-        super().__init__(model=model, args=args or LlavaTrainingArguments(), data_collator=data_collator, **kwargs)
+        args = args or LlavaTrainingArguments()
+        if model is not None and args.deepspeed_plugin is None:
+            without_float16_on_cpu(with_float32_masters(model), args)
+        super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
         if isinstance(self.train_dataset, LlavaStream):
             refuse_grouping(self.args)
         if isinstance(processor, LlavaProcessor):
@@ -107,6 +113,18 @@ class LlavaTrainer(PushingTrainer):
             self.throughput.count(batch)
         return batches, num_items
 
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        """As in transformers; the loss is handed to `finite`."""
+        loss = super().training_step(*args, **kwargs)
+        self.finite.see_loss(loss)
+        return loss
+
+    def _get_grad_norm(self, *args, **kwargs):
+        """As in transformers; NotFinite where it, or a loss of this step, is NaN or infinite."""
+        norm = super()._get_grad_norm(*args, **kwargs)
+        self.finite.see_gradients(norm)
+        return norm
+
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """As in transformers, but that the training after it is what it would have been without. Too little memory is
         a `UserError` that says what to change."""
@@ -127,6 +145,7 @@ class LlavaTrainer(PushingTrainer):
         total, num_tokens = self._eval_sums.tolist()
         if num_tokens and output.metrics is not None:
             output.metrics[f"{metric_key_prefix}_loss"] = total / num_tokens
+        self.finite.see_metrics(output.metrics, f"{metric_key_prefix}_loss")
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -212,6 +231,7 @@ class LlavaTrainer(PushingTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As in transformers, and sealed when all processes have written their part; older ones go after that."""
+        self.finite.see_weights(self.model)
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save and folder.is_dir() and not (folder / SEAL).is_file():
             shutil.rmtree(folder)  # what a run left that was killed here
@@ -230,6 +250,8 @@ class LlavaTrainer(PushingTrainer):
 
     def save_model(self, output_dir: str | None = None, *args, **kwargs) -> None:
         """As in transformers, and the whole weights under FSDP too, however the state of the run is saved."""
+        if self._in_one_dtype:  # not of a checkpoint, which was looked at before anything of it was written
+            self.finite.see_weights(self.model)
         with whole_state_dict(self.accelerator.state.fsdp_plugin) if self.is_fsdp_enabled else nullcontext():
             super().save_model(output_dir, *args, **kwargs)
         # A pickle of this run's paths, which nothing needs for resuming and nobody should have to load.
@@ -239,10 +261,11 @@ class LlavaTrainer(PushingTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model)
         if self._in_one_dtype and isinstance(model, LlavaForCausalLM):
-            # In the dtype that transformers writes into config.json: that of the first weight.
             weights = model.state_dict() if state_dict is None else state_dict
-            state_dict, self.rounded = in_one_dtype(weights, model.dtype)
+            state_dict, self.rounded = in_one_dtype(weights, dtype_of_result(model))
         super()._save(output_dir, state_dict)
+        if self._in_one_dtype and isinstance(model, LlavaForCausalLM):
+            name_dtype(Path(output_dir or str(self.args.output_dir)), dtype_of_result(model))
 
     def _load_best_model(self) -> None:
         """A checkpoint of the whole model has the names of the native layout; transformers would load none of it."""
