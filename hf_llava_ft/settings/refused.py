@@ -94,13 +94,13 @@ def check_not_refused(args: Any) -> None:
         )
     if (optim := args.optim.value) in _STEP_IN_BACKWARD:
         raise UserError(
-            f"optim {optim} steps within the backward pass, where gradients are neither gathered over micro-batches nor "
-            f"clipped or looked at: use adamw_torch, or adafactor where memory is short."
+            f"optim {optim} steps within the backward pass, where gradients are neither gathered over micro-batches "
+            f"nor clipped or looked at: use adamw_torch, or adafactor where memory is short."
         )
     for name in _DEALS_ROWS_ITSELF:
         if getattr(args.accelerator_config, name, None):
             raise UserError(
-                f"accelerator_config {name} deals the rows of a batch again, which our samplers have done: leave it out."
+                f"accelerator_config {name} deals the rows of a batch again, as our samplers have done: leave it out."
             )
     strategy = getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy)
     if strategy == "sequential" and (args.group_by_modality_length or args.sampler_order == "original"):

@@ -25,6 +25,7 @@ from hf_llava_ft.data.collator import LlavaCollator
 from hf_llava_ft.data.sampler import ModalityLengthSampler, OriginalOrderSampler
 from hf_llava_ft.data.stream_loader import StreamPosition, refuse_grouping, stream_dataloader
 from hf_llava_ft.data.streaming import LlavaStream
+from hf_llava_ft.errors import UserError
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
 from hf_llava_ft.modeling.part_names_llava import PROJECTOR, VISION_TOWER, part_of
 from hf_llava_ft.modeling.weight_names_llava import name_in_memory
@@ -78,8 +79,13 @@ class LlavaTrainer(PushingTrainer):
             refuse_grouping(self.args)
         if isinstance(processor, LlavaProcessor):
             self._unwrapped_model.loss_function = LossOverTokens(
-                num_tokens=max(processor.tokenizer.get_vocab().values()) + 1, image_token_id=processor.image_token_id
+                num_tokens=max(processor.tokenizer.get_vocab().values()) + 1,
+                image_token_id=processor.image_token_id,
+                label_smoothing=self.args.label_smoothing_factor,
             )
+            self.label_smoother = None  # transformers' own, which would not move the labels
+        elif self.args.label_smoothing_factor:
+            raise UserError("label_smoothing_factor needs a LlavaProcessor as processing_class, by which labels move.")
         if self.args.loss_normalization == "micro_batch":
             # The Trainer then counts no tokens: the model gives the mean, which is divided by the accumulation steps.
             # In transformers 5.17 as in 5.23.
@@ -151,14 +157,14 @@ class LlavaTrainer(PushingTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         unwrapped = self._unwrapped_model
         is_ours = isinstance(unwrapped, LlavaForCausalLM) and isinstance(unwrapped.loss_function, LossOverTokens)
-        others = self.compute_loss_func or self.label_smoother
-        if not prediction_loss_only or not is_ours or others or inputs.get("labels") is None:
+        if not prediction_loss_only or not is_ours or self.compute_loss_func or inputs.get("labels") is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         targets = unwrapped.next_token_targets(inputs["labels"], inputs["input_ids"], inputs.get("attention_mask"))
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = model(**inputs, supervised_logits_only=True).logits
-        sums = row_losses(unwrapped.loss_function.over_tokens(logits), targets)
+        loss = unwrapped.loss_function
+        sums = row_losses(loss.over_tokens(logits), targets, loss.of_each)
         # Of all processes, without the rows that accelerate repeats to give each process as many.
         self._eval_sums += self.accelerator.gather_for_metrics(sums).to("cpu", torch.float64).sum(0)
         total, num_tokens = sums.sum(0)
@@ -180,7 +186,7 @@ class LlavaTrainer(PushingTrainer):
         return inputs
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if model.training and not return_outputs and self.label_smoother is None and self.compute_loss_func is None:
+        if model.training and not return_outputs and self.compute_loss_func is None:
             inputs = {**inputs, "supervised_logits_only": True}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
