@@ -27,12 +27,14 @@ from hf_llava_ft.noise import hide_noise
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.reports.run_report import write_run_report
 from hf_llava_ft.settings.arguments import DataArguments, LlavaTrainingArguments, ModelArguments, TuningArguments
-from hf_llava_ft.settings.machine import check_attention, is_first_process
+from hf_llava_ft.settings.machine import check_attention, has_bf16_gpu, is_first_process
 from hf_llava_ft.settings.parsing import parse_arguments as parse_arguments
 from hf_llava_ft.settings.parsing import resolve
 from hf_llava_ft.training.eval_prompts import EvalAnswers, open_eval_prompts
 from hf_llava_ft.training.evaluation import check_evaluation, tell_of_early_stop
+from hf_llava_ft.training.finite import NotFinite
 from hf_llava_ft.training.interruption import Interruption, TrainingInterrupted
+from hf_llava_ft.training.masters import said_precision
 from hf_llava_ft.training.moved_weights import WrongWeightsMoved
 from hf_llava_ft.training.out_of_memory import advice, told_of_out_of_memory
 from hf_llava_ft.training.progress import LiveProgress
@@ -91,7 +93,13 @@ def train(
 
     set_seed(training_args.seed)
     # An adapter names the commit of its base, so that it loads on the same weights when main has moved on.
-    model = with_tuning(model, tuning_args, start.name, hub_commit(start.name, start.revision) or start.revision)
+    model = with_tuning(
+        model,
+        tuning_args,
+        start.name,
+        hub_commit(start.name, start.revision) or start.revision,
+        float32_masters=training_args.deepspeed_plugin is None,
+    )
     trained = trained_parts(model)
     answers = EvalAnswers(prompts, processor, data_args.eval_max_new_tokens, console)
     collator = LlavaCollator(
@@ -101,6 +109,7 @@ def train(
         trainer, interruption = _trainer(model, training_args, rows, collator, answers, console)
     data = rows.facts() if trainer.is_world_process_zero() else {}
     console.print(table_of_parts(trained, training_args))
+    tell(said_precision(model, training_args))
 
     seconds = _run(trainer, checkpoint, interruption)
     seconds_training = seconds - trainer.throughput.paused_seconds
@@ -263,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings as JSON instead."""
     hide_noise()
     with exit_on_user_error():
-        settings = resolve(sys.argv[1:] if argv is None else argv)
+        settings = resolve(sys.argv[1:] if argv is None else argv).with_chosen_precision(has_bf16_gpu())
         if settings.dry_run:
             if is_first_process():
                 print(settings.to_json(check_starting_point))
@@ -273,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(note, file=sys.stderr)
         try:
             result = train(*settings.build())
-        except WrongWeightsMoved as error:
+        except (WrongWeightsMoved, NotFinite) as error:
             if PartialState().is_main_process:
                 print(f"error: {error}", file=sys.stderr)
             sys.exit(1)

@@ -61,6 +61,11 @@ def refuse_grouping(args: LlavaTrainingArguments) -> None:
         )
     if args.sampler_order != "default":
         raise UserError(f"--sampler_order {args.sampler_order} is no order of a stream; leave it or --streaming out.")
+    if args.train_sampling_strategy != "random":
+        raise UserError(
+            f"--train_sampling_strategy {args.train_sampling_strategy} is of rows in memory; a stream is in the order "
+            f"of its files with --shuffle_buffer_size 0."
+        )
 
 
 @dataclass

@@ -35,7 +35,8 @@ def main(argv: Sequence[str]) -> None:
         warnings.simplefilter("ignore")
         own, words = _parser().parse_known_args(list(argv))
         words = [f"--model_name_or_path{w[7:]}" if w == "--model" or w.startswith("--model=") else w for w in words]
-        settings = {name: setting.value for name, setting in resolve(words).by_name.items()}
+        resolved = resolve(words).with_chosen_precision(has_bf16=True)  # as on the cards that are asked about
+        settings = {name: setting.value for name, setting in resolved.by_name.items()}
         result = _estimate(own, settings)
         _print(result, own, Console(soft_wrap=True))
         if own.json is not None:

@@ -10,6 +10,8 @@ from typing import Literal
 
 from transformers import TrainingArguments
 
+from hf_llava_ft.settings.refused import check_not_refused
+
 
 @dataclass
 class ModelArguments:
@@ -263,6 +265,9 @@ class LlavaTrainingArguments(TrainingArguments):
         default="auto",
         metadata={"help": "Try the batch of the longest rows before the first step: auto (on a GPU), true or false."},
     )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Must stay False: a loss that is not finite ends the run."}
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay False: the collator reads all columns."}
     )
@@ -299,5 +304,6 @@ class LlavaTrainingArguments(TrainingArguments):
                 )
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # nothing to pin for, and PyTorch warns about it
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns must stay False: the collator needs the messages and the images.")
+        check_not_refused(self)
+        if self.fp16:  # whose scaler skips such steps, and whose log would be NaN from then on
+            self.logging_nan_inf_filter = True

@@ -1,6 +1,7 @@
 """What settings ask of the machine that they are to run on."""
 
 import importlib.util
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,22 @@ def _missing_reporters(report_to: str | list[str] | None) -> list[str]:
 def without_missing_tf32(settings: dict[str, Any]) -> dict[str, Any]:
     """`settings` without `tf32` where the device has none: float32 products are computed exactly there."""
     return {**settings, "tf32": None} if settings["tf32"] and not is_torch_tf32_available() else settings
+
+
+def has_bf16_gpu() -> bool:
+    """Whether there is a GPU that computes in bfloat16."""
+    return torch.cuda.is_available() and is_torch_bf16_gpu_available()
+
+
+def follows_bf16(deepspeed: Any) -> bool:
+    """Whether DeepSpeed's settings, a file, JSON or a dictionary, leave it to --bf16 in what is computed."""
+    try:
+        if isinstance(deepspeed, str):
+            text = deepspeed if deepspeed.startswith("{") else Path(deepspeed).read_text(encoding="utf-8")
+            deepspeed = json.loads(text)
+        return deepspeed["bf16"]["enabled"] == "auto"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def is_first_process() -> bool:

@@ -16,6 +16,7 @@ from transformers.hf_argparser import string_to_bool
 
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.settings.arguments import DataArguments, LlavaTrainingArguments, ModelArguments, TuningArguments
+from hf_llava_ft.settings.machine import has_bf16_gpu
 from hf_llava_ft.settings.original_flags import (
     MARKERS,
     OF_A_NEW_LLAVA,
@@ -27,9 +28,9 @@ from hf_llava_ft.settings.original_flags import (
 )
 from hf_llava_ft.settings.presets import PRESETS, preset_flags
 from hf_llava_ft.settings.recipes import read_recipe
-from hf_llava_ft.settings.resolved import ARGUMENT_CLASSES, Setting, Settings, default_of
+from hf_llava_ft.settings.resolved import ARGUMENT_CLASSES, DEFAULT, Setting, Settings, default_of
 
-FLAG, DEFAULT, ORIGINAL_DEFAULT = "flag", "default", "default of the original"
+FLAG, ORIGINAL_DEFAULT = "flag", "default of the original"
 
 
 def parse_arguments(
@@ -41,7 +42,7 @@ def parse_arguments(
     Raises:
         UserError: for an unknown flag, a wrong value, or settings that contradict each other.
     """
-    return resolve(argv).build()
+    return resolve(argv).with_chosen_precision(has_bf16_gpu()).build()
 
 
 def resolve(argv: Sequence[str]) -> Settings:

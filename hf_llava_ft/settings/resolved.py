@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,10 +15,11 @@ import torch
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.processing.chat_templates_llava import CHAT_TEMPLATES
 from hf_llava_ft.settings.arguments import DataArguments, LlavaTrainingArguments, ModelArguments, TuningArguments
-from hf_llava_ft.settings.machine import machine_problems, without_missing_tf32
+from hf_llava_ft.settings.machine import follows_bf16, machine_problems, without_missing_tf32
 from hf_llava_ft.settings.ranges import check_ranges
 
 ARGUMENT_CLASSES: tuple[Any, ...] = (ModelArguments, DataArguments, TuningArguments, LlavaTrainingArguments)
+DEFAULT = "default"  # the origin of what nobody said
 SECRET = re.compile(r"token$|password|secret")
 
 
@@ -57,6 +59,28 @@ class Settings:
     notes: list[str]
     assumed: frozenset[str] = frozenset()
     dry_run: bool = False
+
+    def with_chosen_precision(self, has_bf16: bool) -> "Settings":
+        """
+        With `bf16` where nobody said in what is computed, and a note of it.
+
+        Args:
+            has_bf16 (`bool`): whether there is a GPU that computes in bfloat16.
+        """
+        if not has_bf16 or self._says_precision():
+            return self
+        note = "--bf16 True: chosen, since this GPU has it and nothing else was said; --bf16 False leaves it out."
+        by_name = self.by_name | {"bf16": Setting(True, "chosen for this GPU")}
+        return dataclasses.replace(self, by_name=by_name, notes=[*self.notes, note])
+
+    def _says_precision(self) -> bool:
+        said = {name for name, setting in self.by_name.items() if setting.origin != DEFAULT}
+        values = {name: self.by_name[name].value for name in ("use_cpu", "dtype", "deepspeed")}
+        if said & {"bf16", "fp16"} or values["use_cpu"] or ("dtype" in said and values["dtype"] == "float32"):
+            return True
+        if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":  # accelerate launch --mixed_precision
+            return True
+        return values["deepspeed"] is not None and not follows_bf16(values["deepspeed"])
 
     def build(self) -> tuple[ModelArguments, DataArguments, TuningArguments, LlavaTrainingArguments]:
         """

@@ -115,21 +115,22 @@ def untouched_rng() -> Iterator[None]:
             np.random.set_state(states[1])
 
 
-def row_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def row_losses(
+    logits: torch.Tensor, targets: torch.Tensor, of_each: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
     """
     The summed loss of each row, and of how many tokens.
 
     Args:
         logits (`float[S, V]`): at the S supervised positions, in row-major order.
         targets (`int64[B, T]`): at each position the id to predict, or -100.
+        of_each: the losses `float32[S]` of logits and targets.
 
     Returns:
         `float32[B, 2]`: sum and number.
     """
     is_supervised = targets != -100
-    losses = torch.nn.functional.cross_entropy(
-        logits.float(), targets[is_supervised].to(logits.device), reduction="none"
-    )
+    losses = of_each(logits, targets[is_supervised].to(logits.device))
     row_of = is_supervised.nonzero()[:, 0].to(logits.device)
     sums = torch.zeros(len(targets), device=logits.device).index_add(0, row_of, losses)
     return torch.stack((sums, is_supervised.sum(1).to(sums)), dim=1)

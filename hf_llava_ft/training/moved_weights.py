@@ -161,7 +161,7 @@ def checksums(parameters: list[torch.nn.Parameter]) -> list[int | None]:
     One number for each parameter, another one if any of its weights is another; of what this process holds of it. None
     where that is not in memory.
     """
-    sums = [_checksum(_held(parameter)) for parameter in parameters]
+    sums = [_checksum(held_here(parameter)) for parameter in parameters]
     found: dict[int, int] = {}
     for device in {each.device for each in sums if each is not None}:
         there = [index for index, each in enumerate(sums) if each is not None and each.device == device]
@@ -170,7 +170,7 @@ def checksums(parameters: list[torch.nn.Parameter]) -> list[int | None]:
     return [found.get(index) for index in range(len(sums))]
 
 
-def _held(parameter: torch.nn.Parameter) -> torch.Tensor | None:
+def held_here(parameter: torch.nn.Parameter) -> torch.Tensor | None:
     """The part of a parameter that is here under ZeRO-3 and FSDP2, else all of it."""
     part: Any = getattr(parameter, "ds_tensor", None)
     if part is not None:

@@ -1,13 +1,16 @@
-"""A finished model in one dtype, the one that its config.json names.
+"""A finished model in one dtype, the one that it came in and that its config.json names.
 
-A projector trains in float32 on a base in bfloat16, because steps of 2e-5 vanish in bfloat16's rounding. Written so,
-the folder would be in two dtypes, of which config.json can name one: whoever loads it rounds the rest without being
-told. So it is rounded here, and said. Checkpoints keep what trains as it is.
+What trains does so in float32 (`masters.py`), also on a base in 16 bits. Written so, the folder would be in two
+dtypes, of which config.json can name one: whoever loads it rounds the rest without being told. So it is rounded here,
+and said. Checkpoints keep what trains as it is.
 """
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from transformers import CONFIG_NAME
 
 
 @dataclass(frozen=True)
@@ -54,3 +57,15 @@ def in_one_dtype(
                 size += tensor.detach().double().square().sum().item()
         written[name] = cast[place]
     return written, Rounded(num_weights, dtype, (off / size) ** 0.5 if size else 0.0) if num_weights else None
+
+
+def name_dtype(folder: Path, dtype: torch.dtype) -> None:
+    """Has config.json of a saved model name `dtype`; transformers wrote that of the first weight in memory."""
+    path, name = folder / CONFIG_NAME, str(dtype).removeprefix("torch.")
+    if not path.is_file():
+        return  # another process writes
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("dtype", "torch_dtype"):
+        if config.get(key) is not None and config[key] != name:
+            config[key] = name
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

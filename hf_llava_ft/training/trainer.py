@@ -25,6 +25,7 @@ from hf_llava_ft.data.collator import LlavaCollator
 from hf_llava_ft.data.sampler import ModalityLengthSampler, OriginalOrderSampler
 from hf_llava_ft.data.stream_loader import StreamPosition, refuse_grouping, stream_dataloader
 from hf_llava_ft.data.streaming import LlavaStream
+from hf_llava_ft.errors import UserError
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
 from hf_llava_ft.modeling.part_names_llava import PROJECTOR, VISION_TOWER, part_of
 from hf_llava_ft.modeling.weight_names_llava import name_in_memory
@@ -32,11 +33,13 @@ from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.processing.uint8_pixels_llava import can_hand_over_uint8, normalize_pixels
 from hf_llava_ft.settings.arguments import LlavaTrainingArguments
 from hf_llava_ft.training.evaluation import row_losses, untouched_rng
+from hf_llava_ft.training.finite import FiniteTraining
 from hf_llava_ft.training.fsdp import check_fsdp, share_out_by_layers, whole_state_dict
 from hf_llava_ft.training.longest_batch import LongestBatch
 from hf_llava_ft.training.loss import LossOverTokens
+from hf_llava_ft.training.masters import dtype_of_result, with_float32_masters, without_float16_on_cpu
 from hf_llava_ft.training.moved_weights import MovedWeights
-from hf_llava_ft.training.one_dtype import Rounded, in_one_dtype
+from hf_llava_ft.training.one_dtype import Rounded, in_one_dtype, name_dtype
 from hf_llava_ft.training.out_of_memory import advice, advice_for_evaluation, told_of_out_of_memory
 from hf_llava_ft.training.resume import SEAL, seal
 from hf_llava_ft.training.throughput import Throughput
@@ -64,16 +67,25 @@ class LlavaTrainer(PushingTrainer):
         if data_collator is None and isinstance(processor, LlavaProcessor):
             data_collator = LlavaCollator(processor, uint8_pixels=True)
         self.longest_batch = LongestBatch(self)
+        self.finite = FiniteTraining(self)
         # First, so that what they refuse is said before a progress bar is up.
-        own = [StreamPosition(), self.longest_batch, MovedWeights()]
+        own = [StreamPosition(), self.longest_batch, self.finite, MovedWeights()]
         kwargs["callbacks"] = [*own, *(kwargs.get("callbacks") or [])]
-        super().__init__(model=model, args=args or LlavaTrainingArguments(), data_collator=data_collator, **kwargs)
+        args = args or LlavaTrainingArguments()
+        if model is not None and args.deepspeed_plugin is None:
+            without_float16_on_cpu(with_float32_masters(model), args)
+        super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
         if isinstance(self.train_dataset, LlavaStream):
             refuse_grouping(self.args)
         if isinstance(processor, LlavaProcessor):
             self._unwrapped_model.loss_function = LossOverTokens(
-                num_tokens=max(processor.tokenizer.get_vocab().values()) + 1, image_token_id=processor.image_token_id
+                num_tokens=max(processor.tokenizer.get_vocab().values()) + 1,
+                image_token_id=processor.image_token_id,
+                label_smoothing=self.args.label_smoothing_factor,
             )
+            self.label_smoother = None  # transformers' own, which would not move the labels
+        elif self.args.label_smoothing_factor:
+            raise UserError("label_smoothing_factor needs a LlavaProcessor as processing_class, by which labels move.")
         if self.args.loss_normalization == "micro_batch":
             # The Trainer then counts no tokens: the model gives the mean, which is divided by the accumulation steps.
             # In transformers 5.17 as in 5.23.
@@ -107,6 +119,18 @@ class LlavaTrainer(PushingTrainer):
             self.throughput.count(batch)
         return batches, num_items
 
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        """As in transformers; the loss is handed to `finite`."""
+        loss = super().training_step(*args, **kwargs)
+        self.finite.see_loss(loss)
+        return loss
+
+    def _get_grad_norm(self, *args, **kwargs):
+        """As in transformers; NotFinite where it, or a loss of this step, is NaN or infinite."""
+        norm = super()._get_grad_norm(*args, **kwargs)
+        self.finite.see_gradients(norm)
+        return norm
+
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """As in transformers, but that the training after it is what it would have been without. Too little memory is
         a `UserError` that says what to change."""
@@ -127,19 +151,20 @@ class LlavaTrainer(PushingTrainer):
         total, num_tokens = self._eval_sums.tolist()
         if num_tokens and output.metrics is not None:
             output.metrics[f"{metric_key_prefix}_loss"] = total / num_tokens
+        self.finite.see_metrics(output.metrics, f"{metric_key_prefix}_loss")
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         unwrapped = self._unwrapped_model
         is_ours = isinstance(unwrapped, LlavaForCausalLM) and isinstance(unwrapped.loss_function, LossOverTokens)
-        others = self.compute_loss_func or self.label_smoother
-        if not prediction_loss_only or not is_ours or others or inputs.get("labels") is None:
+        if not prediction_loss_only or not is_ours or self.compute_loss_func or inputs.get("labels") is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         targets = unwrapped.next_token_targets(inputs["labels"], inputs["input_ids"], inputs.get("attention_mask"))
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = model(**inputs, supervised_logits_only=True).logits
-        sums = row_losses(unwrapped.loss_function.over_tokens(logits), targets)
+        loss = unwrapped.loss_function
+        sums = row_losses(loss.over_tokens(logits), targets, loss.of_each)
         # Of all processes, without the rows that accelerate repeats to give each process as many.
         self._eval_sums += self.accelerator.gather_for_metrics(sums).to("cpu", torch.float64).sum(0)
         total, num_tokens = sums.sum(0)
@@ -161,7 +186,7 @@ class LlavaTrainer(PushingTrainer):
         return inputs
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if model.training and not return_outputs and self.label_smoother is None and self.compute_loss_func is None:
+        if model.training and not return_outputs and self.compute_loss_func is None:
             inputs = {**inputs, "supervised_logits_only": True}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
@@ -212,6 +237,7 @@ class LlavaTrainer(PushingTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As in transformers, and sealed when all processes have written their part; older ones go after that."""
+        self.finite.see_weights(self.model)
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save and folder.is_dir() and not (folder / SEAL).is_file():
             shutil.rmtree(folder)  # what a run left that was killed here
@@ -230,6 +256,8 @@ class LlavaTrainer(PushingTrainer):
 
     def save_model(self, output_dir: str | None = None, *args, **kwargs) -> None:
         """As in transformers, and the whole weights under FSDP too, however the state of the run is saved."""
+        if self._in_one_dtype:  # not of a checkpoint, which was looked at before anything of it was written
+            self.finite.see_weights(self.model)
         with whole_state_dict(self.accelerator.state.fsdp_plugin) if self.is_fsdp_enabled else nullcontext():
             super().save_model(output_dir, *args, **kwargs)
         # A pickle of this run's paths, which nothing needs for resuming and nobody should have to load.
@@ -239,10 +267,11 @@ class LlavaTrainer(PushingTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model)
         if self._in_one_dtype and isinstance(model, LlavaForCausalLM):
-            # In the dtype that transformers writes into config.json: that of the first weight.
             weights = model.state_dict() if state_dict is None else state_dict
-            state_dict, self.rounded = in_one_dtype(weights, model.dtype)
+            state_dict, self.rounded = in_one_dtype(weights, dtype_of_result(model))
         super()._save(output_dir, state_dict)
+        if self._in_one_dtype and isinstance(model, LlavaForCausalLM):
+            name_dtype(Path(output_dir or str(self.args.output_dir)), dtype_of_result(model))
 
     def _load_best_model(self) -> None:
         """A checkpoint of the whole model has the names of the native layout; transformers would load none of it."""

@@ -29,6 +29,7 @@ from hf_llava_ft.modeling.part_names_llava import (
     part_of,
 )
 from hf_llava_ft.settings.arguments import LlavaTrainingArguments, TuningArguments
+from hf_llava_ft.training.masters import with_float32_masters
 from hf_llava_ft.training.quantization import is_quantized, prepare_quantized
 
 
@@ -106,7 +107,7 @@ def with_lora(
     model.config.text_config.use_cache = False
     peft_model = get_peft_model(model, config)
     peft_model.peft_config["default"].base_model_name_or_path = base  # get_peft_model takes it from the loaded model
-    _with_float32_projector(peft_model)
+    with_float32_masters(peft_model)
     _only_biases_of_the_language_model(peft_model, arguments)
     return peft_model
 
@@ -121,17 +122,6 @@ def _only_biases_of_the_language_model(model: PeftModel, arguments: TuningArgume
             parameter.requires_grad_(False)
 
 
-def _with_float32_projector(model: nn.Module) -> None:
-    """Steps of 2e-5 vanish in the rounding of bfloat16 weights. PEFT keeps LoRA in float32 for that, not this part."""
-    for name, parameter in model.named_parameters():
-        if (
-            part_of(name) == PROJECTOR
-            and parameter.requires_grad
-            and parameter.dtype in (torch.bfloat16, torch.float16)
-        ):
-            parameter.data = parameter.data.float()
-
-
 # The original's words for these: `tune_mm_mlp_adapter` (stage 1), neither that nor `lora_enable` (stage 2). It never
 # trains the tower.
 WHOLE_PARTS = {
@@ -144,9 +134,19 @@ FROZEN_BACKBONE: tuple[str, ...] = (LANGUAGE_MODEL, OTHER)
 
 
 def with_tuning(
-    model: LlavaForCausalLM, arguments: TuningArguments, base: str, revision: str | None = None
+    model: LlavaForCausalLM,
+    arguments: TuningArguments,
+    base: str,
+    revision: str | None = None,
+    *,
+    float32_masters: bool = True,
 ) -> LlavaForCausalLM | PeftModel:
-    """`model` with exactly those weights trainable that `arguments` name; for LoRA see [`with_lora`]."""
+    """
+    `model` with exactly those weights trainable that `arguments` name, in float32; for LoRA see [`with_lora`].
+
+    Args:
+        float32_masters (`bool`): false where an engine keeps float32 copies of its own of a whole model.
+    """
     if arguments.is_lora:
         tuned: LlavaForCausalLM | PeftModel = with_lora(model, arguments, base, revision)
     else:
@@ -156,7 +156,7 @@ def with_tuning(
     for name, parameter in tuned.named_parameters():
         if part_of(name) in frozen:
             parameter.requires_grad_(False)
-    return tuned
+    return with_float32_masters(tuned) if float32_masters else tuned
 
 
 def with_whole_parts(model: LlavaForCausalLM, parts: tuple[str, ...]) -> LlavaForCausalLM:
@@ -170,8 +170,6 @@ def with_whole_parts(model: LlavaForCausalLM, parts: tuple[str, ...]) -> LlavaFo
     }
     for parameter in model.parameters():
         parameter.requires_grad_(parameter in trained)
-    if parts == WHOLE_PARTS["projector"]:
-        _with_float32_projector(model)
     return model
 
 
