@@ -15,7 +15,7 @@ from rich.console import Console
 from transformers import CONFIG_NAME, EarlyStoppingCallback, IntervalStrategy, PrinterCallback, set_seed
 
 from hf_llava_ft.checking.preview import print_preview
-from hf_llava_ft.checkpoints.artifact import check_writable, staged_files, told_of_a_full_disk
+from hf_llava_ft.checkpoints.artifact import staged_files, told_of_a_full_disk
 from hf_llava_ft.checkpoints.opening import ADAPTER_CONFIG, load_model
 from hf_llava_ft.checkpoints.remote_code import carries_our_code, note_on_code
 from hf_llava_ft.checkpoints.starting_point import StartingPoint, check_starting_point, starting_point
@@ -33,14 +33,17 @@ from hf_llava_ft.settings.parsing import resolve
 from hf_llava_ft.training.eval_prompts import EvalAnswers, open_eval_prompts
 from hf_llava_ft.training.evaluation import check_evaluation, tell_of_early_stop
 from hf_llava_ft.training.finite import NotFinite
+from hf_llava_ft.training.fingerprint import base_digest, course_of
+from hf_llava_ft.training.first_process import in_first_process
 from hf_llava_ft.training.interruption import Interruption, TrainingInterrupted
 from hf_llava_ft.training.masters import said_precision
 from hf_llava_ft.training.moved_weights import WrongWeightsMoved
 from hf_llava_ft.training.out_of_memory import advice, told_of_out_of_memory
 from hf_llava_ft.training.progress import LiveProgress
 from hf_llava_ft.training.quantization import loading_in_few_bits
-from hf_llava_ft.training.resume import checkpoint_to_resume
+from hf_llava_ft.training.resume import Run, checkpoint_to_resume
 from hf_llava_ft.training.rows import TrainingRows, open_all_rows, tell_of_rows_left_out
+from hf_llava_ft.training.run_folder import compared_with_before, one_run_at_a_time, open_run_folder
 from hf_llava_ft.training.summary import settings_of, train_summary, write_summary
 from hf_llava_ft.training.trainer import LlavaTrainer
 from hf_llava_ft.training.tuning import TrainedPart, table_of_parts, trained_parts, with_tuning
@@ -72,10 +75,21 @@ def train(
     console: Console | None = None,
 ) -> TrainingResult:
     """Trains as told and leaves adapter or whole model at `training_args.output_dir`, checkpoints below it."""
+    with one_run_at_a_time(training_args):
+        return _train(model_args, data_args, tuning_args, training_args, console)
+
+
+def _train(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    tuning_args: TuningArguments,
+    training_args: LlavaTrainingArguments,
+    console: Console | None,
+) -> TrainingResult:
     console = console or Console(stderr=True, quiet=training_args.process_index != 0)
     tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     settings = settings_of(model_args, data_args, tuning_args, training_args)
-    checkpoint = _checked_first(model_args, data_args, training_args, tell)
+    run = _checked_first(model_args, data_args, training_args, tell)
     # Before anything is initialised: LoRA's matrices and the order of the data follow from --seed alone.
     set_seed(training_args.seed)
 
@@ -83,11 +97,20 @@ def train(
     processor = processor_for_training(
         start.name, start.revision, model_args.version, image_aspect_ratio=model_args.image_aspect_ratio
     )
-    opened = open_all_rows(data_args, training_args)
+    opened = open_all_rows(data_args, training_args, run.started)
+    as_they_were, data = opened.as_they_were(), in_first_process(training_args, opened.facts)
+    course = course_of(
+        *(model_args, data_args, tuning_args, training_args),
+        base=base_digest(start.name, hub_commit(start.name, start.revision)) if start.composed is None else "composed",
+        processor=processor,
+        data=data,
+        images=None if as_they_were is None else as_they_were.facts,
+    )
+    run = compared_with_before(run, course, training_args, tell)
     prompts = open_eval_prompts(data_args)
     model = _loaded_model(start, processor, model_args, tuning_args, training_args)
     longest = data_args.model_max_length or model.config.text_config.max_position_embeddings
-    rows = opened.that_fit(processor, longest, is_new=checkpoint is None, tell=tell)
+    rows = opened.that_fit(processor, longest, is_new=run.resumed_from is None, tell=tell)
     if data_args.preview > 0:
         print_preview(console, processor, rows.first(data_args.preview))
 
@@ -103,15 +126,19 @@ def train(
     trained = trained_parts(model)
     answers = EvalAnswers(prompts, processor, data_args.eval_max_new_tokens, console)
     collator = LlavaCollator(
-        processor, uint8_pixels=True, max_length=longest if data_args.on_bad_row == "skip" else None
+        processor,
+        uint8_pixels=True,
+        max_length=longest if data_args.on_bad_row == "skip" else None,
+        as_they_were=as_they_were,
     )
     with told_of_out_of_memory(lambda: f"the model alone. {advice(model, training_args)}"):
         trainer, interruption = _trainer(model, training_args, rows, collator, answers, console)
-    data = rows.facts() if trainer.is_world_process_zero() else {}
+    trainer.run = run
+    data = rows.facts(data) if trainer.is_world_process_zero() else {}
     console.print(table_of_parts(trained, training_args))
     tell(said_precision(model, training_args))
 
-    seconds = _run(trainer, checkpoint, interruption)
+    seconds = _run(trainer, run.resumed_from, interruption)
     seconds_training = seconds - trainer.throughput.paused_seconds
     _save(trainer, tell)
     _evaluate_once(trainer, answers)  # when nothing can be lost any more
@@ -146,16 +173,15 @@ def _checked_first(
     data_args: DataArguments,
     args: LlavaTrainingArguments,
     tell: Callable[[str], None],
-) -> str | None:
-    """What can be refused before anything is opened; returns the checkpoint that the run goes on from."""
+) -> Run:
+    """What can be refused before anything is opened; returns the run, with the checkpoint that it goes on from."""
     output_dir = Path(str(args.output_dir))
-    check_writable(output_dir)
     check_attention(model_args.attn_implementation)
     check_evaluation(data_args, args)
     checkpoint, passed_over = checkpoint_to_resume(args.resume_from_checkpoint, output_dir)
     for sentence in passed_over:
         tell(sentence)
-    return checkpoint
+    return open_run_folder(args, checkpoint, tell)
 
 
 def _loaded_model(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hf_llava_ft.checkpoints.folder_lock import locked_folder
 from hf_llava_ft.errors import UserError
 
 
@@ -16,21 +17,22 @@ def staged_folder(output_dir: str | Path) -> Iterator[Path]:
     does not, nothing is left behind.
 
     Raises:
-        UserError: if `output_dir` already holds something, or cannot be written.
+        UserError: if `output_dir` already holds something, cannot be written, or another command is writing it.
     """
     final = Path(output_dir)
     check_writable(final)
-    if final.is_dir() and any(final.iterdir()):
-        raise UserError(f"{final} is not empty: choose another output folder or remove it first.")
-    staged = final.with_name(f".{final.name}.partial-{os.getpid()}")
-    staged.mkdir()
-    try:
-        yield staged
-        if final.is_dir():
-            final.rmdir()
-        staged.rename(final)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+    with locked_folder(final):
+        if final.is_dir() and any(final.iterdir()):
+            raise UserError(f"{final} is not empty: choose another output folder or remove it first.")
+        staged = final.with_name(f".{final.name}.partial-{os.getpid()}")
+        staged.mkdir()
+        try:
+            yield staged
+            if final.is_dir():
+                final.rmdir()
+            staged.rename(final)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from typing import Any
 
 from PIL import Image
 
+from hf_llava_ft.data.unchanged import RowsAsTheyWere
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.processing.image_processing_llava import as_rgb
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
@@ -21,18 +22,22 @@ class LlavaCollator:
             `LlavaTrainer` asks for it and normalises them on its device; whoever feeds a model with the batch itself
             leaves it off.
         max_length (`int`, *optional*): cut rows behind so many tokens; see `encode_conversation`.
+        as_they_were (`RowsAsTheyWere`, *optional*): asked of every row whether its files still are.
     """
 
     processor: LlavaProcessor
     padding_side: str = "right"
     uint8_pixels: bool = False
     max_length: int | None = None
+    as_they_were: RowsAsTheyWere | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch as [`LlavaProcessor.pad`] gives it, from rows with `messages`, `images` and `id`."""
         return self.processor.pad([self._encode(row) for row in rows], padding_side=self.padding_side)
 
     def _encode(self, row: dict[str, Any]) -> dict[str, Any]:
+        if self.as_they_were is not None:
+            self.as_they_were.check(row)
         try:
             pictures = [open_picture(image) for image in row["images"]]
             return self.processor.encode_conversation(

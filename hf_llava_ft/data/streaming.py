@@ -24,6 +24,7 @@ import copy
 import io
 import logging
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
@@ -42,6 +43,7 @@ from hf_llava_ft.data.formats.mixture import draw_rows
 from hf_llava_ft.data.pictures import DEEPER_THAN_8_BITS, decode_failure
 from hf_llava_ft.data.problems import problem_of
 from hf_llava_ft.data.skipped_rows import skipped_line, write_whole
+from hf_llava_ft.data.unchanged import FileChanged, FilesAsTheyWere, refuse_younger
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.processing.image_processing_llava import as_rgb
 
@@ -73,6 +75,8 @@ class LlavaStream(IterableDataset):
             Where such rows are listed, a line of JSON each, whenever one is met; the log by default.
         row_check (`Callable`, *optional*):
             Called with each row; a `ValueError` from it makes the row a bad one.
+        since (`int`, *optional*):
+            When the run began, in nanoseconds since 1970: images may not be younger. Now, by default.
         cache_dir (`str`, *optional*):
             Where it is remembered how a JSON file can be read in parts; the cache of `datasets` by default.
 
@@ -89,6 +93,7 @@ class LlavaStream(IterableDataset):
         on_bad_row: Literal["raise", "skip"] = "raise",
         skipped_file: str | os.PathLike | None = None,
         row_check: Callable[[dict[str, Any]], None] | None = None,
+        since: int | None = None,
         cache_dir: str | os.PathLike | None = None,
     ):
         if shuffle_buffer_size < 0:
@@ -99,6 +104,8 @@ class LlavaStream(IterableDataset):
         self.on_bad_row = on_bad_row
         self.skipped_file = skipped_file
         self.row_check = row_check
+        self.since = time.time_ns() if since is None else since
+        self._files = FilesAsTheyWere(str(file) for source in self.sources for file in source.container.files)
         self.rank, self.world_size, self.batch_size = 0, 1, 1
         self._drawn: list[np.ndarray | None] = []  # of a weighted source, its rows in the mixture
         self._pieces: list[Piece] = []
@@ -226,8 +233,18 @@ class LlavaStream(IterableDataset):
             piece, end = self._pieces[order[index]], int(ends[index])
             num_rows = min(stop - start, end - place)
             skipped = piece.stop - piece.start - (end - place)
-            yield from reader.read(piece, skipped, num_rows)
+            self._check_files(piece)
+            try:
+                yield from reader.read(piece, skipped, num_rows)
+            except UserError:
+                self._check_files(piece)  # rows of a file that is written to are wrong for this reason
+                raise
             start += num_rows
+
+    def _check_files(self, piece: Piece) -> None:
+        source, part = self.sources[piece.source], piece.block.part
+        for file in source.container.files if part is None else [part.path]:
+            self._files.check(str(file), f"{source.where}: row {piece.block.first_row + piece.start}")
 
     def _good_row(
         self, buffer: list[RawRow], place: int, plan: tuple[np.ndarray, np.ndarray], end: int
@@ -237,13 +254,15 @@ class LlavaStream(IterableDataset):
         try:
             return self._checked(*buffer[place])
         except UserError as error:
-            if self.on_bad_row == "raise":
+            if self.on_bad_row == "raise" or isinstance(error, FileChanged):
                 raise
             self._list(buffer[place], error)
         behind = self._read(RowReader(self.sources, self._drawn), plan, end, end + self.num_rows)
         for row in chain(buffer[place + 1 :], buffer[:place], behind):
             try:
                 return self._checked(*row)
+            except FileChanged:
+                raise
             except UserError:
                 continue  # listed in its own place
         raise UserError(f"{self.sources[0].where}: no row can be trained on; llava-ft check says why.")
@@ -262,6 +281,9 @@ class LlavaStream(IterableDataset):
     def _checked(self, source_index: int, number: int, raw: Any) -> dict[str, Any]:
         source = self.sources[source_index]
         row, place = source.row(raw, number), source.place(raw, number)
+        for image in row["images"]:
+            if image["path"] and not image["bytes"]:
+                refuse_younger(image["path"], self.since, place)
         row["images"] = [_decoded(image, place) for image in row["images"]]
         if self.row_check is not None:
             try:

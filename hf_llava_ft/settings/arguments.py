@@ -234,6 +234,10 @@ class LlavaTrainingArguments(TrainingArguments):
         try_longest_batch (`"auto"`, `"true"` or `"false"`):
             Try the batch of the longest rows before the first step, so that too little memory is known then. `auto` is
             on a GPU. It leaves no trace in the run. Not with streaming, and not under DeepSpeed.
+        resume_anyway (`bool`):
+            Resume although data or settings are not what the checkpoint's run had.
+        overwrite_output_dir (`bool`):
+            Move what is in the output folder to one beside it, where a new run would be refused.
         learning_rate, lr_scheduler_type, warmup_steps, logging_steps, per_device_train_batch_size:
             the same arguments with LLaVA's defaults.
     """
@@ -267,6 +271,13 @@ class LlavaTrainingArguments(TrainingArguments):
     )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Must stay False: a loss that is not finite ends the run."}
+    )
+    resume_anyway: bool = field(
+        default=False, metadata={"help": "Resume although data or settings are not those of the checkpoint's run."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Begin a new run in a folder that is not empty: what is there is moved to one beside it."},
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay False: the collator reads all columns."}

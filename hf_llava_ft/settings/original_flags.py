@@ -82,7 +82,6 @@ FLAGS: dict[str, Renamed | NoMeaning] = {
         (True,),
         "leave it out: no tool needs pickled weights any more",
     ),
-    "overwrite_output_dir": NoMeaning(bool, "nothing is deleted from the output folder, there as here"),
     "group_by_length": NoMeaning(
         bool,
         "rows are grouped by --group_by_modality_length",

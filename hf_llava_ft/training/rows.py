@@ -9,15 +9,16 @@ from datasets import Dataset
 
 from hf_llava_ft.checking.bad_rows import SoundRows, sound_rows, told_of_skipped
 from hf_llava_ft.checking.preview import first_rows
-from hf_llava_ft.data.formats import open_source
+from hf_llava_ft.data.formats import Source, open_source
 from hf_llava_ft.data.skipped_rows import SKIPPED_FILE
 from hf_llava_ft.data.stream_loader import refuse_grouping
 from hf_llava_ft.data.streaming import LlavaStream, told_of_rows_left_out
 from hf_llava_ft.data.token_limit import TokenLimit
+from hf_llava_ft.data.unchanged import RowsAsTheyWere
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.settings.arguments import DataArguments, LlavaTrainingArguments
 from hf_llava_ft.training.evaluation import data_seed, eval_rows_that_fit, held_out, open_eval_rows
-from hf_llava_ft.training.summary import data_facts
+from hf_llava_ft.training.summary import data_facts, row_counts
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,22 @@ class TrainingRows:
             return self.opened.first(number)
         return first_rows(self.opened.sources, number)
 
-    def facts(self) -> dict[str, Any]:
-        """[`data_facts`], with how many rows are evaluated, left out and cut."""
+    def facts(self, of_files: dict[str, Any]) -> dict[str, Any]:
+        """[`data_facts`], with how many rows are evaluated, left out and cut.
+
+        Args:
+            of_files (`dict`): of [`OpenedRows.facts`].
+        """
         evaluated = {} if self.evaluated is None else {"rows_evaluated": len(self.evaluated)}
         if isinstance(self.opened, LlavaStream) or isinstance(self.train, LlavaStream):
-            return data_facts(getattr(self.opened, "sources", [])) | evaluated
+            return of_files | evaluated
         left_out = {(problem.file, problem.row) for problem in self.opened.left_out}
-        facts = data_facts([part.source for part in self.opened.parts], self.train)
-        return facts | evaluated | {"rows_left_out": len(left_out), "rows_cut": len(self.opened.cut)}
+        return (
+            of_files
+            | row_counts(self.train)
+            | evaluated
+            | {"rows_left_out": len(left_out), "rows_cut": len(self.opened.cut)}
+        )
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,23 @@ class OpenedRows:
     eval_rows: SoundRows | None
     data_args: DataArguments
     args: LlavaTrainingArguments
+
+    @property
+    def _sources(self) -> list[Source]:
+        rows = self.rows
+        return rows.sources if isinstance(rows, LlavaStream) else [part.source for part in rows.parts]
+
+    def facts(self) -> dict[str, Any]:
+        """[`data_facts`] of the files, in which no row is counted."""
+        return data_facts(self._sources)
+
+    def as_they_were(self) -> RowsAsTheyWere | None:
+        """The files as they are now, data and images; None for a stream, which sees to that itself."""
+        if isinstance(self.rows, LlavaStream):
+            return None
+        files = [file for source in self._sources for file in source.container.files]
+        where = ", ".join(source.where for source in self._sources)
+        return RowsAsTheyWere(where, files, [part.dataset for part in self.rows.parts])
 
     def that_fit(
         self, processor: LlavaProcessor, longest: int, is_new: bool, tell: Callable[[str], None]
@@ -103,14 +129,17 @@ class OpenedRows:
         return TrainingRows(self.rows, train, evaluated)
 
 
-def open_all_rows(data_args: DataArguments, args: LlavaTrainingArguments) -> OpenedRows:
+def open_all_rows(data_args: DataArguments, args: LlavaTrainingArguments, started: int | None = None) -> OpenedRows:
     """
     Opens what is to be trained on and evaluated; all of it is checked, but for rows that are streamed.
+
+    Args:
+        started (`int`, *optional*): see `since` of `LlavaStream`.
 
     Raises:
         UserError: see `sound_rows`; or if the settings need all rows at once and they are streamed.
     """
-    rows = (_open_stream if data_args.streaming else _open_rows)(data_args, args)
+    rows = _open_stream(data_args, args, started) if data_args.streaming else _open_rows(data_args, args)
     return OpenedRows(rows, open_eval_rows(data_args, args), data_args, args)
 
 
@@ -132,7 +161,7 @@ def _open_rows(data_args: DataArguments, args: LlavaTrainingArguments) -> SoundR
     )
 
 
-def _open_stream(data_args: DataArguments, args: LlavaTrainingArguments) -> LlavaStream:
+def _open_stream(data_args: DataArguments, args: LlavaTrainingArguments, started: int | None) -> LlavaStream:
     refuse_grouping(args)
     sources = open_source(
         data_args.data_path,
@@ -146,4 +175,5 @@ def _open_stream(data_args: DataArguments, args: LlavaTrainingArguments) -> Llav
         seed=data_seed(args),
         on_bad_row=data_args.on_bad_row,
         skipped_file=Path(str(args.output_dir), SKIPPED_FILE),
+        since=None if args.resume_anyway else started,
     )

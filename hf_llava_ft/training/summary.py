@@ -57,7 +57,7 @@ def settings_of(*arguments: Any) -> dict[str, Any]:
             is_theirs = is_training and field.name in theirs and field.name not in _ALWAYS_SHOWN
             if not field.init or (is_theirs and _is_default(value, default)):
                 continue
-            found[field.name] = "(hidden)" if SECRET.search(field.name) and value is not None else _plain(value)
+            found[field.name] = "(hidden)" if SECRET.search(field.name) and value is not None else plain(value)
     return found
 
 
@@ -67,16 +67,17 @@ def _is_default(value: Any, default: Any) -> bool:
     return value == default or (not default and (not value or value == "none"))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A setting as JSON has it; secrets are hidden, and the home folder is `~`."""
     if isinstance(value, Enum):
-        return _plain(value.value)
+        return plain(value.value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain(dataclasses.asdict(value))
+        return plain(dataclasses.asdict(value))
     if isinstance(value, dict):
-        shown = {str(key): "(hidden)" if SECRET.search(str(key)) else _plain(entry) for key, entry in value.items()}
+        shown = {str(key): "(hidden)" if SECRET.search(str(key)) else plain(entry) for key, entry in value.items()}
         return shown
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(each) for each in value]
+        return [plain(each) for each in value]
     if value is None or isinstance(value, (bool, int, float)):
         return value
     return without_home(str(value))
@@ -119,11 +120,16 @@ def data_facts(sources: Iterable[Source], trained_on: Dataset | None = None) -> 
             }
         )
     together = json.dumps([[each["fingerprint"], each["weight"]] for each in facts]).encode()
-    counts: dict[str, int | None] = dict.fromkeys(("rows", "rows_with_images", "images"))
+    counts: dict[str, Any] = dict.fromkeys(("rows", "rows_with_images", "images"))
     if trained_on is not None:
-        images = trained_on.select_columns(["num_images"]).with_format("numpy")[:]["num_images"]
-        counts = {"rows": len(images), "rows_with_images": int((images > 0).sum()), "images": int(images.sum())}
+        counts = row_counts(trained_on)
     return {**counts, "fingerprint": blake2b(together, digest_size=16).hexdigest(), "sources": facts}
+
+
+def row_counts(dataset: Dataset) -> dict[str, Any]:
+    """`rows`, `rows_with_images` and `images`."""
+    images = dataset.select_columns(["num_images"]).with_format("numpy")[:]["num_images"]
+    return {"rows": len(images), "rows_with_images": int((images > 0).sum()), "images": int(images.sum())}
 
 
 def _name_of(where: str) -> str:

@@ -6,9 +6,10 @@ of the whole optimiser step, over accumulation and ranks; the original's mean of
 `loss_normalization="micro_batch"`.
 """
 
+import logging
 import os
-import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,9 +18,14 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import rotate_checkpoints
+from transformers import TrainerState
 
-from hf_llava_ft.checkpoints.run_files import PREFIX_CHECKPOINT_DIR, SAFE_WEIGHTS_NAME, TRAINING_ARGS_NAME
+from hf_llava_ft.checkpoints.run_files import (
+    PREFIX_CHECKPOINT_DIR,
+    SAFE_WEIGHTS_NAME,
+    TRAINER_STATE_NAME,
+    TRAINING_ARGS_NAME,
+)
 from hf_llava_ft.data.builder import modality_lengths
 from hf_llava_ft.data.collator import LlavaCollator
 from hf_llava_ft.data.sampler import ModalityLengthSampler, OriginalOrderSampler
@@ -32,8 +38,10 @@ from hf_llava_ft.modeling.weight_names_llava import name_in_memory
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.processing.uint8_pixels_llava import can_hand_over_uint8, normalize_pixels
 from hf_llava_ft.settings.arguments import LlavaTrainingArguments
+from hf_llava_ft.training.changed_settings import ChangedSettings, settings_of_groups
 from hf_llava_ft.training.evaluation import row_losses, untouched_rng
 from hf_llava_ft.training.finite import FiniteTraining
+from hf_llava_ft.training.fingerprint import refuse_another_course, settings_course
 from hf_llava_ft.training.fsdp import check_fsdp, share_out_by_layers, whole_state_dict
 from hf_llava_ft.training.longest_batch import LongestBatch
 from hf_llava_ft.training.loss import LossOverTokens
@@ -41,13 +49,15 @@ from hf_llava_ft.training.masters import dtype_of_result, with_float32_masters, 
 from hf_llava_ft.training.moved_weights import MovedWeights
 from hf_llava_ft.training.one_dtype import Rounded, in_one_dtype, name_dtype
 from hf_llava_ft.training.out_of_memory import advice, advice_for_evaluation, told_of_out_of_memory
-from hf_llava_ft.training.resume import SEAL, seal
+from hf_llava_ft.training.resume import Run, begin, checkpoint_to_resume, remove_older, seal
 from hf_llava_ft.training.throughput import Throughput
 from hf_llava_ft.training.trainer_push import PushingTrainer
 
 # Steps whose rows are sorted by length together, as transformers' own LengthGroupedSampler has it. The original sorts
 # within one step, which balances the ranks but saves no padding.
 LENGTH_POOL_STEPS = 50
+
+logger = logging.getLogger(__name__)
 
 
 class LlavaTrainer(PushingTrainer):
@@ -69,7 +79,7 @@ class LlavaTrainer(PushingTrainer):
         self.longest_batch = LongestBatch(self)
         self.finite = FiniteTraining(self)
         # First, so that what they refuse is said before a progress bar is up.
-        own = [StreamPosition(), self.longest_batch, self.finite, MovedWeights()]
+        own = [StreamPosition(), self.longest_batch, self.finite, MovedWeights(), ChangedSettings(self)]
         kwargs["callbacks"] = [*own, *(kwargs.get("callbacks") or [])]
         args = args or LlavaTrainingArguments()
         if model is not None and args.deepspeed_plugin is None:
@@ -93,14 +103,33 @@ class LlavaTrainer(PushingTrainer):
         check_fsdp(self.args, is_running=self.is_fsdp_enabled)
         if self.is_fsdp_enabled:
             share_out_by_layers(self.accelerator.state.fsdp_plugin, self.model)  # type: ignore[arg-type]
+        # Whose checkpoints are written, what was so before it was resumed, and what the optimiser is told now.
+        self.run = Run(course=settings_course(self.args))
+        self.course_before: dict[str, Any] | None = None
+        self.told_of_groups: list[dict[str, Any]] | None = None
         self.throughput = Throughput()
         self._in_one_dtype, self.rounded = True, cast("Rounded | None", None)  # see `_save`
 
-    def train(self, *args, **kwargs):
-        """As in transformers; too little memory is a `UserError` that says what to change."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As in transformers, but that a checkpoint of another course is refused. Too little memory is a `UserError`
+        that says what to change."""
+        checkpoint, _ = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir))
+        if checkpoint is not None:
+            self._resume(checkpoint)
         self.throughput.start()
         with told_of_out_of_memory(self._what_did_not_fit):
-            return super().train(*args, **kwargs)
+            return super().train(checkpoint, *args, **kwargs)
+
+    def _resume(self, checkpoint: str) -> None:
+        before = Run.of(checkpoint)
+        self.course_before = before.course
+        if self.run.resumed_from == checkpoint:
+            return  # compared by who knows more of the run
+        step = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)).global_step
+        note = refuse_another_course(checkpoint, before.course, self.run.course or {}, step, self.args)
+        if note is not None:
+            logger.warning(note)
+        self.run = replace(before, course=self.run.course)
 
     def _what_did_not_fit(self) -> str:
         trying = self.longest_batch.trying
@@ -198,6 +227,8 @@ class LlavaTrainer(PushingTrainer):
             if is_new and rate is not None:
                 named = (self.model if model is None else model).named_parameters()
                 _split_off(optimizer, {parameter for name, parameter in named if part_of(name) == part}, rate)
+        if is_new:
+            self.told_of_groups = settings_of_groups(optimizer)
         return optimizer
 
     def get_train_dataloader(self) -> DataLoader:
@@ -239,8 +270,9 @@ class LlavaTrainer(PushingTrainer):
         """As in transformers, and sealed when all processes have written their part; older ones go after that."""
         self.finite.see_weights(self.model)
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        if self.args.should_save and folder.is_dir() and not (folder / SEAL).is_file():
-            shutil.rmtree(folder)  # what a run left that was killed here
+        told = begin(folder, self.run) if self.args.should_save else None
+        if told is not None:
+            logger.warning(told)
         self.accelerator.wait_for_everyone()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         self._in_one_dtype = False
@@ -250,9 +282,9 @@ class LlavaTrainer(PushingTrainer):
             self.args.save_total_limit, self._in_one_dtype = limit, True
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            seal(folder)
+            seal(folder, self.run)
             self.push_checkpoint(folder)
-            rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+            remove_older(folder, self.run, limit, self.state.best_model_checkpoint)
 
     def save_model(self, output_dir: str | None = None, *args, **kwargs) -> None:
         """As in transformers, and the whole weights under FSDP too, however the state of the run is saved."""

@@ -31,7 +31,7 @@ from hf_llava_ft.hub.refusals import push_refusal
 from hf_llava_ft.hub.staging import hub_name, replaced_by, stage
 from hf_llava_ft.hub.upload import Upload, Uploaded, patiently
 from hf_llava_ft.library_differences import HTTPError
-from hf_llava_ft.training.resume import SEAL, seal
+from hf_llava_ft.training.resume import SEAL, Run, seal
 
 logger = logging.getLogger(__name__)
 
@@ -298,7 +298,7 @@ def _stage_state(checkpoint: Path, folder: Path) -> None:
     if state.get("best_model_checkpoint"):
         state["best_model_checkpoint"] = Path(state["best_model_checkpoint"]).name
     (folder / TRAINER_STATE_NAME).write_text(json.dumps(state, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    seal(folder)
+    seal(folder, Run.of(checkpoint))
 
 
 def _link(source: Path, target: Path) -> None:
