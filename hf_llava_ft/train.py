@@ -18,7 +18,12 @@ from hf_llava_ft.checking.preview import print_preview
 from hf_llava_ft.checkpoints.artifact import check_writable, staged_files, told_of_a_full_disk
 from hf_llava_ft.checkpoints.opening import ADAPTER_CONFIG, load_model
 from hf_llava_ft.checkpoints.remote_code import carries_our_code, note_on_code
-from hf_llava_ft.checkpoints.starting_point import StartingPoint, check_starting_point, starting_point
+from hf_llava_ft.checkpoints.starting_point import (
+    StartingPoint,
+    check_starting_point,
+    settled_tuning,
+    starting_point,
+)
 from hf_llava_ft.checkpoints.training_facts import base_facts, hub_commit
 from hf_llava_ft.checkpoints.training_processor import processor_for_training
 from hf_llava_ft.data.collator import LlavaCollator
@@ -72,6 +77,7 @@ def train(
     """Trains as told and leaves adapter or whole model at `training_args.output_dir`, checkpoints below it."""
     console = console or Console(stderr=True, quiet=training_args.process_index != 0)
     tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    tuning_args = settled_tuning(model_args, tuning_args)
     settings = settings_of(model_args, data_args, tuning_args, training_args)
     checkpoint = _checked_first(model_args, data_args, training_args, tell)
     # Before anything is initialised: LoRA's matrices and the order of the data follow from --seed alone.
@@ -79,7 +85,10 @@ def train(
 
     start = starting_point(model_args, tuning_args, training_args)
     processor = processor_for_training(
-        start.name, start.revision, model_args.version, image_aspect_ratio=model_args.image_aspect_ratio
+        start.adapter or start.name,
+        start.adapter_revision if start.adapter else start.revision,
+        model_args.version,
+        image_aspect_ratio=model_args.image_aspect_ratio,
     )
     opened = open_all_rows(data_args, training_args)
     prompts = open_eval_prompts(data_args)
@@ -91,7 +100,9 @@ def train(
 
     set_seed(training_args.seed)
     # An adapter names the commit of its base, so that it loads on the same weights when main has moved on.
-    model = with_tuning(model, tuning_args, start.name, hub_commit(start.name, start.revision) or start.revision)
+    commit = hub_commit(start.name, start.revision) or start.revision
+    adapter = None if start.adapter is None else (start.adapter, start.adapter_revision)
+    model = with_tuning(model, tuning_args, start.name, commit, adapter)
     trained = trained_parts(model)
     answers = EvalAnswers(prompts, processor, data_args.eval_max_new_tokens, console)
     collator = LlavaCollator(
@@ -242,10 +253,9 @@ def _evaluate_once(trainer: LlavaTrainer, answers: EvalAnswers) -> None:
 
 def _base_facts(start: StartingPoint, model_args: ModelArguments) -> list[dict[str, str]]:
     """Name and commit of the models on the Hub that training started from."""
-    names = [model_args.model_name_or_path]
-    if start.composed is not None:
-        names.append(str(model_args.vision_tower))
-    return base_facts(names, model_args.revision)
+    if start.composed is None:
+        return base_facts([start.name], start.revision)
+    return base_facts([model_args.model_name_or_path, str(model_args.vision_tower)], model_args.revision)
 
 
 def _write_facts(summary: dict[str, Any], trainer: LlavaTrainer, answers: EvalAnswers) -> None:

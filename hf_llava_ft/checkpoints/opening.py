@@ -12,6 +12,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import MODEL_MAPPING, AutoConfig
 
+from hf_llava_ft.checkpoints.adapters import with_adapter
 from hf_llava_ft.checkpoints.embeddings import grow_embeddings
 from hf_llava_ft.checkpoints.files import find_file, first_line, has_file, hub_refusal, not_here, read_json
 from hf_llava_ft.checkpoints.original_folders import (
@@ -187,7 +188,9 @@ def load_model(
         return with_original_lora(model, folder)
     if checkpoint.kind == "adapter":
         try:
-            return PeftModel.from_pretrained(model, path, revision=revision)
+            return with_adapter(model, path, revision)
+        except UserError:
+            raise
         except DAMAGED as error:
             refusal = hub_refusal(error, path, revision)
             raise UserError(

@@ -172,6 +172,9 @@ class TuningArguments:
     )
     double_quant: bool = field(default=True, metadata={"help": "Of 4 bits: quantise the scales too (2305.14314)."})
     quant_type: Literal["nf4", "fp4"] = field(default="nf4", metadata={"help": "Of 4 bits: the kind of number."})
+    # Names of the settings above that were asked for, be it with the value of the default: an adapter that is trained
+    # further may contradict. None where nobody knows: then those that are not at their default.
+    said: frozenset[str] | None = field(default=None, init=False, repr=False)
 
     @property
     def is_lora(self) -> bool:
