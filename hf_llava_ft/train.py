@@ -18,7 +18,12 @@ from hf_llava_ft.checking.preview import print_preview
 from hf_llava_ft.checkpoints.artifact import staged_files, told_of_a_full_disk
 from hf_llava_ft.checkpoints.opening import ADAPTER_CONFIG, load_model
 from hf_llava_ft.checkpoints.remote_code import carries_our_code, note_on_code
-from hf_llava_ft.checkpoints.starting_point import StartingPoint, check_starting_point, starting_point
+from hf_llava_ft.checkpoints.starting_point import (
+    StartingPoint,
+    check_starting_point,
+    settled_tuning,
+    starting_point,
+)
 from hf_llava_ft.checkpoints.training_facts import base_facts, hub_commit
 from hf_llava_ft.checkpoints.training_processor import processor_for_training
 from hf_llava_ft.data.collator import LlavaCollator
@@ -32,8 +37,8 @@ from hf_llava_ft.settings.parsing import parse_arguments as parse_arguments
 from hf_llava_ft.settings.parsing import resolve
 from hf_llava_ft.training.eval_prompts import EvalAnswers, open_eval_prompts
 from hf_llava_ft.training.evaluation import check_evaluation, tell_of_early_stop
-from hf_llava_ft.training.finite import NotFinite
 from hf_llava_ft.training.fingerprint import base_digest, course_of
+from hf_llava_ft.training.finite import NotFinite
 from hf_llava_ft.training.first_process import in_first_process
 from hf_llava_ft.training.interruption import Interruption, TrainingInterrupted
 from hf_llava_ft.training.masters import said_precision
@@ -88,6 +93,7 @@ def _train(
 ) -> TrainingResult:
     console = console or Console(stderr=True, quiet=training_args.process_index != 0)
     tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    tuning_args = settled_tuning(model_args, tuning_args)
     settings = settings_of(model_args, data_args, tuning_args, training_args)
     run = _checked_first(model_args, data_args, training_args, tell)
     # Before anything is initialised: LoRA's matrices and the order of the data follow from --seed alone.
@@ -95,7 +101,10 @@ def _train(
 
     start = starting_point(model_args, tuning_args, training_args)
     processor = processor_for_training(
-        start.name, start.revision, model_args.version, image_aspect_ratio=model_args.image_aspect_ratio
+        start.adapter or start.name,
+        start.adapter_revision if start.adapter else start.revision,
+        model_args.version,
+        image_aspect_ratio=model_args.image_aspect_ratio,
     )
     opened = open_all_rows(data_args, training_args, run.started)
     as_they_were, data = opened.as_they_were(), in_first_process(training_args, opened.facts)
@@ -116,13 +125,10 @@ def _train(
 
     set_seed(training_args.seed)
     # An adapter names the commit of its base, so that it loads on the same weights when main has moved on.
-    model = with_tuning(
-        model,
-        tuning_args,
-        start.name,
-        hub_commit(start.name, start.revision) or start.revision,
-        float32_masters=training_args.deepspeed_plugin is None,
-    )
+    commit = hub_commit(start.name, start.revision) or start.revision
+    adapter = None if start.adapter is None else (start.adapter, start.adapter_revision)
+    float32_masters = training_args.deepspeed_plugin is None
+    model = with_tuning(model, tuning_args, start.name, commit, adapter, float32_masters=float32_masters)
     trained = trained_parts(model)
     answers = EvalAnswers(prompts, processor, data_args.eval_max_new_tokens, console)
     collator = LlavaCollator(
@@ -277,10 +283,9 @@ def _evaluate_once(trainer: LlavaTrainer, answers: EvalAnswers) -> None:
 
 def _base_facts(start: StartingPoint, model_args: ModelArguments) -> list[dict[str, str]]:
     """Name and commit of the models on the Hub that training started from."""
-    names = [model_args.model_name_or_path]
-    if start.composed is not None:
-        names.append(str(model_args.vision_tower))
-    return base_facts(names, model_args.revision)
+    if start.composed is None:
+        return base_facts([start.name], start.revision)
+    return base_facts([model_args.model_name_or_path, str(model_args.vision_tower)], model_args.revision)
 
 
 def _write_facts(summary: dict[str, Any], trainer: LlavaTrainer, answers: EvalAnswers) -> None:

@@ -123,7 +123,7 @@ class LlavaAdapterMixin(PreTrainedModel):
         weights = {name_in_memory(key.removeprefix(PEFT_PREFIX)): weight for key, weight in saved.items()}
         self.add_adapter(config, name)
         expected = self.get_adapter_state_dict(name)
-        _refuse_difference(adapter, weights, expected)
+        refuse_difference(adapter, weights, expected)
         import_module("peft.functional").set_peft_model_state_dict(self, weights, adapter_name=name)
         self.eval()
 
@@ -153,7 +153,13 @@ class LlavaAdapterMixin(PreTrainedModel):
         return (module for module in self.modules() if isinstance(module, kinds))
 
 
-def _refuse_difference(adapter: str, weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+def refuse_difference(adapter: str, weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """
+    Compares the `weights` in the file of an adapter with those that its configuration makes, by name in the model.
+
+    Raises:
+        ValueError: if some are missing, surplus, of another shape, NaN or infinite.
+    """
     surplus, missing = weights.keys() - expected.keys(), expected.keys() - weights.keys()
     if surplus:
         raise ValueError(f"{adapter} holds weights that this LLaVA has no place for, {min(surplus)} among them.")
@@ -167,4 +173,9 @@ def _refuse_difference(adapter: str, weights: dict[str, torch.Tensor], expected:
             raise ValueError(
                 f"{adapter} holds {key} of shape {list(weight.shape)}, and on this base it has "
                 f"{list(expected[key].shape)}: it was made for another model."
+            )
+        if not torch.isfinite(weight).all():
+            raise ValueError(
+                f"{adapter} holds NaN or infinite numbers in {key}: it is damaged, or its training went wrong; use an "
+                f"earlier checkpoint."
             )

@@ -29,6 +29,7 @@ from huggingface_hub.errors import (
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.library_differences import HTTPError
 
+_MOST_LEVELS = 100  # of lists and objects within each other, in a file of settings
 _UNAUTHORIZED, _FORBIDDEN, _TOO_MANY_REQUESTS, _SERVER_ERROR = 401, 403, 429, 500
 
 
@@ -79,13 +80,58 @@ def read_json(path: str, name: str, revision: str | None = None) -> dict[str, An
     file = find_file(path, name, revision)
     if file is None:
         return None
+    refuse_what_is_no_file(Path(file))
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise UserError(f"{path}: {name} is nested too deeply.") from error
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: {name} cannot be read: {first_line(error)}.") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: {name} is not a JSON object.")
+    if _is_deeper(content, _MOST_LEVELS):
+        raise UserError(f"{path}: {name} is nested too deeply.")
     return content
+
+
+def _is_deeper(content: Any, levels: int) -> bool:
+    layer = [content]
+    for _ in range(levels):
+        inner = [each.values() if isinstance(each, dict) else each for each in layer]
+        layer = [one for each in inner for one in each if isinstance(one, (dict, list))]
+        if not layer:
+            return False
+    return True
+
+
+def refuse_what_is_no_file(file: Path) -> None:
+    """
+    Raises:
+        UserError: if there is a web page in the place of the file, or a pointer of Git LFS to it.
+    """
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(200).lstrip().lower()
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
+    if start.startswith((b"<!doctype", b"<html", b"<head")):
+        raise UserError(
+            f"{file} holds a web page, which a proxy or a login page may have sent in its place: download it again."
+        )
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{file} is a pointer of Git LFS and not the file itself: run git lfs pull there.")
+
+
+def local_file(path: str, name: str, revision: str | None = None) -> Path | None:
+    """Where the file `name` of `path` is, in a folder or in the cache; nothing is downloaded."""
+    if Path(path).is_dir():
+        file = Path(path, name)
+        return file if file.is_file() else None
+    try:
+        known = try_to_load_from_cache(path, name, revision=revision)
+    except HFValidationError:
+        return None
+    return Path(known) if isinstance(known, str) else None
 
 
 def _known_missing(path: str, name: str, revision: str | None) -> bool:

@@ -3,17 +3,19 @@ name."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal, cast
 
 import torch
 from huggingface_hub import is_offline_mode
 from peft import PeftModel
-from safetensors import SafetensorError
 from transformers import MODEL_MAPPING, AutoConfig
 
+from hf_llava_ft.checkpoints.adapters import with_adapter
+from hf_llava_ft.checkpoints.checked_folder import UNREADABLE, check_config, check_settings, reason_of
+from hf_llava_ft.checkpoints.checked_template import check_rendering, check_templates
+from hf_llava_ft.checkpoints.checked_weights import check_weights, refuse_no_numbers
 from hf_llava_ft.checkpoints.embeddings import grow_embeddings
-from hf_llava_ft.checkpoints.files import find_file, first_line, has_file, hub_refusal, not_here, read_json
+from hf_llava_ft.checkpoints.files import find_file, has_file, hub_refusal, not_here, read_json
 from hf_llava_ft.checkpoints.original_folders import (
     ADAPTER_FILES,
     NON_LORA_FILE,
@@ -35,8 +37,6 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 # What a folder can hold: a whole model; a PEFT adapter; a LoRA folder or a stage-1 projector of the original LLaVA.
 Kind = Literal["model", "adapter", "original_lora", "projector"]
-# What libraries raise for a file that is damaged, incomplete, of another shape, or that holds code.
-DAMAGED = (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError, UnpicklingError)
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -108,20 +108,46 @@ def load_config(path: str, revision: str | None = None) -> LlavaConfig:
     register()
     if read_json(path, "config.json", revision) is None and not Path(path).is_dir():
         raise UserError(not_here(path, revision))
+    check_settings(path, revision)
     try:
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
         if not isinstance(config, LlavaConfig):
             config = LlavaConfig.from_pretrained(path, revision=revision or "main")
-    except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"{path} is not a LLaVA this package can read: {first_line(error)}") from error
+        check_config(path, config)
+    except UserError:
+        raise
+    except UNREADABLE as error:
+        reason = hub_refusal(error, path, revision) or reason_of(error)
+        raise UserError(f"{path} is not a LLaVA this package can read: {reason}") from error
     return config
 
 
-def load_processor(path: str, revision: str | None = None, *, base: str | None = None) -> LlavaProcessor:
-    """The processor at `path`; for an adapter or projector without one, made from its settings and its base."""
+def load_processor(
+    path: str, revision: str | None = None, *, base: str | None = None, with_template: bool = True
+) -> LlavaProcessor:
+    """
+    The processor at `path`; for an adapter or projector without one, made from its settings and its base.
+
+    Args:
+        base (`str`, *optional*): instead of the base that an adapter or a projector names.
+        with_template (`bool`): whether its chat template has to work; no, where it is replaced.
+
+    Raises:
+        UserError: if there is none, or one that cannot be used.
+    """
     register()
     checkpoint = inspect_checkpoint(path, revision, base)
     has_own = has_file(path, "processor_config.json", revision)
+    for place in dict.fromkeys(((path, revision), (checkpoint.base, checkpoint.revision))):
+        check_settings(*place)
+        check_templates(*place)
+    processor = _processor(checkpoint, path, revision, has_own)
+    if with_template:
+        check_rendering(processor, path)
+    return processor
+
+
+def _processor(checkpoint: Checkpoint, path: str, revision: str | None, has_own: bool) -> LlavaProcessor:
     try:
         if checkpoint.kind in ("original_lora", "projector") and not has_own:
             config = load_config(path, revision)
@@ -140,8 +166,10 @@ def load_processor(path: str, revision: str | None = None, *, base: str | None =
         return LlavaProcessor.from_pretrained(path, revision=revision, trust_remote_code=False)
     except UserError:
         raise
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = hub_refusal(error, path, revision) or first_line(error)
+    except Exception as error:
+        if not isinstance(error, UNREADABLE) and type(error) is not Exception:  # the second: tokenizers
+            raise
+        reason = hub_refusal(error, path, revision) or reason_of(error)
         if "backend tokenizer" in reason:  # and then lists kinds of files over several lines
             reason = "there is no tokenizer in it, or one that cannot be read."
         raise UserError(f"{path} has no processor this package can read: {reason}") from error
@@ -155,6 +183,7 @@ def load_model(
     revision: str | None = None,
     dtype: torch.dtype | str = "auto",
     attn_implementation: str = "sdpa",
+    allow_nan: bool = False,
     **kwargs: Any,
 ) -> LlavaForCausalLM | PeftModel:
     """
@@ -164,6 +193,7 @@ def load_model(
     Args:
         processor (`LlavaProcessor`, *optional*): gives the model the id of `<image>`, and an embedding row for it.
         base (`str`, *optional*): instead of the base that an adapter or a projector names.
+        allow_nan (`bool`): take weights that are NaN or infinite.
         kwargs: passed to `from_pretrained`: `device_map`, `quantization_config`, ...
 
     Raises:
@@ -181,19 +211,23 @@ def load_model(
             f"{path} has an adapter_config.json and no {' or '.join(ADAPTER_FILES)} beside it: copy it there."
         )
     model = _load_whole(checkpoint, folder, revision, dtype=dtype, attn_implementation=attn_implementation, **kwargs)
+    if not allow_nan:
+        refuse_no_numbers(model, checkpoint.base)
     if processor is not None:
         fit_to_processor(model, processor)
     if checkpoint.kind == "original_lora":
         return with_original_lora(model, folder)
     if checkpoint.kind == "adapter":
         try:
-            return PeftModel.from_pretrained(model, path, revision=revision)
-        except DAMAGED as error:
+            return with_adapter(model, path, revision)
+        except UserError:
+            raise
+        except UNREADABLE as error:
             refusal = hub_refusal(error, path, revision)
             raise UserError(
                 f"the adapter at {path} cannot be loaded: {refusal}"
                 if refusal
-                else f"the adapter at {path} does not fit {checkpoint.base}: {first_line(error)}"
+                else f"the adapter at {path} does not fit {checkpoint.base}: {reason_of(error)}"
             ) from error
     return model
 
@@ -209,6 +243,7 @@ def _load_whole(checkpoint: Checkpoint, folder: Path, revision: str | None, **kw
         config.text_config.vocab_size = _vocab_size(checkpoint)
     else:
         config = load_config(checkpoint.base, checkpoint.revision)
+    check_weights(checkpoint.base, config, checkpoint.revision)
     kwargs["attn_implementation"] = _supported_attention(config, kwargs["attn_implementation"])
     embeddings = {name: extra_weights.pop(name) for name in _EMBEDDINGS if extra_weights and name in extra_weights}
     try:
@@ -220,8 +255,8 @@ def _load_whole(checkpoint: Checkpoint, folder: Path, revision: str | None, **kw
             # what became of them. The original's own loader takes whatever is in memory, for all rows.
             grow_embeddings(model, num_tokens, multiple=None)
             model.load_state_dict(embeddings, strict=False)
-    except DAMAGED as error:
-        reason = hub_refusal(error, checkpoint.base, checkpoint.revision) or first_line(error)
+    except UNREADABLE as error:
+        reason = hub_refusal(error, checkpoint.base, checkpoint.revision) or reason_of(error)
         raise UserError(f"the model at {checkpoint.base} cannot be loaded: {reason}") from error
     return model
 

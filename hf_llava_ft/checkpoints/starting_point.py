@@ -20,9 +20,11 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 from transformers.integrations import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
+from hf_llava_ft.checkpoints.adapters import tuning_of_adapter
 from hf_llava_ft.checkpoints.artifact import staged_folder
 from hf_llava_ft.checkpoints.compose import compose_llava
-from hf_llava_ft.checkpoints.opening import inspect_checkpoint, is_language_model, load_config
+from hf_llava_ft.checkpoints.files import read_json
+from hf_llava_ft.checkpoints.opening import ADAPTER_CONFIG, inspect_checkpoint, is_language_model, load_config
 from hf_llava_ft.checkpoints.original_folders import PROJECTOR_FILE, load_projector, read_weights
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.modeling.configuration_llava import LlavaConfig
@@ -45,12 +47,15 @@ class StartingPoint:
         revision (`str`, *optional*): on the Hub.
         projector (`dict[str, torch.Tensor]`, *optional*): weights to put into it when it is loaded.
         composed (`Path`, *optional*): the folder, if the LLaVA was made for this run.
+        adapter (`str`, *optional*): folder or Hub id of an adapter on it that is trained further.
     """
 
     name: str
     revision: str | None
     projector: dict[str, torch.Tensor] | None = None
     composed: Path | None = None
+    adapter: str | None = None
+    adapter_revision: str | None = None
 
     def put_projector_into(self, model: Any) -> None:
         """
@@ -78,11 +83,28 @@ def starting_point(
     is_new = check_starting_point(model_args, tuning_args)
     projector = None if path is None else read_projector_of(path)
     if not is_new:
+        checkpoint = inspect_checkpoint(name, revision)
+        if checkpoint.kind == "adapter":
+            return StartingPoint(checkpoint.base, checkpoint.revision, adapter=name, adapter_revision=revision)
         return StartingPoint(name, revision, projector)
     folder = Path(str(training_args.output_dir), COMPOSED)
     with training_args.main_process_first(local=training_args.save_on_each_node), _undivided(training_args):
         _compose(model_args, projector, folder, training_args.seed)
     return StartingPoint(str(folder), None, composed=folder)
+
+
+def settled_tuning(model_args: ModelArguments, tuning_args: TuningArguments) -> TuningArguments:
+    """
+    `tuning_args`, or for a run that goes on training an adapter what is in them and in the adapter.
+
+    Raises:
+        UserError: if they ask for what the adapter has not.
+    """
+    name, revision = model_args.model_name_or_path, model_args.revision
+    config = read_json(name, ADAPTER_CONFIG, revision)
+    if config is None or inspect_checkpoint(name, revision).kind != "adapter":
+        return tuning_args
+    return tuning_of_adapter(name, config, tuning_args, revision)
 
 
 @contextmanager
@@ -112,7 +134,18 @@ def check_starting_point(model_args: ModelArguments, tuning_args: TuningArgument
     name = model_args.model_name_or_path
     if not is_language_model(name, model_args.revision):
         checkpoint = inspect_checkpoint(name, model_args.revision)
+        if checkpoint.kind == "original_lora":
+            raise UserError(
+                f"{name} is an adapter in the format of haotian-liu/LLaVA: convert it first (llava-ft convert --model "
+                f"{name} --format llava-hf --output_dir ADAPTER) and train ADAPTER."
+            )
         if checkpoint.kind == "adapter":
+            if model_args.pretrain_mm_mlp_adapter is not None:
+                raise UserError(
+                    f"--pretrain_mm_mlp_adapter: {name} is an adapter, which goes on with its own projector: leave it "
+                    f"out, or merge the adapter first (llava-ft merge)."
+                )
+            settled_tuning(model_args, tuning_args)
             _check_agreement(model_args, load_config(checkpoint.base, checkpoint.revision))
         else:
             _check_agreement(model_args, load_config(name, model_args.revision))

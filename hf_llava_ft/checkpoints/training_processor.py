@@ -21,7 +21,7 @@ def processor_for_training(
         UserError: if there is none, its template does not mark what ends an answer, or marks something else, or the
             model does not see pictures that way.
     """
-    processor = load_processor(model, revision)
+    processor = load_processor(model, revision, with_template=version is None)
     if version is not None:
         try:
             processor.use_chat_template(version)

@@ -15,8 +15,9 @@ from typing import Any
 
 from safetensors import safe_open
 
+from hf_llava_ft.checkpoints.checked_folder import UNREADABLE
 from hf_llava_ft.checkpoints.files import first_line
-from hf_llava_ft.checkpoints.opening import ADAPTER_CONFIG, DAMAGED, Kind
+from hf_llava_ft.checkpoints.opening import ADAPTER_CONFIG, Kind
 from hf_llava_ft.checkpoints.original_folders import NON_LORA_FILE, PROJECTOR_FILE, read_weights
 from hf_llava_ft.checkpoints.reload import NATIVE_MODEL_TYPES
 from hf_llava_ft.checkpoints.remote_code import own_code, runs_only_our_code
@@ -180,7 +181,7 @@ def _check_weights(file: Path, name: str) -> None:
     try:
         with safe_open(file, framework="pt") as tensors:
             tensors.keys()
-    except DAMAGED as error:
+    except UNREADABLE as error:
         raise UserError(f"{file} is not a readable weights file: {first_line(error)}.") from error
 
 

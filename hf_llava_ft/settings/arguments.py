@@ -183,6 +183,9 @@ class TuningArguments:
     quant_type: Literal["nf4", "fp4"] = field(
         default="nf4", metadata={"help": "With 4 bits: the data type of the weights."}
     )
+    # Names of the settings above that were asked for, be it with the value of the default: an adapter that is trained
+    # further may contradict. None where nobody knows: then those that are not at their default.
+    said: frozenset[str] | None = field(default=None, init=False, repr=False)
 
     @property
     def is_lora(self) -> bool:

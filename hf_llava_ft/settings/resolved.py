@@ -134,6 +134,7 @@ class Settings:
         model = _built(ModelArguments, self._of(ModelArguments))
         model.assumed = self.assumed
         data, tuning = (_built(each, self._of(each)) for each in (DataArguments, TuningArguments))
+        tuning.said = frozenset(name for name, each in self.by_name.items() if not each.origin.startswith("default"))
         _built(_OnNoDevice, self._of(LlavaTrainingArguments) | _OnNoDevice.NEEDS_A_MACHINE)
         return model, data, tuning
 

@@ -40,8 +40,8 @@ from hf_llava_ft.processing.uint8_pixels_llava import can_hand_over_uint8, norma
 from hf_llava_ft.settings.arguments import LlavaTrainingArguments
 from hf_llava_ft.training.changed_settings import ChangedSettings, settings_of_groups
 from hf_llava_ft.training.evaluation import row_losses, untouched_rng
-from hf_llava_ft.training.finite import FiniteTraining
 from hf_llava_ft.training.fingerprint import refuse_another_course, settings_course
+from hf_llava_ft.training.finite import FiniteTraining
 from hf_llava_ft.training.fsdp import check_fsdp, share_out_by_layers, whole_state_dict
 from hf_llava_ft.training.longest_batch import LongestBatch
 from hf_llava_ft.training.loss import LossOverTokens

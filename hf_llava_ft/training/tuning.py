@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rich.table import Table
 from torch import nn
 
+from hf_llava_ft.checkpoints.adapters import with_adapter
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
 from hf_llava_ft.modeling.part_names_llava import (
@@ -78,17 +79,38 @@ def _any_of(words: Iterable[str]) -> str:
 
 
 def with_lora(
-    model: LlavaForCausalLM, arguments: TuningArguments, base: str, revision: str | None = None
+    model: LlavaForCausalLM,
+    arguments: TuningArguments,
+    base: str,
+    revision: str | None = None,
+    adapter: tuple[str, str | None] | None = None,
 ) -> PeftModel:
     """
     Wraps `model`, which may be quantised, for LoRA training.
 
     Args:
         base (`str`): the folder or Hub id the adapter will name as its base.
+        adapter (*optional*): name and revision of one that is trained further, instead of a new one.
     """
     if is_quantized(model):
         prepare_quantized(model)
-    config = LoraConfig(
+    model.config.use_cache = False
+    model.config.text_config.use_cache = False
+    if adapter is not None:
+        peft_model = with_adapter(
+            model, adapter[0], adapter[1], is_trainable=True, lora_dropout=arguments.lora_dropout
+        )
+        peft_model.peft_config["default"].revision = revision
+    else:
+        peft_model = get_peft_model(model, _new_lora(model, arguments, revision))
+    peft_model.peft_config["default"].base_model_name_or_path = base  # get_peft_model takes it from the loaded model
+    with_float32_masters(peft_model)
+    _only_biases_of_the_language_model(peft_model, arguments)
+    return peft_model
+
+
+def _new_lora(model: LlavaForCausalLM, arguments: TuningArguments, revision: str | None) -> LoraConfig:
+    return LoraConfig(
         r=arguments.lora_r,
         lora_alpha=arguments.lora_alpha,
         lora_dropout=arguments.lora_dropout,
@@ -100,16 +122,8 @@ def with_lora(
         ),
         modules_to_save=[PROJECTOR],
         task_type="CAUSAL_LM",
-        base_model_name_or_path=base,
         revision=revision,
     )
-    model.config.use_cache = False
-    model.config.text_config.use_cache = False
-    peft_model = get_peft_model(model, config)
-    peft_model.peft_config["default"].base_model_name_or_path = base  # get_peft_model takes it from the loaded model
-    with_float32_masters(peft_model)
-    _only_biases_of_the_language_model(peft_model, arguments)
-    return peft_model
 
 
 def _only_biases_of_the_language_model(model: PeftModel, arguments: TuningArguments) -> None:
@@ -138,6 +152,7 @@ def with_tuning(
     arguments: TuningArguments,
     base: str,
     revision: str | None = None,
+    adapter: tuple[str, str | None] | None = None,
     *,
     float32_masters: bool = True,
 ) -> LlavaForCausalLM | PeftModel:
@@ -148,7 +163,7 @@ def with_tuning(
         float32_masters (`bool`): false where an engine keeps float32 copies of its own of a whole model.
     """
     if arguments.is_lora:
-        tuned: LlavaForCausalLM | PeftModel = with_lora(model, arguments, base, revision)
+        tuned: LlavaForCausalLM | PeftModel = with_lora(model, arguments, base, revision, adapter)
     else:
         tuned = with_whole_parts(model, WHOLE_PARTS[arguments.train_type])
     frozen = FROZEN_BACKBONE if arguments.freeze_backbone else ()
