@@ -37,7 +37,7 @@ from hf_llava_ft.training.moved_weights import WrongWeightsMoved
 from hf_llava_ft.training.out_of_memory import advice, told_of_out_of_memory
 from hf_llava_ft.training.progress import LiveProgress
 from hf_llava_ft.training.quantization import loading_in_few_bits
-from hf_llava_ft.training.resume import checkpoint_to_resume
+from hf_llava_ft.training.resume import checkpoint_to_resume, opening_to_resume
 from hf_llava_ft.training.rows import TrainingRows, open_all_rows, tell_of_rows_left_out
 from hf_llava_ft.training.summary import settings_of, train_summary, write_summary
 from hf_llava_ft.training.trainer import LlavaTrainer
@@ -79,7 +79,11 @@ def train(
 
     start = starting_point(model_args, tuning_args, training_args)
     processor = processor_for_training(
-        start.name, start.revision, model_args.version, image_aspect_ratio=model_args.image_aspect_ratio
+        start.name,
+        start.revision,
+        model_args.version,
+        image_aspect_ratio=model_args.image_aspect_ratio,
+        picture_opening=opening_to_resume(model_args.picture_opening, checkpoint),
     )
     opened = open_all_rows(data_args, training_args)
     prompts = open_eval_prompts(data_args)

@@ -138,7 +138,7 @@ def _card(name: str, sample: Sample, processor: LlavaProcessor) -> str:
 
 
 def _figure(image, processor: LlavaProcessor) -> str:
-    whole, *crops = pictures_of(processor, open_picture(image))
+    whole, *crops = pictures_of(processor, open_picture(image, processor.picture_opening))
     small = "".join(_img(crop, "crop") for crop in crops)
     return f"<figure>{_img(whole, 'whole')}{f'<div class=crops>{small}</div>' if small else ''}</figure>"
 

@@ -43,6 +43,7 @@ def merge(
         merged = merge_adapter(adapter, output_dir, base=base, revision=revision, dtype=dtype)
         difference = merged.verification.logit_difference
         typer.echo(f"Merged and verified: {merged.output_dir} (largest logit difference {difference:.1e}).", err=True)
+        _print_notes(merged.verification.notes)
         print_note_on_code(output_dir)
         if json_file is not None:
             result = {"output_dir": str(output_dir), "verified": True, "loader": merged.verification.loader}
@@ -79,6 +80,7 @@ def convert(
         )
         difference = done.verification.logit_difference
         typer.echo(f"Converted and verified: {done.output_dir} (largest logit difference {difference:.1e}).", err=True)
+        _print_notes(done.verification.notes)
         print_note_on_code(output_dir)
         if json_file is not None:
             result = {"output_dir": str(output_dir), "kind": done.kind, "verified": True}
@@ -114,8 +116,7 @@ def export(
         difference = done.logit_difference
         typer.echo(f"Exported and verified: {done.output_dir} (largest logit difference {difference:.1e}).", err=True)
         print_note_on_code(output_dir)
-        for note in done.notes:
-            typer.echo(f"Note: {note}", err=True)
+        _print_notes(done.notes)
         if done.commands:
             typer.echo("\n".join([f"cd {done.output_dir}", *done.commands]))
         if json_file is not None:
@@ -148,6 +149,7 @@ def verify(
             typer.echo(f"Verified: {model} loads with {by} and answers the same ({difference}).", err=True)
         else:
             typer.echo(f"Not the same: {model}, loaded with {by}: {'; '.join(found.differences)}.", err=True)
+        _print_notes(found.notes)
         typer.echo(f"Asked what is in a test picture, it says: {found.answer!r}")
         if json_file is not None:
             result = {"ok": found.ok, "loader": found.loader, "differences": found.differences}
@@ -171,9 +173,13 @@ def generate(
     """Answer one question about one or more pictures, streamed."""
     with exit_on_user_error():
         from hf_llava_ft.answering.conversation import Conversation, load_for_answering, open_image
+        from hf_llava_ft.checkpoints.opening import load_processor
 
-        images = [open_image(source) for source in image or []]
-        parts = load_for_answering(model, base=base, revision=revision, attn_implementation=attn_implementation)
+        processor = load_processor(model, revision, base=base)
+        images = [open_image(source, processor.picture_opening) for source in image or []]
+        parts = load_for_answering(
+            model, base=base, revision=revision, attn_implementation=attn_implementation, processor=processor
+        )
         conversation = Conversation(*parts)
         answer = _print_stream(conversation, prompt, images, max_new_tokens=max_new_tokens, temperature=temperature)
         if json_file is not None:
@@ -193,9 +199,13 @@ def chat(
     """Talk with a model about pictures. In the chat: /image PATH_OR_URL, /new, /quit."""
     with exit_on_user_error():
         from hf_llava_ft.answering.conversation import Conversation, load_for_answering, open_image
+        from hf_llava_ft.checkpoints.opening import load_processor
 
-        pending = [open_image(source) for source in image or []]
-        parts = load_for_answering(model, base=base, revision=revision, attn_implementation=attn_implementation)
+        processor = load_processor(model, revision, base=base)
+        pending = [open_image(source, processor.picture_opening) for source in image or []]
+        parts = load_for_answering(
+            model, base=base, revision=revision, attn_implementation=attn_implementation, processor=processor
+        )
         conversation = Conversation(*parts)
         typer.echo("/image PATH_OR_URL adds a picture, /new begins anew, /quit ends.", err=True)
         while True:
@@ -210,13 +220,19 @@ def chat(
                 conversation, pending = Conversation(*parts), []
             elif line.startswith("/image"):
                 try:
-                    pending.append(open_image(line.removeprefix("/image").strip()))
+                    source = line.removeprefix("/image").strip()
+                    pending.append(open_image(source, processor.picture_opening))
                 except UserError as error:
                     typer.echo(f"error: {error.sentence}", err=True)
             elif line:
                 typer.echo("model: ", nl=False)
                 _print_stream(conversation, line, pending, max_new_tokens=max_new_tokens, temperature=temperature)
                 pending = []
+
+
+def _print_notes(notes: list[str]) -> None:
+    for note in notes:
+        typer.echo(f"Note: {note}", err=True)
 
 
 def _print_stream(conversation, question: str, images: list, **generation) -> str:

@@ -43,7 +43,7 @@ from hf_llava_ft.data.pictures import DEEPER_THAN_8_BITS, decode_failure
 from hf_llava_ft.data.problems import problem_of
 from hf_llava_ft.data.skipped_rows import skipped_line, write_whole
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.processing.image_processing_llava import as_rgb
+from hf_llava_ft.processing.picture_opening_llava import PictureOpening, rgb_picture
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,8 @@ class LlavaStream(IterableDataset):
             Where such rows are listed, a line of JSON each, whenever one is met; the log by default.
         row_check (`Callable`, *optional*):
             Called with each row; a `ValueError` from it makes the row a bad one.
+        picture_opening (`"upright"` or `"original"`):
+            How pictures are opened; a model's own is `processor.picture_opening`.
         cache_dir (`str`, *optional*):
             Where it is remembered how a JSON file can be read in parts; the cache of `datasets` by default.
 
@@ -89,6 +91,7 @@ class LlavaStream(IterableDataset):
         on_bad_row: Literal["raise", "skip"] = "raise",
         skipped_file: str | os.PathLike | None = None,
         row_check: Callable[[dict[str, Any]], None] | None = None,
+        picture_opening: PictureOpening = "upright",
         cache_dir: str | os.PathLike | None = None,
     ):
         if shuffle_buffer_size < 0:
@@ -99,6 +102,7 @@ class LlavaStream(IterableDataset):
         self.on_bad_row = on_bad_row
         self.skipped_file = skipped_file
         self.row_check = row_check
+        self.picture_opening: PictureOpening = picture_opening
         self.rank, self.world_size, self.batch_size = 0, 1, 1
         self._drawn: list[np.ndarray | None] = []  # of a weighted source, its rows in the mixture
         self._pieces: list[Piece] = []
@@ -262,7 +266,7 @@ class LlavaStream(IterableDataset):
     def _checked(self, source_index: int, number: int, raw: Any) -> dict[str, Any]:
         source = self.sources[source_index]
         row, place = source.row(raw, number), source.place(raw, number)
-        row["images"] = [_decoded(image, place) for image in row["images"]]
+        row["images"] = [_decoded(image, place, self.picture_opening) for image in row["images"]]
         if self.row_check is not None:
             try:
                 self.row_check(row)
@@ -283,7 +287,7 @@ def told_of_rows_left_out(skipped_file: Path) -> str | None:
     return f"--on_bad_row skip: rows left out: {len(lines):,}; {skipped_file} lists them."
 
 
-def _decoded(image: dict[str, Any], place: str) -> Image.Image:
+def _decoded(image: dict[str, Any], place: str, opening: PictureOpening) -> Image.Image:
     content = image["bytes"] or image["path"]
     try:
         with warnings.catch_warnings():
@@ -291,7 +295,7 @@ def _decoded(image: dict[str, Any], place: str) -> Image.Image:
             with Image.open(io.BytesIO(content) if image["bytes"] else content) as opened:
                 reason = decode_failure(content) if opened.mode in DEEPER_THAN_8_BITS else None
                 if reason is None:
-                    return as_rgb(opened)  # as `open_picture` does
+                    return rgb_picture(opened, opening)  # as `open_picture` does
     except Exception as error:  # a damaged file may surface as nearly anything
         reason = decode_failure(content) or " ".join(str(error).split())
     name = "an image" if image["path"] is None else f"image {os.path.basename(image['path'])!r}"

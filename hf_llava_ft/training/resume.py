@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hf_llava_ft.checkpoints.run_files import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME
 from hf_llava_ft.errors import UserError
+from hf_llava_ft.processing.picture_opening_llava import PictureOpening
 
 SEAL = "complete.json"
 
@@ -79,6 +80,29 @@ def checkpoint_to_resume(wanted: str | bool | None, output_dir: str | Path) -> t
         return None, passed_over
     found = " ".join(["", *passed_over])
     raise UserError(f"--resume_from_checkpoint: {output_dir} holds no whole checkpoint.{found}")
+
+
+def opening_to_resume(wanted: PictureOpening | None, checkpoint: str | None) -> PictureOpening | None:
+    """
+    How a run that goes on from `checkpoint` opens pictures: as it began. `wanted` where there is none.
+
+    Raises:
+        UserError: if `wanted` is another way.
+    """
+    path = Path(checkpoint or "", "processor_config.json")
+    if checkpoint is None or not path.is_file():
+        return wanted
+    try:
+        # Before it was written down, there was one way.
+        began: PictureOpening = json.loads(path.read_text(encoding="utf-8")).get("picture_opening", "original")
+    except (ValueError, AttributeError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error
+    if wanted not in (None, began):
+        raise UserError(
+            f"--picture_opening {wanted}: the run that {checkpoint} is of opens pictures the way {began}, and would "
+            f"see others from here on; leave the flag out (--picture_opening {began}), or begin a new run."
+        )
+    return began
 
 
 def _steps(output_dir: str | Path) -> list[int]:
