@@ -46,7 +46,7 @@ from hf_llava_ft.training.moved_weights import WrongWeightsMoved
 from hf_llava_ft.training.out_of_memory import advice, told_of_out_of_memory
 from hf_llava_ft.training.progress import LiveProgress
 from hf_llava_ft.training.quantization import loading_in_few_bits
-from hf_llava_ft.training.resume import Run, checkpoint_to_resume
+from hf_llava_ft.training.resume import Run, checkpoint_to_resume, opening_to_resume
 from hf_llava_ft.training.rows import TrainingRows, open_all_rows, tell_of_rows_left_out
 from hf_llava_ft.training.run_folder import compared_with_before, one_run_at_a_time, open_run_folder
 from hf_llava_ft.training.summary import settings_of, train_summary, write_summary
@@ -105,6 +105,7 @@ def _train(
         start.adapter_revision if start.adapter else start.revision,
         model_args.version,
         image_aspect_ratio=model_args.image_aspect_ratio,
+        picture_opening=opening_to_resume(model_args.picture_opening, run.resumed_from),
     )
     opened = open_all_rows(data_args, training_args, run.started)
     as_they_were, data = opened.as_they_were(), in_first_process(training_args, opened.facts)

@@ -6,7 +6,6 @@ backend where we build one: it is bit-equal to the original, while the torchvisi
 in places.
 """
 
-from PIL import Image
 from transformers import (
     CLIPImageProcessorPil,
     LlavaImageProcessorPil,
@@ -16,19 +15,6 @@ from transformers import (
 
 # The resolution and colours a tower was trained with, where it comes without a preprocessor_config.json.
 _DEFAULTS = {"clip_vision_model": CLIPImageProcessorPil, "siglip_vision_model": SiglipImageProcessorPil}
-
-
-def as_rgb(image: Image.Image) -> Image.Image:
-    """
-    The picture in RGB, as the original converts it: transparency is dropped. Pillow leaves a note of a palette's
-    transparent colour behind, by which transformers would paint that colour white.
-    """
-    if image.mode == "RGB" and "transparency" not in image.info:
-        image.load()
-        return image  # and no copy of it
-    image = image.convert("RGB")
-    image.info.pop("transparency", None)
-    return image
 
 
 def build_image_processor(

@@ -26,6 +26,7 @@ from .chat_templates_llava import chat_template_for, original_version
 from .conversation_llava import ConversationEncoding
 from .image_processing_llava import build_image_processor
 from .older_readers_processing_llava import write_for_older_readers
+from .picture_opening_llava import PICTURE_OPENINGS, PictureOpening, recorded_opening
 from .tokenizer_llava import IMAGE_START_TOKEN, IMAGE_TOKEN, file_if_there, load_tokenizer, prepare_tokenizer
 
 PatchMergeType = Literal["flat", "spatial", "spatial_unpad"]
@@ -35,7 +36,40 @@ _CROP_SETTINGS = ("size", "crop_size", "do_resize", "do_center_crop")
 
 
 class LlavaProcessor(ConversationEncoding, NativeLlavaProcessor):
-    """See the module; arguments as in transformers."""
+    """
+    See the module.
+
+    Args (beyond those of transformers):
+        picture_opening (`"upright"` or `"original"`): how whoever opens pictures for it has to do so, see
+            `picture_opening_llava.py`. It is saved in processor_config.json, where transformers' own class passes it
+            over.
+    """
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        patch_size=None,
+        vision_feature_select_strategy=None,
+        chat_template=None,
+        image_token=IMAGE_TOKEN,
+        num_additional_image_tokens=0,
+        picture_opening: PictureOpening = "upright",
+        **kwargs,
+    ):
+        if picture_opening not in PICTURE_OPENINGS:
+            raise ValueError(f"unknown picture_opening {picture_opening!r}: use {' or '.join(PICTURE_OPENINGS)}.")
+        super().__init__(
+            image_processor,
+            tokenizer,
+            patch_size=patch_size,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            chat_template=chat_template,
+            image_token=image_token,
+            num_additional_image_tokens=num_additional_image_tokens,
+            **kwargs,
+        )
+        self.picture_opening: PictureOpening = picture_opening
 
     # ------------------------------------------------------------------ building
 
@@ -52,6 +86,7 @@ class LlavaProcessor(ConversationEncoding, NativeLlavaProcessor):
         image_start_end: bool = False,
         image_grid_pinpoints: list[list[int]] | None = None,
         patch_merge_type: PatchMergeType = "spatial_unpad",
+        picture_opening: PictureOpening = "upright",
     ) -> "LlavaProcessor":
         """
         A processor from its parts; a [`LlavaNextProcessor`] for `anyres`.
@@ -67,6 +102,7 @@ class LlavaProcessor(ConversationEncoding, NativeLlavaProcessor):
             image_start_end (`bool`): put `<im_start>` and `<im_end>` around each image; the original's
                 `mm_use_im_start_end`.
             image_grid_pinpoints, patch_merge_type: for `anyres`, as in the model's configuration.
+            picture_opening (`"upright"` or `"original"`): see the class.
         """
         tokenizer = prepare_tokenizer(tokenizer, image_start_end)
         template = chat_template_for(tokenizer, version, image_start_end)
@@ -84,6 +120,7 @@ class LlavaProcessor(ConversationEncoding, NativeLlavaProcessor):
             chat_template=template.source,
             image_token=IMAGE_TOKEN,
             num_additional_image_tokens=1 if has_class_token else 0,
+            picture_opening=picture_opening,
             **({"patch_merge_type": patch_merge_type} if is_next else {}),
         )
 
@@ -113,6 +150,7 @@ class LlavaProcessor(ConversationEncoding, NativeLlavaProcessor):
             image_start_end=getattr(config, "uses_image_start_end", False),
             image_grid_pinpoints=getattr(config, "image_grid_pinpoints", None),
             patch_merge_type=getattr(config, "patch_merge_type", "spatial_unpad"),
+            picture_opening=recorded_opening(config),
         )
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
@@ -189,6 +227,7 @@ class LlavaNextProcessor(LlavaProcessor):
         image_token=IMAGE_TOKEN,
         num_additional_image_tokens=0,
         patch_merge_type: PatchMergeType = "spatial_unpad",
+        picture_opening: PictureOpening = "upright",
         **kwargs,
     ):
         super().__init__(
@@ -199,6 +238,7 @@ class LlavaNextProcessor(LlavaProcessor):
             chat_template=chat_template,
             image_token=image_token,
             num_additional_image_tokens=num_additional_image_tokens,
+            picture_opening=picture_opening,
             **kwargs,
         )
         self.patch_merge_type = patch_merge_type

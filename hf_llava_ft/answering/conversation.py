@@ -15,15 +15,18 @@ from transformers import TextIteratorStreamer
 
 from hf_llava_ft.checkpoints.opening import load_model, load_processor
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.processing.image_processing_llava import as_rgb
+from hf_llava_ft.processing.picture_opening_llava import PictureOpening, rgb_picture
 
 URL_TIMEOUT_SECONDS = 30
 MAX_URL_BYTES = 64 * 2**20
 
 
-def open_image(source: str | Path) -> Image.Image:
+def open_image(source: str | Path, opening: PictureOpening = "upright") -> Image.Image:
     """
     The picture at a path or an http(s) URL, decoded, in RGB.
+
+    Args:
+        opening (`"upright"` or `"original"`): a model's own is `processor.picture_opening`.
 
     Raises:
         UserError: if it is not there or no picture.
@@ -34,9 +37,9 @@ def open_image(source: str | Path) -> Image.Image:
                 content = response.read(MAX_URL_BYTES + 1)
             if len(content) > MAX_URL_BYTES:
                 raise UserError(f"the image at {source} is larger than {MAX_URL_BYTES >> 20} MiB.")
-            return as_rgb(Image.open(io.BytesIO(content)))
+            return rgb_picture(Image.open(io.BytesIO(content)), opening)
         with Image.open(source) as image:
-            return as_rgb(image)
+            return rgb_picture(image, opening)
     except FileNotFoundError as error:
         raise UserError(f"the image {source} does not exist.") from error
     except urllib.error.URLError as error:
@@ -163,10 +166,12 @@ def load_for_answering(
     revision: str | None = None,
     attn_implementation: str = "sdpa",
     dtype: str = "auto",
+    processor: Any = None,
 ):
-    """Model, on the best device there is, and processor of `path`: an adapter, a merged, native or original
-    checkpoint."""
-    processor = load_processor(path, revision, base=base)
+    """Model, on the best device there is, and processor of `path`, where that is not given: an adapter, a merged,
+    native or original checkpoint."""
+    if processor is None:
+        processor = load_processor(path, revision, base=base)
     model: Any = load_model(
         path, processor, base=base, revision=revision, attn_implementation=attn_implementation, dtype=dtype
     )

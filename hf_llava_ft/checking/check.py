@@ -76,6 +76,7 @@ def check_data(
     name_rows_of_images(collected, result)
     name_duplicates(collected, result)
     if processor is not None:
+        result.picture_opening = processor.picture_opening
         result.tokens = _token_summary(sources, collected, result, longest, batch_size, seed)
     order = {source.where: index for index, source in enumerate(sources)}
     for found in (result.problems, result.warnings):
@@ -100,6 +101,7 @@ def _summarise(collected: Collected, result: CheckResult) -> None:
     result.decompression_bombs = sum(one.is_bomb for one in facts)
     result.extreme_images = sum(one.is_extreme and one.failure is None for one in facts)
     result.turned_images = sum(one.is_turned for one in facts)
+    result.transparent_images = sum(one.is_transparent for one in facts)
     result.image_formats = dict(Counter(one.format for one in facts if one.format).most_common())
     uses = collected.image_uses()
     result.reused_images = int((np.bincount(uses[uses[:, 2] >= 0, 2]) > 1).sum()) if len(uses) else 0

@@ -10,21 +10,25 @@ from typing import NamedTuple
 from PIL import Image
 
 from hf_llava_ft.data.pictures import decode_failure
+from hf_llava_ft.processing.picture_opening_llava import (
+    PictureOpening,
+    is_transparent,
+    is_turned,
+    size_when_opened,
+)
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 
 # One side this many times the other: padded to a square, a picture is then nearly all margin.
 EXTREME_RATIO = 20
 
-_ORIENTATION = 0x0112
-_UPRIGHT = 1
-
 
 class ImageFacts(NamedTuple):
     """
     Args:
-        width, height (`int`): pixels, 0 where the header can't be read.
+        width, height (`int`): pixels as they lie, 0 where the header can't be read.
         format (`str`): Pillow's name, "JPEG"; empty where it can't be read.
-        is_turned (`bool`): an EXIF orientation asks for turning it, which neither training nor the original does.
+        is_turned (`bool`): an EXIF orientation asks for turning it.
+        is_transparent (`bool`): it has an alpha channel or a transparent colour.
         failure (`str`, *optional*): why it can't be decoded.
         is_bomb (`bool`): it has more pixels than are safe to decode, which is then the failure.
     """
@@ -33,6 +37,7 @@ class ImageFacts(NamedTuple):
     height: int = 0
     format: str = ""
     is_turned: bool = False
+    is_transparent: bool = False
     failure: str | None = None
     is_bomb: bool = False
 
@@ -64,7 +69,9 @@ def image_facts(picture: str | bytes) -> ImageFacts:
             with Image.open(_opened(picture)) as image:
                 width, height = image.size
                 is_bomb = limit is not None and width * height > limit
-                facts = ImageFacts(width, height, image.format or "", _is_turned(image), is_bomb=is_bomb)
+                facts = ImageFacts(
+                    width, height, image.format or "", is_turned(image), is_transparent(image), is_bomb=is_bomb
+                )
         except Image.DecompressionBombError:
             facts = ImageFacts(is_bomb=True)
         # A damaged header may surface as nearly anything; decoding it says it in words.
@@ -73,12 +80,12 @@ def image_facts(picture: str | bytes) -> ImageFacts:
         return facts._replace(failure=decode_failure(picture))
 
 
-def image_size(picture: str | bytes) -> tuple[int, int] | None:
-    """`(height, width)` by the header alone; None if it can't be read."""
+def image_size(picture: str | bytes, opening: PictureOpening = "upright") -> tuple[int, int] | None:
+    """`(height, width)` that the picture has when it is opened, by the header alone; None if that can't be read."""
     try:
         with warnings.catch_warnings(), Image.open(_opened(picture)) as image:
             warnings.simplefilter("ignore")
-            return image.height, image.width
+            return size_when_opened(image, opening)
     except Exception:  # as above
         return None
 
@@ -88,18 +95,8 @@ def stored_sizes(processor: LlavaProcessor, images: list) -> list[tuple[int, int
     processor asks for it; (1, 1) for one whose header can't be read."""
     if not processor.depends_on_image_size:
         return [(1, 1)] * len(images)
-    return [image_size(image["bytes"] or image["path"]) or (1, 1) for image in images]
+    return [image_size(image["bytes"] or image["path"], processor.picture_opening) or (1, 1) for image in images]
 
 
 def _opened(picture: str | bytes):
     return io.BytesIO(picture) if isinstance(picture, bytes) else picture
-
-
-def _is_turned(image: Image.Image) -> bool:
-    # Elsewhere than in the header of a JPEG or a WebP it takes decoding the picture to know.
-    if image.format not in ("JPEG", "MPO", "WEBP") or "exif" not in image.info:
-        return False
-    try:
-        return image.getexif().get(_ORIENTATION, _UPRIGHT) != _UPRIGHT
-    except Exception:  # damaged EXIF data; the picture may be sound
-        return False

@@ -121,7 +121,10 @@ def histogram_svg(histogram: dict, limit: int | None = None) -> Markup:
 def _shown_sample(name: str, sample: Sample, processor: LlavaProcessor) -> dict[str, Any]:
     messages = list(map(dict, sample.row["messages"]))
     pieces, is_cut = _cut(marked_pieces(processor, messages, stored_sizes(processor, sample.images)))
-    images = [pictures_of(processor, open_picture(image)) for image in sample.images[:_MAX_PICTURES]]
+    images = [
+        pictures_of(processor, open_picture(image, processor.picture_opening))
+        for image in sample.images[:_MAX_PICTURES]
+    ]
     return {
         "number": sample.number,
         "what": visible(_NAMES.get(name, name)),

@@ -5,6 +5,7 @@ from typing import Any
 
 from hf_llava_ft.checking.rows import Sample
 from hf_llava_ft.data.problems import Problem
+from hf_llava_ft.processing.picture_opening_llava import PictureOpening
 
 
 @dataclass
@@ -17,8 +18,9 @@ class CheckResult:
         rows (`int`): all that were read.
         rows_by_kind (`dict[str, int]`): text, image, multi_image; rows that can't be read are in none.
         image_places (`int`): in the rows.
-        images, missing_images, unreadable_images, decompression_bombs, extreme_images, turned_images (`int`): distinct
-            files and embedded pictures.
+        images, missing_images, unreadable_images, decompression_bombs, extreme_images, turned_images,
+        transparent_images (`int`): distinct files and embedded pictures.
+        picture_opening (`str`): how training under the model opens them.
         image_formats (`dict[str, int]`): Pillow's names.
         duplicate_rows (`int`): rows that say the same as an earlier one.
         reused_images (`int`): files that several places name, which is usual.
@@ -37,6 +39,8 @@ class CheckResult:
     decompression_bombs: int = 0
     extreme_images: int = 0
     turned_images: int = 0
+    transparent_images: int = 0
+    picture_opening: PictureOpening = "upright"
     image_formats: dict[str, int] = field(default_factory=dict)
     duplicate_rows: int = 0
     reused_images: int = 0
@@ -69,6 +73,8 @@ class CheckResult:
             "decompression_bombs": self.decompression_bombs,
             "extreme_images": self.extreme_images,
             "turned_images": self.turned_images,
+            "transparent_images": self.transparent_images,
+            "picture_opening": self.picture_opening,
             "image_formats": self.image_formats,
             "reused_images": self.reused_images,
             "duplicate_rows": self.duplicate_rows,

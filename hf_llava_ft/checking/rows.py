@@ -215,7 +215,8 @@ class RowChecker:
         """`(height, width)` of each image; None where one can't be read."""
         if self.processor is None or not self.processor.depends_on_image_size:
             return [(1, 1)] * len(sample.images)
-        sizes = [image_size(image["bytes"] or str(image["path"])) for image in sample.images]
+        opening = self.processor.picture_opening
+        sizes = [image_size(image["bytes"] or str(image["path"]), opening) for image in sample.images]
         return None if None in sizes else [size for size in sizes if size is not None]
 
 

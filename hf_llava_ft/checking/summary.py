@@ -31,6 +31,21 @@ def print_summary(result: CheckResult, console: Console, samples_per_second: flo
     console.print(verdict, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
+# What becomes of pictures that not everybody opens alike.
+_OPENED = {
+    "upright": {
+        "turned by EXIF": "; trained upright, as transformers' load_image and vLLM open them; llama.cpp turns nothing",
+        "transparent": "; an alpha channel is dropped, as by transformers' load_image; vLLM, and who hands an open "
+        "picture to the processor, see white there: flatten such files to be safe",
+    },
+    "original": {
+        "turned by EXIF": "; trained as they lie, as the original LLaVA does, while transformers and vLLM turn them "
+        "for whoever asks the model",
+        "transparent": "; transparency is dropped, as in the original LLaVA, where other readers may see white",
+    },
+}
+
+
 def summary_lines(result: CheckResult, samples_per_second: float | None = None) -> list[tuple[str, str]]:
     """(name, value) of everything that is counted."""
     kinds = result.rows_by_kind
@@ -49,12 +64,12 @@ def summary_lines(result: CheckResult, samples_per_second: float | None = None) 
         ("unreadable images", result.unreadable_images),
         ("  too large to decode", result.decompression_bombs),
         ("of extreme shape", result.extreme_images),
-        ("not turned", result.turned_images),
+        ("turned by EXIF", result.turned_images),
+        ("transparent", result.transparent_images),
         ("repeated rows", result.duplicate_rows),
     ):
-        note = "; an EXIF orientation is not applied, as in the original" if name == "not turned" else ""
         if number:
-            lines.append((name, f"{number:,}{note}"))
+            lines.append((name, f"{number:,}{_OPENED[result.picture_opening].get(name, '')}"))
     return lines + _token_lines(result, samples_per_second)
 
 

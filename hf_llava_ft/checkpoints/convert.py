@@ -4,6 +4,7 @@ Asked for `llava-hf`, a model that transformers' own LLaVA cannot express is wri
 the verification says so: `loader` is `"trust_remote_code"`.
 """
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,7 @@ def convert(
                 _write_original(loaded, checkpoint, draft.folder)
                 _copy_tokenizer(checkpoint, draft.folder)
                 (draft.folder / "chat_template.jinja").write_text(str(processor.chat_template), encoding="utf-8")
+                _write_opening(processor, draft.folder)
                 fit_to_processor(whole, processor)  # after writing: the original has no row for an image
         except ValueError as error:
             raise UserError(f"{model} cannot be written as {checkpoint_format}: {error}") from error
@@ -124,6 +126,14 @@ def _write_original(model: Any, checkpoint: Checkpoint, folder: Path) -> None:
         write_projector(model, folder)
     else:
         model.save_pretrained(folder, checkpoint_format="llava")
+
+
+def _write_opening(processor: LlavaProcessor, folder: Path) -> None:
+    """Into config.json, where pictures were opened as the original does: it has no file for a processor."""
+    if processor.picture_opening != "upright":
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config["picture_opening"] = processor.picture_opening
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:

@@ -28,6 +28,7 @@ from hf_llava_ft.errors import UserError
 from hf_llava_ft.modeling.configuration_llava import LlavaConfig
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
 from hf_llava_ft.modeling.original_config_llava import is_original
+from hf_llava_ft.processing.picture_opening_llava import recorded_opening
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
 from hf_llava_ft.registration import register
@@ -160,6 +161,7 @@ def _processor(checkpoint: Checkpoint, path: str, revision: str | None, has_own:
                 image_start_end=config.uses_image_start_end,
                 image_grid_pinpoints=config.image_grid_pinpoints,
                 patch_merge_type=config.patch_merge_type,
+                picture_opening=recorded_opening(config),
             )
         if checkpoint.kind == "adapter" and not has_own:
             path, revision = checkpoint.base, checkpoint.revision

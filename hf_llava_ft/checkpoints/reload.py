@@ -11,6 +11,7 @@ The commit is that of a base on the Hub.
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,9 @@ from PIL import Image
 # What it takes to load a folder: transformers; transformers with leave to run the folder's code; this package.
 Loader = Literal["transformers", "trust_remote_code", "hf_llava_ft"]
 MAX_NEW_TOKENS = 48
+# Pictures that readers open in different ways: they are compared as files, up to the pixels that a model gets.
+HARD_PICTURES = ("turned.jpg", "alpha.png", "palette.png")
+OPENED = "opened."
 # The kinds of LLaVA that transformers has a class for.
 NATIVE_MODEL_TYPES = ("llava", "llava_next")
 
@@ -52,6 +56,28 @@ def probe_outputs(model, processor, messages: list[dict], images: list) -> dict[
     if images:
         outputs["pixel_values"] = inputs["pixel_values"].float()
     return {name: tensor.detach().cpu().contiguous() for name, tensor in outputs.items()}
+
+
+def write_hard_pictures(folder: str | Path) -> None:
+    """Writes [`HARD_PICTURES`]: one that its EXIF data turn by a quarter, one with an alpha channel, and one whose
+    palette has a transparent colour."""
+    ramp = Image.linear_gradient("L").resize((320, 240))
+    flipped, rings = ramp.transpose(Image.Transpose.ROTATE_180), Image.radial_gradient("L").resize((320, 240))
+    picture, exif = Image.merge("RGB", (ramp, flipped, rings)), Image.Exif()
+    exif[0x0112] = 6
+    turned, with_alpha, palette = (Path(folder, name) for name in HARD_PICTURES)
+    picture.save(turned, exif=exif, quality=95)
+    Image.merge("RGBA", (*picture.split(), rings)).save(with_alpha)
+    picture.quantize(16).save(palette, transparency=0)
+
+
+def opened_pixels(processor, folder: str | Path, open_file: Callable[[str], Image.Image]) -> dict[str, torch.Tensor]:
+    """`opened.NAME`, `float32[1, ..., 3, H, W]`, of each of [`HARD_PICTURES`] in `folder`, opened by `open_file`."""
+    opened = {}
+    for name in HARD_PICTURES:
+        inputs = processor.image_processor([open_file(str(Path(folder, name)))], return_tensors="pt")
+        opened[f"{OPENED}{name}"] = torch.as_tensor(inputs["pixel_values"]).float().contiguous()
+    return opened
 
 
 def is_native(folder: str | Path) -> bool:
@@ -101,10 +127,20 @@ def main(model_dir: str, base: str, commit: str, loader: Loader, probe_dir: str,
     from safetensors.torch import save_file
 
     model, processor = load(model_dir, base, commit, loader)
+    if loader == "hf_llava_ft":
+        from hf_llava_ft.processing.picture_opening_llava import rgb_picture
+
+        def open_file(path: str) -> Image.Image:
+            return rgb_picture(Image.open(path), processor.picture_opening)
+    else:
+        from transformers.image_utils import load_image as open_file
+    write_hard_pictures(probe_dir)
     outputs = {}
     for index, probe in enumerate(json.loads(Path(probe_dir, "probes.json").read_text(encoding="utf-8"))):
         images = [Image.open(Path(probe_dir, name)) for name in probe["images"]]
         for name, tensor in probe_outputs(model, processor, probe["messages"], images).items():
+            outputs[f"{index}.{name}"] = tensor
+        for name, tensor in opened_pixels(processor, probe_dir, open_file).items():
             outputs[f"{index}.{name}"] = tensor
     save_file(outputs, output)
 

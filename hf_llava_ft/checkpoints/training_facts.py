@@ -247,6 +247,7 @@ _SETTINGS: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(
         (
             *("train_type", "lora_bias", "quant_type", "version", "image_aspect_ratio", "dtype"),
+            *("picture_opening",),
             *("lr_scheduler_type", "optim", "sampler_order", "loss_normalization"),
         ),
         word,

@@ -2,11 +2,16 @@
 
 from hf_llava_ft.checkpoints.opening import load_processor
 from hf_llava_ft.errors import UserError
+from hf_llava_ft.processing.picture_opening_llava import PictureOpening
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 
 
 def processor_for_training(
-    model: str, revision: str | None = None, version: str | None = None, image_aspect_ratio: str | None = None
+    model: str,
+    revision: str | None = None,
+    version: str | None = None,
+    image_aspect_ratio: str | None = None,
+    picture_opening: PictureOpening | None = None,
 ) -> LlavaProcessor:
     """
     The processor of a model, with the chat template that it is trained under.
@@ -16,6 +21,8 @@ def processor_for_training(
         revision (`str`, *optional*): on the Hub.
         version (`str`, *optional*): name of a chat template, instead of the model's.
         image_aspect_ratio (`str`, *optional*): `square`, `pad` or `anyres`, instead of the model's.
+
+        picture_opening (`str`, *optional*): `upright` or `original`, instead of what the model was trained with.
 
     Raises:
         UserError: if there is none, its template does not mark what ends an answer, or marks something else, or the
@@ -37,6 +44,8 @@ def processor_for_training(
             f"{model}: its chat template marks {processor.misplaced_mark!r} as an answer, which is none: choose "
             f"one of ours with --version, or move its {{% generation %}} out of the macro or block it stands in."
         )
+    if picture_opening is not None:
+        processor.picture_opening = picture_opening
     if image_aspect_ratio is not None:
         _use_aspect_ratio(processor, model, image_aspect_ratio)
     return processor

@@ -23,6 +23,7 @@ from hf_llava_ft.checkpoints.files import settings_folder
 from hf_llava_ft.checkpoints.reload import Loader
 from hf_llava_ft.checkpoints.remote_code import carries_our_code, runs_only_our_code
 from hf_llava_ft.errors import UserError
+from hf_llava_ft.processing.picture_opening_llava import rgb_picture
 
 # Largest difference of two logits, relative to the largest logit: rounding of merged weights in that dtype.
 LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -60,12 +61,14 @@ class Verification:
         answer (`str`): what the reloaded model answered.
         loader (`Loader`): what loaded the folder: plain `"transformers"`; transformers and the folder's own code,
             `"trust_remote_code"`; or `"hf_llava_ft"`. But for the last, this package could not be imported.
+        notes (`list[str]`): sentences on what is not the same and was asked to be so.
     """
 
     differences: list[str]
     logit_difference: float
     answer: str
     loader: Loader
+    notes: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -73,8 +76,13 @@ class Verification:
 
 
 def reference_outputs(model, processor, probe: Probe) -> dict[str, torch.Tensor]:
-    """What the model in memory makes of `probe`; see `reload.probe_outputs`."""
-    return reload.probe_outputs(model, processor, probe.messages, probe.images)
+    """What the model in memory makes of `probe`, and its processor of pictures that are hard to open; see
+    `reload.probe_outputs` and `reload.opened_pixels`."""
+    with tempfile.TemporaryDirectory() as folder:
+        reload.write_hard_pictures(folder)
+        opening = getattr(processor, "picture_opening", "upright")  # of a processor of transformers' own
+        opened = reload.opened_pixels(processor, folder, lambda path: rgb_picture(Image.open(path), opening))
+    return reload.probe_outputs(model, processor, probe.messages, probe.images) | opened
 
 
 def loader_for(model_dir: str | Path, base: str | None = None) -> Loader:
@@ -187,6 +195,15 @@ def compare_outputs(
         off = (reference["pixel_values"] - reloaded["pixel_values"]).abs().max().item()
         if off > PIXEL_TOLERANCE:
             differences.append(f"the saved processor turns the same picture into other pixels (by up to {off:.3g})")
+    unlike = _opened_otherwise(reference, reloaded)
+    notes = []
+    if unlike and loader != "hf_llava_ft" and getattr(processor, "picture_opening", "upright") == "original":
+        notes.append(
+            f"Pictures were opened as the original LLaVA opens them (picture_opening original, which is written in "
+            f"the folder): whoever asks through transformers sees {' and '.join(unlike)} otherwise."
+        )
+    elif unlike:
+        differences.append(f"who loads the folder sees {' and '.join(unlike)} otherwise")
     scale = reference["logits"].abs().max()
     logit_difference = ((reference["logits"] - reloaded["logits"]).abs().max() / scale).item()
     if not logit_difference <= tolerance:  # also true for NaN
@@ -194,4 +211,29 @@ def compare_outputs(
     if not torch.equal(reference["answer_ids"], reloaded["answer_ids"]):
         before = processor.tokenizer.decode(reference["answer_ids"][0], skip_special_tokens=True).strip()
         differences.append(f"the answer is {answer!r} instead of {before!r}")
-    return Verification(differences, logit_difference, answer, loader)
+    return Verification(differences, logit_difference, answer, loader, notes)
+
+
+_HARD_PICTURES = dict(
+    zip(
+        reload.HARD_PICTURES,
+        (
+            "a picture that its EXIF data turn",
+            "a picture with an alpha channel",
+            "a palette with a transparent colour",
+        ),
+        strict=True,
+    )
+)
+
+
+def _opened_otherwise(reference: dict[str, torch.Tensor], reloaded: dict[str, torch.Tensor]) -> list[str]:
+    """Which of the pictures that are hard to open became other pixels, in words."""
+    unlike = []
+    for name, described in _HARD_PICTURES.items():
+        ours, theirs = reference.get(reload.OPENED + name), reloaded.get(reload.OPENED + name)
+        if ours is None or theirs is None:
+            continue
+        if ours.shape != theirs.shape or (ours - theirs).abs().max().item() > PIXEL_TOLERANCE:
+            unlike.append(described)
+    return unlike

@@ -42,6 +42,7 @@ def merge(
 
         found = merge_adapter(adapter, output_dir, base=base, revision=revision, dtype=dtype).verification
         _print_verified("Merged", output_dir, found.logit_difference)
+        _print_notes(found.notes)
         result = {"output_dir": str(output_dir), "verified": True, "loader": found.loader}
         write_json(json_file, result | {"logit_difference": found.logit_difference})
 
@@ -71,6 +72,7 @@ def convert(
         )
         found = done.verification
         _print_verified("Converted", output_dir, found.logit_difference)
+        _print_notes(found.notes)
         result = {"output_dir": str(output_dir), "kind": done.kind, "verified": True, "loader": found.loader}
         write_json(json_file, result | {"logit_difference": found.logit_difference})
 
@@ -97,8 +99,7 @@ def export(
             model, output_dir, name, base=base, revision=revision, dtype=dtype, keep_adapter=keep_adapter
         )
         _print_verified("Exported", output_dir, done.logit_difference)
-        for note in done.notes:
-            typer.echo(f"Note: {note}", err=True)
+        _print_notes(done.notes)
         if done.commands:
             typer.echo("\n".join([f"cd {done.output_dir}", *done.commands]))
         result = {"output_dir": str(output_dir), "for": server, "verified": True}
@@ -136,6 +137,7 @@ def verify(
             typer.echo(f"Verified: {model} loads with {by} and answers the same ({difference}).", err=True)
         else:
             typer.echo(f"Not the same: {model}, loaded with {by}: {'; '.join(found.differences)}.", err=True)
+        _print_notes(found.notes)
         typer.echo(f"Asked what is in a test picture, it says: {found.answer!r}")
         result = {"ok": found.ok, "loader": found.loader, "differences": found.differences}
         write_json(json_file, result | {"logit_difference": found.logit_difference, "answer": found.answer})
@@ -160,9 +162,13 @@ def generate(
     """Answer one question about any number of pictures, as a stream."""
     with exit_on_user_error():
         from hf_llava_ft.answering.conversation import Conversation, load_for_answering, open_image
+        from hf_llava_ft.checkpoints.opening import load_processor
 
-        images = [open_image(source) for source in image or []]
-        parts = load_for_answering(model, base=base, revision=revision, attn_implementation=attn_implementation)
+        processor = load_processor(model, revision, base=base)
+        images = [open_image(source, processor.picture_opening) for source in image or []]
+        parts = load_for_answering(
+            model, base=base, revision=revision, attn_implementation=attn_implementation, processor=processor
+        )
         answer = _print_stream(
             Conversation(*parts), prompt, images, max_new_tokens=max_new_tokens, temperature=temperature
         )
@@ -184,9 +190,13 @@ def chat(
     """Chat with a model about pictures. In the chat: /image PATH_OR_URL, /new, /quit."""
     with exit_on_user_error():
         from hf_llava_ft.answering.conversation import Conversation, load_for_answering, open_image
+        from hf_llava_ft.checkpoints.opening import load_processor
 
-        pending = [open_image(source) for source in image or []]
-        parts = load_for_answering(model, base=base, revision=revision, attn_implementation=attn_implementation)
+        processor = load_processor(model, revision, base=base)
+        pending = [open_image(source, processor.picture_opening) for source in image or []]
+        parts = load_for_answering(
+            model, base=base, revision=revision, attn_implementation=attn_implementation, processor=processor
+        )
         conversation = Conversation(*parts)
         typer.echo("/image PATH_OR_URL adds a picture, /new starts over, /quit ends.", err=True)
         while True:
@@ -201,13 +211,19 @@ def chat(
                 conversation, pending = Conversation(*parts), []
             elif line.startswith("/image"):
                 try:
-                    pending.append(open_image(line.removeprefix("/image").strip()))
+                    source = line.removeprefix("/image").strip()
+                    pending.append(open_image(source, processor.picture_opening))
                 except UserError as error:
                     typer.echo(f"error: {error.sentence}", err=True)
             elif line:
                 typer.echo("model: ", nl=False)
                 _print_stream(conversation, line, pending, max_new_tokens=max_new_tokens, temperature=temperature)
                 pending = []
+
+
+def _print_notes(notes: list[str]) -> None:
+    for note in notes:
+        typer.echo(f"Note: {note}", err=True)
 
 
 def _print_stream(conversation, question: str, images: list, **generation) -> str:

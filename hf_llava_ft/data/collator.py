@@ -8,7 +8,7 @@ from PIL import Image
 
 from hf_llava_ft.data.unchanged import RowsAsTheyWere
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.processing.image_processing_llava import as_rgb
+from hf_llava_ft.processing.picture_opening_llava import PictureOpening, rgb_picture
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 
 
@@ -39,7 +39,7 @@ class LlavaCollator:
         if self.as_they_were is not None:
             self.as_they_were.check(row)
         try:
-            pictures = [open_picture(image) for image in row["images"]]
+            pictures = [open_picture(image, self.processor.picture_opening) for image in row["images"]]
             return self.processor.encode_conversation(
                 row["messages"], pictures, uint8_pixels=self.uint8_pixels, max_length=self.max_length
             )
@@ -47,15 +47,12 @@ class LlavaCollator:
             raise UserError(f"row with id {row.get('id')!r}: {error}") from error
 
 
-def open_picture(image: Image.Image | dict[str, Any]) -> Image.Image:
+def open_picture(image: Image.Image | dict[str, Any], opening: PictureOpening = "upright") -> Image.Image:
     """
     A decoded RGB picture, from one or from `{"path": ..., "bytes": ...}` as an undecoded `datasets.Image` column has
-    it.
-
-    As in the original, and as `llava-ft generate` opens a picture, its EXIF orientation is not applied: `datasets`
-    would.
+    it, opened in the way `opening`; the processor of a model says which is its own.
     """
     if isinstance(image, dict):
         with Image.open(io.BytesIO(image["bytes"]) if image.get("bytes") else image["path"]) as opened:
-            return as_rgb(opened)
-    return as_rgb(image)
+            return rgb_picture(opened, opening)
+    return rgb_picture(image, opening)

@@ -45,7 +45,7 @@ from hf_llava_ft.data.problems import problem_of
 from hf_llava_ft.data.skipped_rows import skipped_line, write_whole
 from hf_llava_ft.data.unchanged import FileChanged, FilesAsTheyWere, refuse_younger
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.processing.image_processing_llava import as_rgb
+from hf_llava_ft.processing.picture_opening_llava import PictureOpening, rgb_picture
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +77,8 @@ class LlavaStream(IterableDataset):
             Called with each row; a `ValueError` from it makes the row a bad one.
         since (`int`, *optional*):
             When the run began, in nanoseconds since 1970: images may not be younger. Now, by default.
+        picture_opening (`"upright"` or `"original"`):
+            How pictures are opened; a model's own is `processor.picture_opening`.
         cache_dir (`str`, *optional*):
             Where it is remembered how a JSON file can be read in parts; the cache of `datasets` by default.
 
@@ -94,6 +96,7 @@ class LlavaStream(IterableDataset):
         skipped_file: str | os.PathLike | None = None,
         row_check: Callable[[dict[str, Any]], None] | None = None,
         since: int | None = None,
+        picture_opening: PictureOpening = "upright",
         cache_dir: str | os.PathLike | None = None,
     ):
         if shuffle_buffer_size < 0:
@@ -106,6 +109,7 @@ class LlavaStream(IterableDataset):
         self.row_check = row_check
         self.since = time.time_ns() if since is None else since
         self._files = FilesAsTheyWere(str(file) for source in self.sources for file in source.container.files)
+        self.picture_opening: PictureOpening = picture_opening
         self.rank, self.world_size, self.batch_size = 0, 1, 1
         self._drawn: list[np.ndarray | None] = []  # of a weighted source, its rows in the mixture
         self._pieces: list[Piece] = []
@@ -284,7 +288,7 @@ class LlavaStream(IterableDataset):
         for image in row["images"]:
             if image["path"] and not image["bytes"]:
                 refuse_younger(image["path"], self.since, place)
-        row["images"] = [_decoded(image, place) for image in row["images"]]
+        row["images"] = [_decoded(image, place, self.picture_opening) for image in row["images"]]
         if self.row_check is not None:
             try:
                 self.row_check(row)
@@ -305,7 +309,7 @@ def told_of_rows_left_out(skipped_file: Path) -> str | None:
     return f"--on_bad_row skip: rows left out: {len(lines):,}; {skipped_file} lists them."
 
 
-def _decoded(image: dict[str, Any], place: str) -> Image.Image:
+def _decoded(image: dict[str, Any], place: str, opening: PictureOpening) -> Image.Image:
     content = image["bytes"] or image["path"]
     try:
         with warnings.catch_warnings():
@@ -313,7 +317,7 @@ def _decoded(image: dict[str, Any], place: str) -> Image.Image:
             with Image.open(io.BytesIO(content) if image["bytes"] else content) as opened:
                 reason = decode_failure(content) if opened.mode in DEEPER_THAN_8_BITS else None
                 if reason is None:
-                    return as_rgb(opened)  # as `open_picture` does
+                    return rgb_picture(opened, opening)  # as `open_picture` does
     except Exception as error:  # a damaged file may surface as nearly anything
         reason = decode_failure(content) or " ".join(str(error).split())
     name = "an image" if image["path"] is None else f"image {os.path.basename(image['path'])!r}"

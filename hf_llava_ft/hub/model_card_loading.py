@@ -66,7 +66,7 @@ _THIS_PACKAGE = """
 from hf_llava_ft.answering.conversation import Conversation, load_for_answering, open_image
 
 model, processor = load_for_answering({repo_id})
-photo = open_image("photo.jpg")
+photo = open_image("photo.jpg", processor.picture_opening)
 print(Conversation(model, processor).ask("What is in the picture?", [photo]))
 """
 

@@ -25,6 +25,7 @@ import torch
 from jinja2 import TemplateError
 from PIL import Image, UnidentifiedImageError
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.image_utils import load_image
 
 MAX_NEW_TOKENS, MAX_SECONDS = 1024, 120.0
 MAX_MESSAGES, MAX_STOPS, MAX_STOP_CHARS = 100, 4, 64
@@ -198,7 +199,7 @@ def _picture(url: Any) -> Image.Image:
         picture = Image.open(io.BytesIO(base64.b64decode(payload, validate=True)), formats=PICTURE_FORMATS)
         if picture.width * picture.height > MAX_PICTURE_PIXELS:  # before any of them is unpacked
             raise ValueError(f"a picture of {picture.width} x {picture.height} is too large.")
-        return picture.convert("RGB")
+        return load_image(picture)  # upright and in RGB, as by transformers' other doors
     except UnidentifiedImageError as error:
         raise ValueError(f"a picture is none of {', '.join(PICTURE_FORMATS)}, or damaged.") from error
     # Pillow's readers raise all of these for damaged files, and one of its own for bombs.

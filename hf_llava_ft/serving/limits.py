@@ -74,9 +74,25 @@ def _why_not(config: LlavaConfig, server: Server) -> str | None:
 
 def differences(config: LlavaConfig, processor, server: Server) -> list[str]:
     """What `server` does otherwise than training did, in sentences; empty if nothing."""
-    if server not in ("llama.cpp", "ollama"):
-        return []
     found = []
+    upright = processor.picture_opening == "upright"
+    if server in ("vllm", "endpoints") and not upright:
+        found.append(
+            "This model was trained on pictures as they lie (picture_opening original), and here they are turned as "
+            "their EXIF data say: strip these before pictures are sent."
+        )
+    if server == "vllm":
+        found.append(
+            "vLLM paints transparent pixels white (and before its change 44974, of June 2026, turns no picture as its "
+            "EXIF data say); training dropped an alpha channel. Send opaque pictures."
+        )
+    if server not in ("llama.cpp", "ollama"):
+        return found
+    if upright:
+        found.append(
+            "llama.cpp turns no picture as its EXIF data say, but in its own web page; training did. Turn a phone's "
+            "photographs before they are sent."
+        )
     image_processor = processor.image_processor
     if config.vision_config.model_type == "clip_vision_model":
         found.append(

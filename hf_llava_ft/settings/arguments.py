@@ -29,6 +29,14 @@ class ModelArguments:
         default=None,
         metadata={"help": "How a picture is made square; default: the model's own way. anyres: only for LLaVA-1.6."},
     )
+    picture_opening: Literal["upright", "original"] | None = field(
+        default=None,
+        metadata={
+            "help": "upright: pictures are turned as their EXIF data say, as transformers opens them for whoever asks "
+            "the model. original: as they lie, as the original LLaVA does. Default: as the model was trained, or "
+            "upright."
+        },
+    )
     attn_implementation: str = field(default="sdpa", metadata={"help": "sdpa, eager, flash_attention_2, ..."})
     dtype: str = field(default="auto", metadata={"help": "dtype of the weights: auto (as saved), float32, bfloat16."})
     vision_tower: str | None = field(

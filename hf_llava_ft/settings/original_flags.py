@@ -141,6 +141,7 @@ ORIGINAL_DEFAULTS: dict[str, Any] = {
     "train_type": "freeze_vision",
     "version": "v1",
     "image_aspect_ratio": "square",
+    "picture_opening": "original",
     "mm_projector_type": "linear",
     "mm_vision_select_layer": -1,
     "mm_vision_select_feature": "patch",

@@ -21,6 +21,7 @@ from hf_llava_ft.data.formats.images import ImageStore, StoredImage
 from hf_llava_ft.data.schema import row_place
 from hf_llava_ft.data.values import row_images
 from hf_llava_ft.errors import UserError
+from hf_llava_ft.processing.picture_opening_llava import PictureOpening
 from hf_llava_ft.reports.page import THUMBNAIL_PIXELS
 from hf_llava_ft.settings.arguments import DataArguments
 from hf_llava_ft.training.evaluation import untouched_rng
@@ -41,9 +42,9 @@ class EvalPrompt:
     images: list[str]
     stored: list[StoredImage]
 
-    def pictures(self) -> list[Image.Image]:
+    def pictures(self, opening: PictureOpening) -> list[Image.Image]:
         """Decoded, in RGB."""
-        return [open_picture(dict(image)) for image in self.stored]
+        return [open_picture(dict(image), opening) for image in self.stored]
 
 
 def read_eval_prompts(path: str | Path, images: ImageStore) -> list[EvalPrompt]:
@@ -71,7 +72,7 @@ def read_eval_prompts(path: str | Path, images: ImageStore) -> list[EvalPrompt]:
             [images.locate(ref, place) for ref in refs],
         )
         try:
-            prompt.pictures()
+            prompt.pictures("upright")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise UserError(f"{place}: its image cannot be read: {error}.") from error
         prompts.append(prompt)
@@ -192,7 +193,7 @@ class EvalAnswers(TrainerCallback):
 
     def thumbnails(self) -> list[list[Image.Image]]:
         """The pictures of each prompt, small."""
-        small = [prompt.pictures() for prompt in self.prompts]
+        small = [prompt.pictures(self.processor.picture_opening) for prompt in self.prompts]
         for picture in (picture for pictures in small for picture in pictures):
             picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
         return small
@@ -208,7 +209,7 @@ class EvalAnswers(TrainerCallback):
                 picture.save(folder / f"{index}-{number}.jpg", quality=90)
 
     def _answer(self, model: Any, prompt: EvalPrompt, args: Any) -> str:
-        pictures = prompt.pictures()
+        pictures = prompt.pictures(self.processor.picture_opening)
         content = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": prompt.question}]
         inputs = encode_prompt(model, self.processor, [{"role": "user", "content": content}], pictures)
         dtype = torch.float16 if args.fp16 else torch.bfloat16
@@ -238,6 +239,7 @@ class EvalAnswers(TrainerCallback):
             return
         for index, (prompt, answer) in enumerate(zip(self.prompts, said, strict=True)):
             writer.add_text(f"eval_prompts/{index}", f"{prompt.question}\n\n{answer}", step)
-            for number, picture in enumerate([] if self._shown_pictures else prompt.pictures()):
+            pictures = [] if self._shown_pictures else prompt.pictures(self.processor.picture_opening)
+            for number, picture in enumerate(pictures):
                 writer.add_image(f"eval_prompts/{index}/{number}", np.asarray(picture), step, dataformats="HWC")
         self._shown_pictures = True

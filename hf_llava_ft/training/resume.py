@@ -17,6 +17,7 @@ from typing import Any
 
 from hf_llava_ft.checkpoints.run_files import PREFIX_CHECKPOINT_DIR, RUN_FILE, TRAINER_STATE_NAME
 from hf_llava_ft.errors import UserError
+from hf_llava_ft.processing.picture_opening_llava import PictureOpening
 
 SEAL = "complete.json"
 # In a checkpoint that is being written: it is ours, and may be written anew.
@@ -239,3 +240,26 @@ def _run_of_folder(folder: str | Path) -> str | None:
             "--resume_from_checkpoint."
         )
     return next(iter(found), None)
+
+
+def opening_to_resume(wanted: PictureOpening | None, checkpoint: str | None) -> PictureOpening | None:
+    """
+    How a run that goes on from `checkpoint` opens pictures: as it began. `wanted` where there is none.
+
+    Raises:
+        UserError: if `wanted` is another way.
+    """
+    path = Path(checkpoint or "", "processor_config.json")
+    if checkpoint is None or not path.is_file():
+        return wanted
+    try:
+        # Before it was written down, there was one way.
+        began: PictureOpening = json.loads(path.read_text(encoding="utf-8")).get("picture_opening", "original")
+    except (ValueError, AttributeError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error
+    if wanted not in (None, began):
+        raise UserError(
+            f"--picture_opening {wanted}: the run that {checkpoint} is of opens pictures the way {began}, and would "
+            f"see others from here on; leave the flag out (--picture_opening {began}), or begin a new run."
+        )
+    return began

@@ -110,6 +110,7 @@ class OpenedRows:
         train: Dataset | LlavaStream
         if isinstance(self.rows, LlavaStream):
             takes_longer = self.data_args.on_bad_row == "skip"
+            self.rows.picture_opening = processor.picture_opening
             self.rows.row_check = TokenLimit(processor, longest, takes_longer=takes_longer)
             if is_new and speaks:
                 (output_dir / SKIPPED_FILE).unlink(missing_ok=True)  # of a run before

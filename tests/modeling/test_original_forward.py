@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_llava_ft.modeling.anyres_llava import num_crops
 from hf_llava_ft.modeling.modeling_llava import IGNORE_INDEX
-from hf_llava_ft.processing.image_processing_llava import as_rgb
+from hf_llava_ft.processing.picture_opening_llava import as_rgb
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
 

@@ -16,7 +16,8 @@ from transformers.models.llava.processing_llava import LlavaProcessor as NativeL
 from transformers.models.llava_next.modeling_llava_next import select_best_resolution, unpad_image
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor as NativeLlavaNextProcessor
 
-from hf_llava_ft.processing.image_processing_llava import as_rgb, build_image_processor
+from hf_llava_ft.processing.image_processing_llava import build_image_processor
+from hf_llava_ft.processing.picture_opening_llava import as_rgb
 from hf_llava_ft.processing.processing_llava import LlavaNextProcessor, LlavaProcessor
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 from transformers import CLIPVisionConfig, Dinov2Config, SiglipVisionConfig
 
-from hf_llava_ft.processing.image_processing_llava import as_rgb, build_image_processor
+from hf_llava_ft.processing.image_processing_llava import build_image_processor
+from hf_llava_ft.processing.picture_opening_llava import as_rgb
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PIXELS = np.load(GOLDEN / "b_images" / "pixels_train_56.npz")

@@ -14,7 +14,8 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from hf_llava_ft.processing import uint8_pixels_llava
-from hf_llava_ft.processing.image_processing_llava import as_rgb, build_image_processor
+from hf_llava_ft.processing.image_processing_llava import build_image_processor
+from hf_llava_ft.processing.picture_opening_llava import as_rgb
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.processing.uint8_pixels_llava import can_hand_over_uint8, normalize_pixels, uint8_images
 
