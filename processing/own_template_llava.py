@@ -76,7 +76,9 @@ def misplaced_mark(source: str, tokenizer) -> str | None:
     asked_again = {"role": "user", "content": [{"type": "text", "text": _QUESTION}]}
     for messages in ([question, answer], [question, answer, asked_again, answer]):
         text, spans = _rendered(source, messages, tokenizer)
-        for start, end in spans if text else ():
+        if text is None:
+            continue
+        for start, end in spans:
             held = text[start:end].strip()
             ending = held.removeprefix(_ANSWER)
             # A word at most: more is of the next turn.

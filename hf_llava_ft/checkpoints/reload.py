@@ -133,7 +133,7 @@ def main(model_dir: str, base: str, commit: str, loader: Loader, probe_dir: str,
         def open_file(path: str) -> Image.Image:
             return rgb_picture(Image.open(path), processor.picture_opening)
     else:
-        from transformers.image_utils import load_image as open_file
+        from transformers.image_utils import load_image as open_file  # type: ignore[assignment]
     write_hard_pictures(probe_dir)
     outputs = {}
     for index, probe in enumerate(json.loads(Path(probe_dir, "probes.json").read_text(encoding="utf-8"))):

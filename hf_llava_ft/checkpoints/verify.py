@@ -80,7 +80,7 @@ def reference_outputs(model, processor, probe: Probe) -> dict[str, torch.Tensor]
     `reload.probe_outputs` and `reload.opened_pixels`."""
     with tempfile.TemporaryDirectory() as folder:
         reload.write_hard_pictures(folder)
-        opening = getattr(processor, "picture_opening", "upright")  # of a processor of transformers' own
+        opening: Any = getattr(processor, "picture_opening", "upright")  # of a processor of transformers' own
         opened = reload.opened_pixels(processor, folder, lambda path: rgb_picture(Image.open(path), opening))
     return reload.probe_outputs(model, processor, probe.messages, probe.images) | opened
 

@@ -69,7 +69,7 @@ _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
 }
 # Optimizers that step within the backward pass: gradients are then neither summed over micro-batches nor clipped.
-_STEP_IN_BACKWARD = ("lomo", "adalomo", "galore_adamw_layerwise", "galore_adamw_8bit_layerwise")
+_STEP_IN_BACKWARD: tuple[str, ...] = ("lomo", "adalomo", "galore_adamw_layerwise", "galore_adamw_8bit_layerwise")
 _STEP_IN_BACKWARD += ("galore_adafactor_layerwise", "apollo_adamw_layerwise")
 # Of accelerate's own settings: with either, one process takes rows that the samplers have dealt to all.
 _DEALS_ROWS_ITSELF = ("split_batches", "dispatch_batches")

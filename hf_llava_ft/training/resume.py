@@ -46,7 +46,8 @@ class Run:
         """The run that a checkpoint is of; a new one if the checkpoint does not say, as those of other Trainers and of
         hf_llava_ft 0.1."""
         told = read_seal(checkpoint)
-        known = told.get("run") if isinstance(told.get("run"), dict) else {}
+        run_told = told.get("run")
+        known = run_told if isinstance(run_told, dict) else {}
         run = cls(resumed_from=str(checkpoint))
         if isinstance(known.get("id"), str) and isinstance(known.get("started"), int):
             run.id, run.started = known["id"], known["started"]

@@ -268,7 +268,7 @@ class LlavaTrainer(PushingTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As in transformers, and sealed when all processes have written their part; older ones go after that."""
-        self.finite.see_weights(self.model)
+        self.finite.see_weights(cast(nn.Module, self.model))
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         told = begin(folder, self.run) if self.args.should_save else None
         if told is not None:
@@ -289,7 +289,7 @@ class LlavaTrainer(PushingTrainer):
     def save_model(self, output_dir: str | None = None, *args, **kwargs) -> None:
         """As in transformers, and the whole weights under FSDP too, however the state of the run is saved."""
         if self._in_one_dtype:  # not of a checkpoint, which was looked at before anything of it was written
-            self.finite.see_weights(self.model)
+            self.finite.see_weights(cast(nn.Module, self.model))
         with whole_state_dict(self.accelerator.state.fsdp_plugin) if self.is_fsdp_enabled else nullcontext():
             super().save_model(output_dir, *args, **kwargs)
         # A pickle of this run's paths, which nothing needs for resuming and nobody should have to load.
