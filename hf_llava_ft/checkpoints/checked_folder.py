@@ -151,7 +151,8 @@ def _check_pictures(path: str, file: str, settings: dict[str, Any]) -> None:
         for name in ("image_mean", "image_std"):
             value = values.get(name)
             each = value if isinstance(value, list) else [value]
-            if value is not None and not all(_is_number(one) and math.isfinite(one) for one in each)  # type: ignore[arg-type]:
+            numbers = all(_is_number(one) and math.isfinite(one) for one in each)  # type: ignore[arg-type]
+            if value is not None and not numbers:
                 raise UserError(f"{path}: {name} in {file} is {_shown(value)}, and has to be three numbers.")
         if values.get("patch_size") is not None:
             _check_count(path, f"patch_size in {file}", values["patch_size"], _COUNTS["patch_size"])
