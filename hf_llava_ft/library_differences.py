@@ -1,6 +1,7 @@
-"""Where the releases of the libraries that we serve differ: asked here, and nowhere else in this folder.
+"""Differences between the library releases that we support: handled here, and nowhere else in this folder.
 
-Each name says what is wanted. The release that ends a difference stands beside it: with the last older one it goes.
+Each name says what is needed. The release that ends a difference is named beside it: it goes when no older one is
+supported.
 """
 
 from functools import cache

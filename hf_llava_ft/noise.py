@@ -1,4 +1,4 @@
-"""Warnings of other libraries that a user can do nothing about, and that would stand between the lines that matter."""
+"""Warnings of other libraries that a user can do nothing about, hidden so that the lines that matter are seen."""
 
 import logging
 import warnings

@@ -1,7 +1,7 @@
-"""The newest releases of other libraries that this version was tried with, and what is said of newer ones.
+"""The newest releases of other libraries that this version was tested with, and the warning about newer ones.
 
-We subclass inside these libraries, where a minor release may rename what we use. Whoever installs a newer one is told
-so when the package is imported, and again where a command ends with an error that such a change makes.
+We subclass inside these libraries, where a minor release may rename what we use. With a newer one a warning
+appears when the package is imported, and again if a command ends with an error that such a change may cause.
 """
 
 import os

@@ -2,13 +2,13 @@
 
     rows = sound_rows("a.json:0.3,b.parquet", "images", on_bad_row="skip")
     dataset = rows.that_fit(processor, longest=2048)     # datasets.Dataset
-    rows.left_out, rows.cut                              # what is not trained as it stands, and why
+    rows.left_out, rows.cut                              # rows that are left out or cut, and why
 
-`raise` stops at the first of them with its sentence. `skip` leaves them out, all of them named. A row that is only
-too long is cut at the limit as the original does, unless the cut would go through an image or leave nothing to learn.
+`raise` stops at the first of them with an error. `skip` leaves them out and lists them all. A row that is only
+too long is cut at the limit as in the original, unless the cut would go through an image or leave nothing to learn.
 
-What may surprise: a set is first opened as if all were well. Only if it is not, all of it is checked for its bad rows,
-and a cache is made without them.
+What may surprise: a dataset is first loaded as if all rows were good. Only if that fails, all of it is checked for bad
+rows, and a cache is built without them.
 """
 
 import os

@@ -1,10 +1,10 @@
-"""`llava-ft check`: a whole dataset looked at before a step is trained.
+"""`llava-ft check`: a whole dataset checked before training.
 
-The rows are read once, by processes of their own, then every distinct image is decoded once, in parallel too. What is
-kept of a sound row is some forty bytes, and of an image file its path. A set with images that can't be decoded is
-read a second time, for the rows that name them.
+The rows are read once, in several processes, then every distinct image is decoded once, in parallel too. Of a good row
+some forty bytes are kept, of an image file its path. A dataset with images that can't be decoded is read a second
+time, to find the rows that name them.
 
-A problem is what training refuses (`--on_bad_row raise`). A warning is what trains, perhaps not as meant.
+A problem is what training refuses (`--on_bad_row raise`). A row with a warning trains, perhaps not as intended.
 """
 
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What a check keeps of all rows, and the rows that a picture or a repetition is to be blamed on."""
+"""What a check keeps of all rows, and which rows a bad picture or a repetition belongs to."""
 
 import os
 from collections.abc import Iterator

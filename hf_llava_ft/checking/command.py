@@ -1,4 +1,4 @@
-"""`llava-ft check`: opens what is to be checked, with the eyes of the model that is to be trained on it."""
+"""`llava-ft check`: reads the data as the model to be trained would, and reports what it finds."""
 
 from itertools import islice
 from pathlib import Path

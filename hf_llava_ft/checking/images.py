@@ -1,6 +1,6 @@
-"""What a check says of pictures: whether they can be decoded, and whether they are shaped for a model.
+"""What a check says of pictures: whether they can be decoded, and whether their shape suits a model.
 
-The header tells size and kind. Only decoding tells a file that is cut off, so each is decoded once.
+The header gives size and format. Only decoding shows that a file is truncated, so each is decoded once.
 """
 
 import io

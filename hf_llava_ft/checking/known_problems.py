@@ -1,5 +1,5 @@
-"""Which rows of a source are wrong, remembered beside the cache of `datasets` for as long as the data file and the
-images of these rows stay as they are."""
+"""The bad rows of a source, kept beside the cache of `datasets` as long as the data file and the images of these rows
+do not change."""
 
 import json
 import os

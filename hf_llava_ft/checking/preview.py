@@ -1,7 +1,7 @@
-"""Rows as the model is taught them, for `--preview N`: the text it reads, with what it learns marked.
+"""Rows as the model sees them, for `--preview N`: the text it reads, with what it learns marked.
 
-In a terminal the learned text is green; elsewhere it stands between [[ and ]]. The marks are those of the labels
-themselves, token by token, laid back over the text that the tokens were made of.
+In a terminal the learned text is green; elsewhere it stands between [[ and ]]. The marks come from the labels
+themselves, token by token, mapped back onto the text of the tokens.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""The bars one watches while a dataset is checked."""
+"""The progress bars while a dataset is checked."""
 
 import json
 import os

@@ -1,7 +1,7 @@
 """What a check says of rows: what they hold, what is wrong with them, and how many tokens they are.
 
-A [`RowChecker`] is called with some rows at a time, in processes of its own, and gives numbers and sentences, never
-rows: what the whole check keeps of a sound row is a few bytes.
+A [`RowChecker`] is called with some rows at a time, in worker processes, and returns numbers and sentences, never
+rows: the whole check keeps only a few bytes of a good row.
 """
 
 import multiprocessing

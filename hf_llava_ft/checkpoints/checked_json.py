@@ -1,6 +1,6 @@
-"""JSON that others wrote, through a list of names and types: what fits neither is left out, and nothing raises.
+"""JSON from outside, checked against a list of names and types: what does not fit is left out, and nothing raises.
 
-A reader takes a value and gives it back, or None if it is of another kind.
+A reader takes a value and returns it, or None if it has the wrong type.
 """
 
 import re

@@ -1,7 +1,7 @@
 """From one checkpoint dialect to the other: models, adapters and projectors, each checked before it gets its name.
 
-Asked for `llava-hf`, a model that transformers' own LLaVA cannot express is written with the code that reads it, and
-the verification says so: `loader` is `"trust_remote_code"`.
+In the format `llava-hf`, a model that transformers' own LLaVA cannot express is written with the code that reads it,
+and the verification says so: `loader` is `"trust_remote_code"`.
 """
 
 import json

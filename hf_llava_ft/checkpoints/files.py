@@ -1,7 +1,7 @@
 """Single files of a model, in a folder or on the Hub, and what a refusal of the Hub means in one sentence.
 
-A file that is not there is an answer: what a model is follows from its files. A Hub that does not answer is none, and
-taking the one for the other would make another model of it, so the second is an error.
+A missing file is information: the kind of a model follows from its files. A Hub that does not answer says nothing, and
+counting that as a missing file would take the model for another kind, so it is an error.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What a stranger does with a folder: loads it, asks it, and writes down what came out.
+"""What other users do with a folder: load it and ask it; the results are written to a file.
 
 Run as a program in a fresh process, it cannot import this package when transformers alone can load the folder, with or
 without the code that the folder carries, so that what it reports holds for people who do not have this package.

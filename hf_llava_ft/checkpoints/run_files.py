@@ -1,4 +1,4 @@
-"""The names of the files that a run leaves."""
+"""The names of the files that a run writes."""
 
 # Ours, in the output folder: the whole summary, what others may know of it, and answers with their pictures.
 SUMMARY_FILE, TRAINING_FILE = "train_summary.json", "training.json"

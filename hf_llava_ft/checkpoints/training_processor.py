@@ -1,4 +1,4 @@
-"""The processor of a model as it is trained under: chat template and shape of the pictures as the settings say."""
+"""The processor that a model is trained with: chat template and shape of the pictures as the settings say."""
 
 from hf_llava_ft.checkpoints.opening import load_processor
 from hf_llava_ft.errors import UserError

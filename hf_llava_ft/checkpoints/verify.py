@@ -1,7 +1,7 @@
-"""Nothing leaves unverified: a written model is loaded again in a fresh process and must answer as the one in memory
-did.
+"""Nothing is published unverified: a written model is loaded again in a fresh process and must answer like the one in
+memory.
 
-Every peer's broken upload loaded without an error and spoke nonsense. So the check is on what comes out: the ids and
+A broken model often loads without an error and generates nonsense. So outputs are compared: the ids and
 pixels that the saved processor makes, the logits, and a greedy answer. Where transformers can load the folder without
 this package, the check is made without it.
 """

@@ -1,5 +1,4 @@
-"""`llava-ft`: the commands, by what they are about. Each imports what it needs when it runs, so that `--help` answers
-at once."""
+"""`llava-ft`: the commands, grouped by subject. Each imports what it needs when it runs, so that `--help` is fast."""
 
 from hf_llava_ft.cli.application import app as app
 from hf_llava_ft.noise import hide_noise

@@ -1,4 +1,4 @@
-"""What the commands share: the application, options, and how a result is told."""
+"""What the commands share: the application, options, and output of results."""
 
 from pathlib import Path
 from typing import Annotated, Any

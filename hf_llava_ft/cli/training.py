@@ -1,4 +1,4 @@
-"""`llava-ft quickstart | compose | train | check | estimate`: up to a trained model."""
+"""`llava-ft quickstart | compose | train | check | estimate`: everything up to a trained model."""
 
 from pathlib import Path
 from typing import Annotated

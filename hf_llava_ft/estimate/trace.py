@@ -1,6 +1,6 @@
 """What one micro-batch of training costs beyond the states: bytes and floating point operations.
 
-The model runs forward and backward on fake tensors, which have shapes and no content. So nothing is modelled by hand:
+The model runs forward and backward on fake tensors, which have shapes but no data. So nothing is modelled by hand:
 what autograd keeps, what autocast casts, and what gradient checkpointing computes again, is what PyTorch, PEFT and
 transformers do. The layers of a language model are equal, so that two and three of them are run, and the rest follows.
 """

@@ -1,4 +1,4 @@
-"""What was uploaded, fetched again as a stranger would, and compared byte by byte."""
+"""What was uploaded, downloaded again as other users would, and compared byte by byte."""
 
 import filecmp
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What must not leave this machine with a model: its folders, whose names tell who works here on what, and tokens."""
+"""What must not be published with a model: paths of this machine, which tell who works here on what, and tokens."""
 
 import json
 import re

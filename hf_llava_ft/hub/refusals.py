@@ -1,4 +1,4 @@
-"""What it means that the Hub does not take something, in one sentence for whoever pushes it."""
+"""What a refusal of the Hub means, in one sentence for the user."""
 
 from typing import cast
 

@@ -1,8 +1,7 @@
 """The folder that goes to the Hub: what belongs to an artefact of its kind, and nothing else.
 
-A list of names says what goes; what is not on it stays, whatever it is: optimiser states, checkpoints, logs, rows of
-data. Settings are written anew where they name a folder of this machine; weights are links, so that nothing large is
-copied.
+A list of names says what is uploaded; everything else stays here: optimiser states, checkpoints, logs, rows of data.
+Settings that name a folder of this machine are rewritten; weights are links, so that nothing large is copied.
 """
 
 import json

@@ -1,9 +1,9 @@
-"""A folder to the Hub in one commit, through whatever happens to the connection.
+"""A folder uploaded to the Hub in one commit, even over a bad connection.
 
 What may surprise:
-* The client repeats single requests, but neither the commit nor what makes a repository: a commit whose answer is lost
-  may have happened. So the whole step is repeated, and begins by looking at what is there.
-* Large files are uploaded before the commit, and the Hub keeps them: whoever pushes again sends only the others.
+* The client repeats single requests, but neither a commit nor the creation of a repository: a commit whose answer is
+  lost may have succeeded. So the whole step is repeated, and begins by checking what is there.
+* Large files are uploaded before the commit, and the Hub keeps them: another push sends only the others.
 * The commit names its parent, so that nothing is overwritten that came in between.
 """
 

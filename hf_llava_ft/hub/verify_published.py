@@ -1,4 +1,4 @@
-"""A model or an adapter as others get it, against what this package makes of it: `llava-ft verify`."""
+"""A model or an adapter as others get it, compared with what this package loads: `llava-ft verify`."""
 
 from pathlib import Path
 from typing import Any

@@ -1,8 +1,8 @@
 """The whole job once, on real photographs: compose, ask, fine-tune, merge, verify, ask again, show.
 
 It shows the machinery, not a good model: 137 million parameters, and a vision tower with random weights that is
-frozen. That it can still learn five photographs by heart, and answer from the pixels, is what one wants to see work
-before bringing a real model.
+frozen. But it can learn five photographs by heart and answer from the pixels, so one sees that everything works before
+bringing a real model.
 """
 
 import json

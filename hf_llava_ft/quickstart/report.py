@@ -1,6 +1,6 @@
 """What a run shows when it ends: the answers before and after on the user's own pictures, the loss, what trained.
 
-`write_report` makes one HTML file that opens from disk and asks the network for nothing; `answers_picture` one PNG.
+`write_report` makes one HTML file that opens from disk and makes no network requests; `answers_picture` one PNG.
 Everything a model said is untrusted: it is escaped on its way into the page. Photographs go in as re-encoded
 thumbnails, so that neither their EXIF data (places, cameras) nor the folders they lie in travel with the page.
 """

@@ -1,6 +1,6 @@
 """`llava-ft export`: a model, or an adapter merged into its base, as exactly the folder that a server needs.
 
-No format of another project is written here but what its own converter takes. Each folder is checked before it gets
+Only what other projects' own converters read is written here, not their formats. Each folder is checked before it gets
 its name: vLLM's, SGLang's and the endpoint's are loaded in a fresh process and compared with the model they come from,
 every weight by name and shape; llama.cpp's parts are put together again and compared.
 """

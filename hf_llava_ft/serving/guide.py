@@ -1,4 +1,4 @@
-"""What to do with an exported folder: the commands, as they are printed and stand in its SERVING.md."""
+"""How to serve an exported folder: the commands, as they are printed and written to its SERVING.md."""
 
 import re
 from collections.abc import Callable, Iterable

@@ -1,6 +1,6 @@
-"""What each server can't do with a LLaVA, and what it does otherwise than the model learned it.
+"""What each server can't do with a LLaVA, and what it does differently from training.
 
-Every line here was read in the source of the version that `docs/serving.md` names, and says what that source does.
+Everything here comes from the source of the version that `docs/serving.md` names.
 """
 
 from typing import Literal, get_args

@@ -1,6 +1,6 @@
-"""The weights of a folder against those that the native class expects on disk: every name, every shape, none too many.
+"""The weights of a folder compared with those that the native class expects on disk: the same names, the same shapes.
 
-A server loads by name, and a name it does not know is at best an error and at worst a part left at random.
+A server loads by name, and a name it does not know is at best an error and at worst a part left at random values.
 """
 
 import re

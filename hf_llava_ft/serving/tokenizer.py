@@ -1,9 +1,9 @@
 """The tokenizer and the chat template as llama.cpp's converter takes them.
 
-The converter reads the tokenizer with transformers 4, which has no class of the name that transformers 5 writes. It
+The converter reads the tokenizer with transformers 4, which has no class with the name that transformers 5 writes. It
 takes the order of merges of a SentencePiece tokenizer from `tokenizer.model`; from `tokenizer.json` alone it gives
-every token the same score, and llama.cpp then cuts text otherwise than the model learned it, without a word.
-transformers 5 no longer writes that file, so it is made again here.
+every token the same score, and llama.cpp then silently tokenizes text differently from training.
+transformers 5 no longer writes that file, so it is rebuilt here.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""What a run is told: model, data, tuning, and the Trainer's own arguments with LLaVA's additions.
+"""The settings of a run: model, data, tuning, and the Trainer's own arguments with LLaVA's additions.
 
-Each setting lives in one class. Defaults are those of LLaVA-1.5's LoRA recipe (haotian-liu/LLaVA,
+Each setting is in one class. Defaults are those of LLaVA-1.5's LoRA recipe (haotian-liu/LLaVA,
 `scripts/v1_5/finetune_lora.sh`), so that a run with nothing set is the paper's.
 """
 

@@ -1,4 +1,4 @@
-"""What settings ask of the machine that they are to run on."""
+"""What settings require of the machine."""
 
 import importlib.util
 import json

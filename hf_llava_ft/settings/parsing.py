@@ -1,7 +1,7 @@
 """The command line of training: flags, a recipe, a preset and defaults become the settings of a run.
 
-What is nearer to the user wins: the command line over the recipe, the recipe over the preset, the preset over the
-defaults. Each layer is read by itself, so that every setting knows where it comes from.
+The command line overrides the recipe, the recipe the preset, and the preset the defaults. Each layer is read by
+itself, so that the origin of every setting is known.
 """
 
 import dataclasses

@@ -1,5 +1,5 @@
-"""The numbers that settings may have. What is outside would end a run in the middle of somebody else's code, or train
-something other than what was said."""
+"""The ranges of numeric settings. A value outside would end a run somewhere inside a library, or train something else
+than intended."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""A recipe: the settings of a run in a YAML file, under the names that the command line has."""
+"""A recipe: the settings of a run in a YAML file, under the names of the command line's flags."""
 
 import difflib
 import json

@@ -1,4 +1,4 @@
-"""The settings of a run, each with where it comes from."""
+"""The settings of a run, each with its origin."""
 
 import dataclasses
 import json
