@@ -5,41 +5,12 @@ import shlex
 
 from datasets import DatasetInfo, SplitDict, SplitInfo
 from datasets.info import DatasetInfosDict
-from huggingface_hub import DatasetCardData
+from huggingface_hub import DatasetCard, DatasetCardData
 
 from hf_llava_ft.data.builder import FEATURES
 from hf_llava_ft.data.export import ExportedDataset
-from hf_llava_ft.reports.markdown import code_block, escaped
-
-_LOAD = """
-import datasets
-
-rows = datasets.load_dataset({name}, split="train")
-print(rows[0]["messages"], rows[0]["images"])
-"""
-
-_TEXT = """
-# {title}
-
-Conversations about images, to fine-tune LLaVA on: {rows} with {images} embedded.
-
-| column | what it holds |
-| --- | --- |
-| `id` | the row's id |
-| `messages` | turns of `role` (system, user, assistant) and `content`, a list of parts: text or an image's place |
-| `images` | one image for each place, in reading order |
-| `num_words` | words of all turns, `<image>` included: the length that LLaVA groups rows by |
-| `num_images` | number of images |
-
-{load}
-
-Train on it:
-
-{train}
-
-It was written, and read back, with hf_llava_ft. Its license is that of the images and texts it was made of: state it
-here, and where they come from.
-"""
+from hf_llava_ft.hub.card_template import card_of
+from hf_llava_ft.reports.markdown import Markdown, fence
 
 
 def dataset_card(exported: ExportedDataset, name: str) -> str:
@@ -58,11 +29,19 @@ def dataset_card(exported: ExportedDataset, name: str) -> str:
     data = DatasetCardData(task_categories=["image-text-to-text"], tags=["llava"])
     DatasetInfosDict({"default": info}).to_dataset_card_data(data)
     data["configs"] = [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}]
-    text = _TEXT.format(
-        title=escaped(name.rpartition("/")[2]),
-        load=code_block("python", _LOAD.format(name=json.dumps(name))),
-        train=code_block("sh", f"llava-ft train --data_path {shlex.quote(name)} ..."),
-        rows=f"{exported.num_rows:,} row{'' if exported.num_rows == 1 else 's'}",
-        images=f"{exported.num_images:,} image{'' if exported.num_images == 1 else 's'}",
+    in_python, in_shell = json.dumps(name), shlex.quote(name)
+    card = card_of(
+        DatasetCard,
+        data,
+        "dataset_card.md",
+        {
+            "title": name.rpartition("/")[2],
+            "rows": f"{exported.num_rows:,} row{'' if exported.num_rows == 1 else 's'}",
+            "images": f"{exported.num_images:,} image{'' if exported.num_images == 1 else 's'}",
+            # Inside a block that no part of the name can end.
+            "name_in_python": Markdown(in_python),
+            "name_in_shell": Markdown(in_shell),
+            "fence": fence(in_python, in_shell),
+        },
     )
-    return f"---\n{data}\n---\n{text}"
+    return str(card)

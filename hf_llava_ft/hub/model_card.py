@@ -1,7 +1,7 @@
 """The card of a model, an adapter or a projector on the Hub: README.md with its pictures, and `training.json`.
 
-Metadata is made here, the text in `model_card_text.py`, `model_card_training.py` and `model_card_loading.py`.
-Whatever comes from a user or a model is escaped, and what is not known is left out.
+Metadata is made here; the text is `templates/model_card.md`, with the values of `model_card_values.py`. Whatever comes
+from a user or a model is escaped, and what is not known is left out.
 """
 
 import re
@@ -19,27 +19,15 @@ from hf_llava_ft.checkpoints.reload import Loader
 from hf_llava_ft.checkpoints.training_facts import TrainingFacts, hub_id, training_facts
 from hf_llava_ft.checkpoints.verify import Verification, loader_for
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.hub.model_card_loading import loading_section
+from hf_llava_ft.hub.card_template import card_of
 from hf_llava_ft.hub.model_card_samples import write_samples
-from hf_llava_ft.hub.model_card_text import (
-    data_section,
-    evaluation_section,
-    limits_section,
-    samples_section,
-    summary_paragraph,
-    verification_section,
-    versions_section,
-)
-from hf_llava_ft.hub.model_card_training import training_section
-from hf_llava_ft.reports.markdown import escaped
+from hf_llava_ft.hub.model_card_values import Bases, model_card_values
 from hf_llava_ft.reports.plots import save_loss_plot
 
 CARD_FILE, ASSETS_FOLDER = "README.md", "assets"
 _PLOT = "loss.png"
 _REVISION = re.compile(r"(?!.*\.\.)[\w.-]+(/[\w.-]+)*")
 _LICENSE_FIELDS = ("license", "license_name", "license_link")
-# The models on the Hub that something was made of: name, and commit, tag or branch.
-Bases = list[tuple[str, str | None]]
 
 
 def write_card(
@@ -92,20 +80,21 @@ def write_card(
     shown = write_samples(run or staged, samples, staged / ASSETS_FOLDER, ASSETS_FOLDER) if samples > 0 else []
     if facts is not None:
         facts.save(staged)
-    text = [
-        f"# {escaped(repo_id.rpartition('/')[2])}",
-        summary_paragraph(kind, bases, facts),
-        _loading(staged, kind, repo_id, loader, bases),
-        samples_section(shown),
-        training_section(facts, _write_plot(staged, facts)),
-        evaluation_section(facts, evaluated),
-        data_section(facts),
-        verification_section(verification),
-        limits_section(facts, bases, bool(stated)),
-        versions_section(facts),
-    ]
+    values = model_card_values(
+        kind,
+        repo_id,
+        loader,
+        bases,
+        vision_tower=_vision_tower(staged) if kind == "projector" else None,
+        facts=facts,
+        evaluated=evaluated,
+        samples=shown,
+        verification=verification,
+        has_license=bool(stated),
+        plot=_write_plot(staged, facts),
+    )
     data = _metadata(kind, repo_id, loader, bases, facts, evaluated, {**stated, "language": language})
-    card = ModelCard(f"---\n{data}\n---\n\n" + "\n\n".join(filter(None, text)) + "\n")
+    card = card_of(ModelCard, data, "model_card.md", values, loading="model_card_loading.md")
     card.save(staged / CARD_FILE)
     return card
 
@@ -122,7 +111,7 @@ def _check_name(name: str, revision: str | None) -> None:
 
 def _bases(staged: Path, kind: Kind, base: str | None, revision: str | None, facts: TrainingFacts | None) -> Bases:
     """What is said; else what the adapter names; else what training began with."""
-    trained_from: Bases = [(each["name"], each.get("commit")) for each in (facts.base if facts else [])]
+    trained_from = [(each["name"], each.get("commit")) for each in (facts.base if facts else [])]
     if base is None and kind in ("adapter", "original_lora"):
         adapter = read_json(str(staged), ADAPTER_CONFIG) or {}
         named = adapter.get("base_model_name_or_path")
@@ -159,13 +148,10 @@ def _loader(staged: Path, kind: Kind, bases: Bases) -> Loader:
         return "hf_llava_ft"
 
 
-def _loading(staged: Path, kind: Kind, repo_id: str, loader: Loader, bases: Bases) -> str:
-    name, revision = bases[0] if len(bases) == 1 else (None, None)
-    tower = (read_json(str(staged), "config.json") or {}).get("mm_vision_tower") if kind == "projector" else None
-    is_on_hub = isinstance(tower, str) and hub_id(tower) is not None and not Path(tower).exists()
-    return loading_section(
-        kind, repo_id, loader, base=name, base_revision=revision, vision_tower=tower if is_on_hub else None
-    )
+def _vision_tower(staged: Path) -> str | None:
+    """Hub id of the tower that a projector belongs to."""
+    tower = (read_json(str(staged), "config.json") or {}).get("mm_vision_tower")
+    return tower if isinstance(tower, str) and hub_id(tower) is not None and not Path(tower).exists() else None
 
 
 def _write_plot(staged: Path, facts: TrainingFacts | None) -> str | None:

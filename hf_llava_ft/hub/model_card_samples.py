@@ -8,7 +8,7 @@ from PIL import Image
 
 from hf_llava_ft.checkpoints.run_files import ANSWERS_FILE, PICTURES_FOLDER
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.hub.model_card_text import Sample
+from hf_llava_ft.hub.model_card_values import Sample
 from hf_llava_ft.reports.page import thumbnail
 
 

@@ -70,7 +70,7 @@ def loss_figure(
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     steps, evaluated = steps or list(range(1, len(losses) + 1)), evaluated or []
-    top = _top([*losses, *(loss for _, loss in evaluated)])
+    bottom, top = _range([*losses, *(loss for _, loss in evaluated)])
     last = max([*steps[-1:], *(step for step, _ in evaluated)], default=0)
     if len(losses) > MAX_STEPS_WITHOUT_SMOOTHING:
         axes.plot(steps, losses, color=LINE_COLOR, alpha=0.3, linewidth=1.2, label="each step")
@@ -84,8 +84,8 @@ def loss_figure(
 
     axes.set_xlabel("step", fontsize=font_size)
     axes.set_ylabel("loss", fontsize=font_size)
-    axes.set_ylim(0, top * 1.04)
-    axes.set_yticks(_ticks(top, 5))
+    axes.set_ylim(bottom, top + 0.04 * (top - bottom))
+    axes.set_yticks(_ticks(top, 5, bottom))
     axes.set_xlim((1, last) if last > 1 else (0, 2))
     axes.set_xticks(_step_ticks(last))
     axes.tick_params(labelsize=font_size, length=0, pad=8)
@@ -104,14 +104,18 @@ def loss_figure(
             steps, learning_rates, color=LEARNING_RATE_COLOR, linestyle="--", linewidth=1.5, label="learning rate"
         )
         right.set_ylabel("learning rate", fontsize=font_size)
-        right.set_ylim(0, _top(learning_rates) * 1.04)
-        right.set_yticks(_ticks(_top(learning_rates), 5))
+        highest = _top(learning_rates)
+        right.set_ylim(0, highest * 1.04)
+        right.set_yticks(_ticks(highest, 5))
         right.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
         right.tick_params(labelsize=font_size, length=0, pad=8)
         right.yaxis.get_offset_text().set_fontsize(font_size)
         right.spines[:].set_visible(False)
     if len(lines) > 1:
-        axes.legend(handles=lines, fontsize=font_size, frameon=False, loc="upper right")
+        # Above the curves, wherever they run, and above the power of ten of the axis on the right.
+        figure.legend(
+            handles=lines, fontsize=font_size, frameon=False, ncols=len(lines), loc="outside upper right", borderpad=0
+        )
     return figure
 
 
@@ -136,17 +140,17 @@ def loss_plot_svg(
     """
     height = 220
     steps, evaluated = steps or list(range(1, len(losses) + 1)), evaluated or []
-    top = _top([*losses, *(loss for _, loss in evaluated)])
+    bottom, top = _range([*losses, *(loss for _, loss in evaluated)])
     last = max([*steps[-1:], *(step for step, _ in evaluated)], default=0)
 
     def x_percent(step: int) -> float:
         return 50.0 if last == 1 else 100 * (step - 1) / (last - 1)
 
     def y_pixels(loss: float) -> float:
-        return height * (1 - loss / top)
+        return height * (top - loss) / (top - bottom)
 
     parts = []
-    for value in _ticks(top, 5):
+    for value in _ticks(top, 5, bottom):
         y = f"{y_pixels(value):.1f}"
         parts.append(
             f'<line x1="0" x2="100%" y1="{y}" y2="{y}" stroke="currentColor" stroke-opacity=".15"/>'
@@ -221,11 +225,24 @@ def _top(values: list[float]) -> float:
     return max((value for value in values if math.isfinite(value)), default=0.0) or 1.0
 
 
-def _ticks(top: float, num_ticks: int) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten, from 0 up to `top`, about `num_ticks` of them."""
-    power = 10.0 ** math.floor(math.log10(top / num_ticks))
-    stride = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= top / num_ticks)
-    return [i * stride for i in range(int(top / stride + 1e-9) + 1)]
+def _range(values: list[float]) -> tuple[float, float]:
+    """
+    Where the axis begins and ends. It begins at 0, unless the values would then be a line along its upper half: a
+    loss that falls from 2.4 to 2.1 is seen to fall. What changes by less than a hundredth is shown as level.
+    """
+    top = _top(values)
+    lowest = min((value for value in values if math.isfinite(value)), default=0.0)
+    if lowest <= top / 2 or top - lowest < top / 100:
+        return 0.0, top
+    return lowest - (top - lowest) / 10, top
+
+
+def _ticks(top: float, num_ticks: int, bottom: float = 0.0) -> list[float]:
+    """Multiples of 1, 2 or 5 times a power of ten, from `bottom` up to `top`, about `num_ticks` of them."""
+    span = (top - bottom) / num_ticks
+    power = 10.0 ** math.floor(math.log10(span))
+    stride = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= span)
+    return [i * stride for i in range(math.ceil(bottom / stride - 1e-9), int(top / stride + 1e-9) + 1)]
 
 
 def _step_ticks(num_steps: int) -> list[int]:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from hf_llava_ft.quickstart.report import AnsweredPhoto, answers_picture, write_report
-from hf_llava_ft.reports.plots import loss_plot_svg, save_loss_plot, smoothed
+from hf_llava_ft.reports.plots import loss_figure, loss_plot_svg, save_loss_plot, smoothed
 
 LOSSES = [4.0, 2.0, 1.0, 0.5]
 COLORS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200)}
@@ -227,6 +227,31 @@ def test_the_curve_starts_at_step_one_on_the_left_and_ends_on_the_right():
     assert [x for x, _ in points] == pytest.approx([0, 1000 / 3, 2000 / 3, 1000], abs=0.1)
     # Loss 4 is at the top (0), loss 0 would be at the bottom (220).
     assert [y for _, y in points] == pytest.approx([0, 110, 165, 192.5], abs=0.1)
+
+
+def test_a_small_fall_is_seen_to_fall():
+    (path,) = re.findall(r'<path d="([^"]+)"', loss_plot_svg([2.4, 2.3, 2.2]))
+    heights = [float(point.split()[1]) for point in re.split("[ML]", path)[1:]]
+    assert heights == pytest.approx([0, 100, 200], abs=0.1)
+    lower, upper = loss_figure([2.4, 2.3, 2.2]).axes[0].get_ylim()
+    assert (lower, upper) == pytest.approx((2.18, 2.4088))
+    for level in ([2.4, 2.4], [2.4, 2.399], [2.4, 1.2]):  # noise, and a fall that is seen from 0
+        assert loss_figure(level).axes[0].get_ylim()[0] == 0
+
+
+@pytest.mark.parametrize("losses", [[3.0] * 100, [3.0 / (1 + i) for i in range(100)], [0.1 * i for i in range(100)]])
+def test_the_legend_covers_no_curve(losses):
+    figure = loss_figure(losses, title="Training loss", learning_rates=losses, evaluated=[(50, 3.0), (100, 3.0)])
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    frame = legend.get_window_extent()
+    assert [text.get_text() for text in legend.get_texts()] == ["each step", "smoothed", "evaluation", "learning rate"]
+    for axes in figure.axes:
+        assert not frame.overlaps(axes.get_window_extent()) and frame.x1 <= 900 and frame.y1 <= 450
+        assert not frame.overlaps(axes.get_tightbbox())  # with the title, and the power of ten on the right
+    inside = figure.axes[0].legend(loc="upper right")  # where it was
+    figure.canvas.draw()
+    assert inside.get_window_extent().overlaps(figure.axes[0].get_window_extent())
 
 
 def test_a_loss_that_is_not_finite_leaves_a_gap_in_the_curve():

@@ -3,13 +3,15 @@
 import html
 import re
 import string
+from dataclasses import dataclass
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jinja2 import Template, UndefinedError
 from markdown_it import MarkdownIt
 
-from hf_llava_ft.reports.markdown import code_block, escaped, table
+from hf_llava_ft.reports.markdown import Markdown, card_values, code_span, escaped, fence
 
 RENDERER = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
 HOSTILE = [
@@ -48,7 +50,7 @@ def shown(markdown: str) -> str:
 @pytest.mark.parametrize("text", HOSTILE)
 def test_it_is_what_one_reads(text):
     assert shown(escaped(text)) == " ".join(text.split())
-    row = RENDERER.render(table(["h"], [[escaped(text)]]))
+    row = RENDERER.render(f"| h |\n| --- |\n| {escaped(text)} |")
     assert row.count("<td>") == row.count("<th>") == 1
     assert html.unescape(re.search(r"<td>(.*)</td>", row)[1]) == " ".join(text.split())
 
@@ -81,5 +83,45 @@ def test_invisible_signs_are_left_out():
 @pytest.mark.parametrize("code", ["a = 1", "x\n```\n# y", "````` x"])
 def test_code_cannot_end_its_block(code):
     shown_code = html.escape(code, quote=False)
-    assert RENDERER.render(code_block("sh", code)) == f'<pre><code class="language-sh">{shown_code}\n</code></pre>\n'
-    assert code_block("sh", "a").startswith("```sh\n")
+    block = f"{fence('a', code)}sh\n{code}\n{fence('a', code)}"
+    assert RENDERER.render(block) == f'<pre><code class="language-sh">{shown_code}\n</code></pre>\n'
+    assert fence("a") == "```"
+
+
+@pytest.mark.parametrize("text", HOSTILE + ["adamw_torch", "0.1-a+b"])
+def test_a_word_in_the_letters_of_code_is_what_one_reads(text):
+    row = RENDERER.render(f"| h |\n| --- |\n| {code_span(text)} |")
+    assert html.unescape(re.search(r"<td><code>(.*)</code></td>", row)[1]) == " ".join(text.split())
+
+
+@dataclass
+class Facts:
+    name: str
+    parts: tuple
+
+
+def test_a_card_gets_no_text_that_is_not_escaped():
+    hostile = "<b>&{{ 7*7 }}|`"
+    values = card_values({"a": hostile, "b": [hostile, {"c": (hostile,)}], "d": Facts(hostile, (hostile, 1, None))})
+    shown = [values["a"], values["b"][0], values["b"][1]["c"][0], values["d"]["name"], values["d"]["parts"][0]]
+    assert shown == [escaped(hostile)] * 5 and "<" not in shown[0] and "{" not in shown[0]
+    assert values["d"]["parts"][1:] == [1, None]
+    assert card_values(Markdown("*a*")) == "*a*" and card_values(str(Markdown("*a*"))) == "&#42;a&#42;"
+
+
+def test_what_was_put_together_of_markdown_is_text_again():
+    assert card_values(f"{Markdown('*a*')}") == card_values(Markdown("*a*") + "") == "&#42;a&#42;"
+
+
+@pytest.mark.parametrize("value", [b"a", object(), {"a": [{1}]}, Facts], ids=repr)
+def test_a_card_gets_nothing_but_text_and_numbers(value):
+    with pytest.raises(TypeError, match="a card shows text and numbers"):
+        card_values(value)
+
+
+def test_a_name_that_is_missing_is_an_error():
+    values = card_values({"a": {"b": 1}})
+    assert Template("{{ a.b }}").render(values) == "1"
+    with pytest.raises(UndefinedError, match="names 'c', and there are 'b'"):
+        Template("{% if a.c %}{% endif %}").render(values)
+    assert Template("{{ a.c }}").render({"a": {"b": 1}}) == ""  # jinja2's own way, which huggingface_hub uses
