@@ -43,6 +43,8 @@ def merge(
         merged = merge_adapter(adapter, output_dir, base=base, revision=revision, dtype=dtype)
         difference = merged.verification.logit_difference
         typer.echo(f"Merged and verified: {merged.output_dir} (largest logit difference {difference:.1e}).", err=True)
+        if merged.verification.remark:
+            typer.echo(f"Note: {merged.verification.remark}.", err=True)
         print_note_on_code(output_dir)
         if json_file is not None:
             result = {"output_dir": str(output_dir), "verified": True, "loader": merged.verification.loader}
@@ -79,6 +81,8 @@ def convert(
         )
         difference = done.verification.logit_difference
         typer.echo(f"Converted and verified: {done.output_dir} (largest logit difference {difference:.1e}).", err=True)
+        if done.verification.remark:
+            typer.echo(f"Note: {done.verification.remark}.", err=True)
         print_note_on_code(output_dir)
         if json_file is not None:
             result = {"output_dir": str(output_dir), "kind": done.kind, "verified": True}

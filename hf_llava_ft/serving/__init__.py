@@ -100,6 +100,8 @@ def export_for_serving(
             if not verification.ok:
                 raise UserError(f"the exported model is not the same: {'; '.join(verification.differences)}.")
             difference = verification.logit_difference
+            if verification.remark:
+                notes.append(f"{verification.remark[:1].upper()}{verification.remark[1:]}.")
         if server == "ollama" and not write_modelfile(staged, processor):
             notes.append("The prompt can't be said in Ollama's words: write TEMPLATE into the Modelfile yourself.")
         notes += differences(config, processor, server)
