@@ -34,7 +34,8 @@ def probe_outputs(model, processor, messages: list[dict], images: list) -> dict[
 
     Returns:
         `input_ids` `int64[1, T]`, `pixel_values` `float32[N, 3, H, W]` if there are images, `logits` `float32[1, T,
-        V]` and `answer_ids` `int64[1, K]`, decoded greedily.
+        V]`, `answer_ids` `int64[1, K]`, decoded greedily, and `answer_margins` `float32[1, K]`, by how much each of
+        these was ahead of the second best.
     """
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
     bos = processor.tokenizer.bos_token  # some templates write it themselves; the tokenizer would add a second
@@ -46,12 +47,21 @@ def probe_outputs(model, processor, messages: list[dict], images: list) -> dict[
     model.eval()
     with torch.no_grad():
         logits = model(**inputs, use_cache=False).logits
-        ids = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS, use_cache=True)
+        generated = model.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=MAX_NEW_TOKENS,
+            use_cache=True,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+    best = torch.stack(generated.scores, dim=1).float().topk(2).values  # (1, K, 2)
     model.train(was_training)
     outputs = {
         "input_ids": inputs["input_ids"],
         "logits": logits.float(),
-        "answer_ids": ids[:, inputs["input_ids"].shape[1] :],
+        "answer_ids": generated.sequences[:, inputs["input_ids"].shape[1] :],
+        "answer_margins": best[..., 0] - best[..., 1],
     }
     if images:
         outputs["pixel_values"] = inputs["pixel_values"].float()

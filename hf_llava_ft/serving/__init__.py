@@ -90,6 +90,7 @@ def export_for_serving(
             part, on = (staged / ADAPTER, str(whole)) if keep_adapter else (None, None)
             verification = draft.verify("the exported model is not the same", model_dtype, part=part, base=on)
             difference = verification.logit_difference
+            notes += verification.notes
         if server == "ollama" and not write_modelfile(staged, processor):
             notes.append("Ollama's templates can't express the prompt: write TEMPLATE into the Modelfile yourself.")
         notes += differences(config, processor, server)

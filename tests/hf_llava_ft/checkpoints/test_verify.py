@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_llava_ft.checkpoints.opening import load_model, load_processor
-from hf_llava_ft.checkpoints.verify import Probe, reference_outputs, verify
+from hf_llava_ft.checkpoints.verify import Probe, compare_outputs, reference_outputs, verify
 from hf_llava_ft.errors import UserError
 
 
@@ -78,3 +78,41 @@ def test_bfloat16_may_round(tiny_checkpoint, tmp_path):
         d for d in verify(folder, reference, processor, probe, dtype=torch.bfloat16).differences if "logits" in d
     ]
     assert not verify(folder, reference, processor, probe, dtype=torch.float32).ok
+
+
+def outputs(ids: list[int], margins: list[float], logits: float = 10.0) -> dict[str, torch.Tensor]:
+    return {
+        "input_ids": torch.ones(1, 3, dtype=torch.int64),
+        "logits": torch.tensor([[[logits, 1.0]]]),
+        "answer_ids": torch.tensor([ids]),
+        "answer_margins": torch.tensor([margins]),
+    }
+
+
+@pytest.mark.parametrize(
+    ("ids", "margins", "says"),
+    [
+        ([5, 6, 7], [3.0, 3.0, 3.0], ""),
+        ([5, 8, 9], [3.0, 0.9, 0.0], "compared up to their token 2"),  # each candidate may be off by 0.05 * 10
+        ([5, 8, 7], [0.0, 1.1, 0.0], None),
+        ([8, 6, 7], [3.0, 0.0, 0.0], None),
+        ([5, 6], [0.0, 0.0, 0.0], None),  # it stops on another token
+        ([5, 6, 7, 8], [0.0, 0.0, 0.0], None),
+    ],
+)
+def test_answers_are_compared_where_rounding_does_not_decide(tiny_checkpoint, ids, margins, says):
+    processor = load_processor(str(tiny_checkpoint))
+    found = compare_outputs(outputs([5, 6, 7], margins), outputs(ids, []), processor, 0.05, "transformers")
+    if says is None:
+        assert not found.ok and "the answer is" in found.differences[0] and not found.notes
+    else:
+        assert found.ok and says in " ".join(found.notes) and bool(found.notes) == bool(says)
+
+
+def test_a_margin_is_what_greedy_decoding_decided_by(tiny_checkpoint):
+    processor = load_processor(str(tiny_checkpoint))
+    model = load_model(str(tiny_checkpoint), processor)
+    found = reference_outputs(model, processor, Probe())
+    assert found["answer_margins"].shape == found["answer_ids"].shape
+    first = found["logits"][0, -1].topk(2).values
+    assert torch.allclose(found["answer_margins"][0, 0], first[0] - first[1], atol=1e-4)
