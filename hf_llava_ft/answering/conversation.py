@@ -163,12 +163,19 @@ def load_for_answering(
     revision: str | None = None,
     attn_implementation: str = "sdpa",
     dtype: str = "auto",
+    allow_nan: bool = False,
 ):
     """Model, on the best device there is, and processor of `path`: an adapter, a merged, native or original
     checkpoint."""
     processor = load_processor(path, revision, base=base)
     model: Any = load_model(
-        path, processor, base=base, revision=revision, attn_implementation=attn_implementation, dtype=dtype
+        path,
+        processor,
+        base=base,
+        revision=revision,
+        attn_implementation=attn_implementation,
+        dtype=dtype,
+        allow_nan=allow_nan,
     )
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     return model.to(device).eval(), processor

@@ -86,8 +86,8 @@ def check_rendering(processor: LlavaProcessor, path: str) -> None:
     """
     if processor.chat_template is None:
         raise UserError(
-            f"{path} has no chat template, so that nothing can be asked: put a chat_template.jinja there (in training, "
-            f"--version names one of ours)."
+            f"{path} has no chat template, so that nothing can be asked: put a chat_template.jinja there (in "
+            f"training, --version names one of ours)."
         )
     if not isinstance(processor.chat_template, str):
         raise UserError(f"{path}: its chat template is no text: take another folder, or repair it.")

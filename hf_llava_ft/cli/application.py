@@ -39,6 +39,7 @@ RevisionOption = Annotated[
     str | None, typer.Option("--revision", help="Branch, tag or commit of what is on the Hub; default: main.")
 ]
 AttentionOption = Annotated[str, typer.Option("--attn_implementation", help="sdpa, eager, flash_attention_2, ...")]
+AllowNanOption = Annotated[bool, typer.Option("--allow_nan", help="Take a model whose weights are NaN or infinite.")]
 MaxNewTokensOption = Annotated[int, typer.Option("--max_new_tokens", min=1, help="Longest answer in tokens.")]
 TemperatureOption = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from hf_llava_ft.cli.application import (
+    AllowNanOption,
     AttentionOption,
     BaseOption,
     JsonOption,
@@ -166,6 +167,7 @@ def generate(
     max_new_tokens: MaxNewTokensOption = 256,
     temperature: TemperatureOption = 0.0,
     attn_implementation: AttentionOption = "sdpa",
+    allow_nan: AllowNanOption = False,
     json_file: JsonOption = None,
 ) -> None:
     """Answer one question about one or more pictures, streamed."""
@@ -173,7 +175,9 @@ def generate(
         from hf_llava_ft.answering.conversation import Conversation, load_for_answering, open_image
 
         images = [open_image(source) for source in image or []]
-        parts = load_for_answering(model, base=base, revision=revision, attn_implementation=attn_implementation)
+        parts = load_for_answering(
+            model, base=base, revision=revision, attn_implementation=attn_implementation, allow_nan=allow_nan
+        )
         conversation = Conversation(*parts)
         answer = _print_stream(conversation, prompt, images, max_new_tokens=max_new_tokens, temperature=temperature)
         if json_file is not None:
@@ -189,13 +193,16 @@ def chat(
     max_new_tokens: MaxNewTokensOption = 256,
     temperature: TemperatureOption = 0.0,
     attn_implementation: AttentionOption = "sdpa",
+    allow_nan: AllowNanOption = False,
 ) -> None:
     """Talk with a model about pictures. In the chat: /image PATH_OR_URL, /new, /quit."""
     with exit_on_user_error():
         from hf_llava_ft.answering.conversation import Conversation, load_for_answering, open_image
 
         pending = [open_image(source) for source in image or []]
-        parts = load_for_answering(model, base=base, revision=revision, attn_implementation=attn_implementation)
+        parts = load_for_answering(
+            model, base=base, revision=revision, attn_implementation=attn_implementation, allow_nan=allow_nan
+        )
         conversation = Conversation(*parts)
         typer.echo("/image PATH_OR_URL adds a picture, /new begins anew, /quit ends.", err=True)
         while True:
