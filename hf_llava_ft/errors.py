@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from hf_llava_ft.releases import sentence_for
+from hf_llava_ft.releases import ask_for_report_when_uncaught, sentence_for
 
 EXIT_CODE_FAILURE = 1
 EXIT_CODE_BAD_INPUT = 2
@@ -44,6 +44,7 @@ def exit_on_user_error() -> Iterator[None]:
     except Exception as error:
         sentence = sentence_for(error)
         if sentence is None:
+            ask_for_report_when_uncaught()
             raise
         print(f"error: {sentence}", file=sys.stderr)
         sys.exit(EXIT_CODE_FAILURE)

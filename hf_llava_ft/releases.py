@@ -5,6 +5,7 @@ appears when the package is imported, and again if a command ends with an error 
 """
 
 import os
+import platform
 import re
 import sys
 import warnings
@@ -94,8 +95,39 @@ def sentence_for(error: BaseException) -> str | None:
     )
 
 
+def report_request() -> str:
+    """What stands below a traceback."""
+    found = {}
+    for name in ("hf-llava-ft", "torch", *TRIED):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "missing"
+    versions = ", ".join(f"{name} {number}" for name, number in found.items())
+    return (
+        f"This should have been one sentence: please report it, with the lines above and these versions: {versions}, "
+        f"Python {platform.python_version()} on {platform.system()} {platform.machine()}."
+    )
+
+
+def ask_for_report_when_uncaught() -> None:
+    """The traceback of the error that is about to leave the program is followed by [`report_request`]."""
+    shown_otherwise = sys.excepthook
+    if getattr(shown_otherwise, "asks_for_report", False):
+        return
+
+    def show(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        shown_otherwise(kind, error, traceback)
+        if isinstance(error, Exception):
+            print(report_request(), file=sys.stderr)
+
+    show.asks_for_report = True  # type: ignore[attr-defined]
+    sys.excepthook = show
+
+
 def say_it_of_uncaught_errors() -> None:
     """For a process that is a program of ours from its start, whose imports may fail too."""
+    ask_for_report_when_uncaught()
     shown_otherwise = sys.excepthook
 
     def show(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
@@ -105,4 +137,5 @@ def say_it_of_uncaught_errors() -> None:
         else:
             print(f"error: {sentence}", file=sys.stderr)
 
+    show.asks_for_report = True  # type: ignore[attr-defined]
     sys.excepthook = show

@@ -18,6 +18,7 @@ from hf_llava_ft.checking.preview import print_preview
 from hf_llava_ft.checkpoints.artifact import staged_files, told_of_a_full_disk
 from hf_llava_ft.checkpoints.opening import ADAPTER_CONFIG, load_model
 from hf_llava_ft.checkpoints.remote_code import carries_our_code, note_on_code
+from hf_llava_ft.checkpoints.resume_state import check_resume_state
 from hf_llava_ft.checkpoints.starting_point import (
     StartingPoint,
     check_starting_point,
@@ -188,6 +189,8 @@ def _checked_first(
     checkpoint, passed_over = checkpoint_to_resume(args.resume_from_checkpoint, output_dir)
     for sentence in passed_over:
         tell(sentence)
+    if checkpoint is not None:
+        check_resume_state(checkpoint)
     return open_run_folder(args, checkpoint, tell)
 
 
@@ -204,6 +207,7 @@ def _loaded_model(
         revision=start.revision,
         dtype=model_args.dtype,
         attn_implementation=model_args.attn_implementation,
+        allow_nan=model_args.allow_nan,
         **loading_in_few_bits(tuning_args, args),
     )
     start.put_projector_into(model)

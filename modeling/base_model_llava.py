@@ -44,9 +44,9 @@ class LlavaBaseModel(LlavaPreTrainedModel):
 
     def __init__(self, config: LlavaConfig):
         super().__init__(config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)
         self.multi_modal_projector = LlavaMultiModalProjector(config)
-        self.language_model = AutoModel.from_config(config.text_config)
+        self.language_model = AutoModel.from_config(config.text_config, trust_remote_code=False)
         if config.has_image_newline:
             width = config.text_config.hidden_size
             self.image_newline = nn.Parameter(torch.randn(width) * width**-0.5)  # as the original begins with

@@ -73,9 +73,8 @@ class LlavaCheckpointMixin(LlavaAdapterMixin):
         missing = set(info["missing_keys"])
         tower = {name for name in missing if name.startswith("model.vision_tower.")}
         if tower and model.config.vision_tower_name:
-            named = AutoModel.from_config(model.config.vision_config).from_pretrained(
-                model.config.vision_tower_name, dtype=model.dtype
-            )
+            kind = AutoModel.from_config(model.config.vision_config, trust_remote_code=False)
+            named = kind.from_pretrained(model.config.vision_tower_name, dtype=model.dtype, trust_remote_code=False)
             model.model.vision_tower.load_state_dict(named.state_dict())
             missing -= tower
         if extra_weights:

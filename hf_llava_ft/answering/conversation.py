@@ -167,13 +167,20 @@ def load_for_answering(
     attn_implementation: str = "sdpa",
     dtype: str = "auto",
     processor: Any = None,
+    allow_nan: bool = False,
 ):
     """Model, on the best device there is, and processor of `path`, where that is not given: an adapter, a merged,
     native or original checkpoint."""
     if processor is None:
         processor = load_processor(path, revision, base=base)
     model: Any = load_model(
-        path, processor, base=base, revision=revision, attn_implementation=attn_implementation, dtype=dtype
+        path,
+        processor,
+        base=base,
+        revision=revision,
+        attn_implementation=attn_implementation,
+        dtype=dtype,
+        allow_nan=allow_nan,
     )
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     return model.to(device).eval(), processor

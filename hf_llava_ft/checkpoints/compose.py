@@ -60,7 +60,8 @@ def compose_llava(
     vision_config = getattr(tower_config, "vision_config", tower_config)
     if vision_config.model_type not in VISION_KINDS:
         raise UserError(f"{vision} is a {vision_config.model_type}, not a vision tower of the CLIP or SigLIP kind.")
-    tower = AutoModel.from_config(vision_config).from_pretrained(vision, dtype=dtype)
+    kind = AutoModel.from_config(vision_config, trust_remote_code=False)
+    tower = kind.from_pretrained(vision, dtype=dtype, trust_remote_code=False)
     language_model = AutoModelForCausalLM.from_pretrained(
         language, revision=revision, dtype=dtype, trust_remote_code=False
     )

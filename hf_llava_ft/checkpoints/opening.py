@@ -250,7 +250,12 @@ def _load_whole(checkpoint: Checkpoint, folder: Path, revision: str | None, **kw
     embeddings = {name: extra_weights.pop(name) for name in _EMBEDDINGS if extra_weights and name in extra_weights}
     try:
         model = LlavaForCausalLM.from_pretrained(
-            checkpoint.base, config=config, revision=checkpoint.revision, extra_weights=extra_weights, **kwargs
+            checkpoint.base,
+            config=config,
+            revision=checkpoint.revision,
+            extra_weights=extra_weights,
+            trust_remote_code=False,
+            **kwargs,
         )
         if num_tokens is not None:
             # Tokens that the original added: the mean of the others, as it began with, where the folder does not hold

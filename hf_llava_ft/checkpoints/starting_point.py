@@ -298,7 +298,7 @@ def _is_another_tower(name: str, config: LlavaConfig) -> bool:
     if own_name and Path(own_name).name == Path(name).name:
         return False
     try:
-        tower = AutoConfig.from_pretrained(name)
+        tower = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError):
         return bool(own_name)  # nothing to compare but names
     tower, own = getattr(tower, "vision_config", tower), config.vision_config

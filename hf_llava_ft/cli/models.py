@@ -6,6 +6,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from hf_llava_ft.cli.application import (
+    AllowNanOption,
     AttentionOption,
     BaseOption,
     DtypeOption,
@@ -157,6 +158,7 @@ def generate(
     max_new_tokens: MaxNewTokensOption = 256,
     temperature: TemperatureOption = 0.0,
     attn_implementation: AttentionOption = "sdpa",
+    allow_nan: AllowNanOption = False,
     json_file: JsonOption = None,
 ) -> None:
     """Answer one question about any number of pictures, as a stream."""
@@ -167,7 +169,12 @@ def generate(
         processor = load_processor(model, revision, base=base)
         images = [open_image(source, processor.picture_opening) for source in image or []]
         parts = load_for_answering(
-            model, base=base, revision=revision, attn_implementation=attn_implementation, processor=processor
+            model,
+            base=base,
+            revision=revision,
+            attn_implementation=attn_implementation,
+            processor=processor,
+            allow_nan=allow_nan,
         )
         answer = _print_stream(
             Conversation(*parts), prompt, images, max_new_tokens=max_new_tokens, temperature=temperature
@@ -186,6 +193,7 @@ def chat(
     max_new_tokens: MaxNewTokensOption = 256,
     temperature: TemperatureOption = 0.0,
     attn_implementation: AttentionOption = "sdpa",
+    allow_nan: AllowNanOption = False,
 ) -> None:
     """Chat with a model about pictures. In the chat: /image PATH_OR_URL, /new, /quit."""
     with exit_on_user_error():
@@ -195,7 +203,12 @@ def chat(
         processor = load_processor(model, revision, base=base)
         pending = [open_image(source, processor.picture_opening) for source in image or []]
         parts = load_for_answering(
-            model, base=base, revision=revision, attn_implementation=attn_implementation, processor=processor
+            model,
+            base=base,
+            revision=revision,
+            attn_implementation=attn_implementation,
+            processor=processor,
+            allow_nan=allow_nan,
         )
         conversation = Conversation(*parts)
         typer.echo("/image PATH_OR_URL adds a picture, /new starts over, /quit ends.", err=True)

@@ -3,11 +3,15 @@
 The order is what makes an error the same however many processes there are: the first one met is that of the first
 item. Processes are forked, so they start at once and share what is in memory; where a system has no safe fork
 (Windows, macOS), the work is done in this process.
+
+They end with the process that started them, however that ends.
 """
 
+import ctypes
 import gc
 import multiprocessing
 import os
+import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +21,7 @@ from typing import TypeVar
 
 from hf_llava_ft.errors import UserError
 
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 MAX_WORKERS = 32  # forking a process that holds a model takes a tenth of a second
 
 Item = TypeVar("Item")
@@ -56,7 +61,7 @@ def results_in_order(
         yield from map(function, items)
         return
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(num_proc, context, initializer=_remember, initargs=(function,)) as pool:
+    with ProcessPoolExecutor(num_proc, context, initializer=_remember, initargs=(function, os.getpid())) as pool:
         try:
             yield from pool.map(_call, items)
         except BrokenProcessPool:
@@ -75,7 +80,7 @@ def results_of_stream(
         yield from map(function, items)
         return
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(num_proc, context, initializer=_remember, initargs=(function,)) as pool:
+    with ProcessPoolExecutor(num_proc, context, initializer=_remember, initargs=(function, os.getpid())) as pool:
         waiting: deque[Future] = deque()
         try:
             for item in items:
@@ -90,12 +95,23 @@ def results_of_stream(
             pool.shutdown(cancel_futures=True)
 
 
+def end_with(parent: int) -> None:
+    """
+    Has Linux kill this process when the one that forked it is gone, by kill -9 too. Without that a worker waits for
+    work for ever, because it holds the other end of the pipe itself.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it was gone before
+        os._exit(1)
+
+
 _function: Callable | None = None  # of the pool that this process works for
 
 
-def _remember(function: Callable) -> None:
+def _remember(function: Callable, parent: int) -> None:
     global _function
     _function = function
+    end_with(parent)
     # What was forked never becomes garbage; looking at it takes time, and makes copies of memory that is shared.
     gc.freeze()
 

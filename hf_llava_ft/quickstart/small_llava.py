@@ -46,13 +46,14 @@ def _load_language_model():
             gguf_file=LANGUAGE_MODEL_FILE,
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.float32,
+            trust_remote_code=False,
         )
         tokenizer = load_tokenizer(folder, gguf_file=LANGUAGE_MODEL_FILE)
         # transformers 5.17 takes <|im_start|> for the end token of this file.
         tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
         return model, tokenizer
     try:
-        model = AutoModelForCausalLM.from_pretrained(LANGUAGE_MODEL_ID, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(LANGUAGE_MODEL_ID, dtype=torch.float32, trust_remote_code=False)
         return model, load_tokenizer(LANGUAGE_MODEL_ID)
     except OSError as error:
         raise UserError(

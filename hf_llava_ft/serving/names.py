@@ -34,7 +34,7 @@ def written_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 def expected_shapes(config) -> dict[str, tuple[int, ...]]:
     """What transformers' own model of `config` holds, under the names of llava-hf."""
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
+        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
     expected = {}
     for name, tensor in model.state_dict().items():
         for pattern, replacement in _ON_DISK:

@@ -108,9 +108,13 @@ def answers_of_parts(
     Returns:
         `features` `float32[N, P, D]` and `logits` `float32[1, T, num_tokens]`.
     """
-    language = AutoModelForCausalLM.from_pretrained(folder / LANGUAGE_MODEL, dtype="auto").eval()
+    language = AutoModelForCausalLM.from_pretrained(
+        folder / LANGUAGE_MODEL, dtype="auto", trust_remote_code=False
+    ).eval()
     # Not by the configuration there, whose name of the activation is meant for llama.cpp.
-    tower: Any = AutoModel.from_pretrained(folder / VISION, config=config.vision_config, dtype="auto").eval()
+    tower: Any = AutoModel.from_pretrained(
+        folder / VISION, config=config.vision_config, dtype="auto", trust_remote_code=False
+    ).eval()
     loaded = torch.load(folder / VISION / PROJECTOR, weights_only=True)
     layers: list[Any] = [nn.functional.linear, nn.functional.gelu, nn.functional.linear]
     with torch.no_grad():

@@ -39,6 +39,7 @@ class ModelArguments:
     )
     attn_implementation: str = field(default="sdpa", metadata={"help": "sdpa, eager, flash_attention_2, ..."})
     dtype: str = field(default="auto", metadata={"help": "dtype of the weights: auto (as saved), float32, bfloat16."})
+    allow_nan: bool = field(default=False, metadata={"help": "Take a model whose weights are NaN or infinite."})
     vision_tower: str | None = field(
         default=None,
         metadata={
