@@ -162,8 +162,8 @@ def print_table(results: list[dict]) -> None:
     for result in results:
         table.add_column(f"{result['rows']:,} rows", justify="right")
     lines = [
-        ("open, first time", "first", "first"),
-        ("open, again", "again", "again"),
+        ("load, first time", "first", "first"),
+        ("load, again", "again", "again"),
         ("modality lengths", "again", "modality_lengths"),
         ("order, ours", "again", "order"),
         ("order, the original's", "again", "original_order"),
@@ -199,9 +199,9 @@ def plot(results: list[dict], path: Path) -> None:
     figure, (time_axes, memory_axes) = plt.subplots(1, 2, figsize=(11, 5.2))
     for title, part, name, style in [
         ("token lengths, first time", "tokens", "tokens_first", "o-C4"),
-        ("open, first time", "first", "first", "o-C0"),
+        ("load, first time", "first", "first", "o-C0"),
         ("original: json.load and lengths", "original", None, "s--C3"),
-        ("open, again", "again", "again", "o-C2"),
+        ("load, again", "again", "again", "o-C2"),
         ("modality lengths", "again", "modality_lengths", "o-C1"),
         ("order", "again", "order", "o-C5"),
     ]:

@@ -42,6 +42,7 @@ DtypeOption = Annotated[
 RevisionOption = Annotated[
     str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub; default: main.")
 ]
+ImagesOption = Annotated[list[str] | None, typer.Option("--image", help="Path or URL of a picture; may be repeated.")]
 AttentionOption = Annotated[str, typer.Option("--attn_implementation", help="sdpa, eager, flash_attention_2, ...")]
 AllowNanOption = Annotated[bool, typer.Option("--allow_nan", help="Take a model whose weights are NaN or infinite.")]
 MaxNewTokensOption = Annotated[int, typer.Option("--max_new_tokens", min=1, help="Most tokens of an answer.")]

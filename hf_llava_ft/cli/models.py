@@ -10,6 +10,7 @@ from hf_llava_ft.cli.application import (
     AttentionOption,
     BaseOption,
     DtypeOption,
+    ImagesOption,
     JsonOption,
     MaxNewTokensOption,
     ModelOption,
@@ -150,9 +151,7 @@ def verify(
 def generate(
     model: ModelOption,
     prompt: Annotated[str, typer.Option("--prompt", help="The question.")],
-    image: Annotated[
-        list[str] | None, typer.Option("--image", help="Path or URL of a picture; may be repeated.")
-    ] = None,
+    image: ImagesOption = None,
     base: BaseOption = None,
     revision: RevisionOption = None,
     max_new_tokens: MaxNewTokensOption = 256,
@@ -185,9 +184,7 @@ def generate(
 @app.command()
 def chat(
     model: ModelOption,
-    image: Annotated[
-        list[str] | None, typer.Option("--image", help="Path or URL of a picture to begin with; may be repeated.")
-    ] = None,
+    image: ImagesOption = None,
     base: BaseOption = None,
     revision: RevisionOption = None,
     max_new_tokens: MaxNewTokensOption = 256,
