@@ -52,9 +52,6 @@ _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
         "it out",
     ),
     "liger_kernel_config": ((None,), "is of use_liger_kernel, which is refused here: leave it out"),
-    "torch_compile": ((False,), "has not been compared with what is computed without it: leave it out"),
-    "torch_compile_backend": ((None,), "switches torch_compile on, which is refused here: leave it out"),
-    "torch_compile_mode": ((None,), "switches torch_compile on, which is refused here: leave it out"),
     "parallelism_config": (
         (None,),
         "shares rows out among processes in a way that our batches do not know: use --deepspeed or --fsdp",
@@ -114,8 +111,6 @@ def _check_scheduler(args: Any) -> None:
     kind, options = args.lr_scheduler_type.value, args.lr_scheduler_kwargs or {}
     try:
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate or 1e-3)
-        if kind in ("reduce_lr_on_plateau", "greedy") and args.eval_strategy == "no":
-            raise ValueError("it follows the evaluation loss, so it needs eval_strategy steps or epoch")
         get_scheduler(kind, optimizer, num_warmup_steps=1, num_training_steps=10, scheduler_specific_kwargs=options)
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(

@@ -10,6 +10,7 @@ so nothing is turned under it.
 """
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
@@ -18,6 +19,8 @@ from torch import nn
 from hf_llava_ft.modeling.part_names_llava import LANGUAGE_MODEL, LM_HEAD, OTHER, part_of
 
 HALF = (torch.float16, torch.bfloat16)
+# Of models whose first weight no longer tells in what they came.
+_CAME_IN: WeakKeyDictionary[nn.Module, torch.dtype | None] = WeakKeyDictionary()
 
 
 def with_float32_masters(model: Any) -> Any:
@@ -36,8 +39,7 @@ def with_float32_masters(model: Any) -> Any:
     for name, parameter in named:
         if part_of(name) in parts:
             parameter.data = parameter.data.float()
-            # Read by `dtype_of_result`, since the first weight no longer tells.
-            base.dtype_before_masters = getattr(base, "dtype_before_masters", came_in)
+            _CAME_IN.setdefault(base, came_in)
     return model
 
 
@@ -51,7 +53,7 @@ def without_float16_on_cpu(model: Any, args: Any) -> None:
 
 def dtype_of_result(model: Any) -> torch.dtype:
     """That of a finished model: the one in which it came."""
-    return getattr(model, "dtype_before_masters", None) or model.dtype
+    return _CAME_IN.get(model) or model.dtype
 
 
 def said_precision(model: nn.Module, args: Any) -> str:

@@ -11,7 +11,7 @@ from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.settings.parsing import parse_arguments, resolve
 from hf_llava_ft.train import train
 from hf_llava_ft.training import tuning
-from hf_llava_ft.training.masters import with_float32_masters
+from hf_llava_ft.training.masters import dtype_of_result, with_float32_masters
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_only_a_part_in_which_something_trains_is_turned(tiny):
     again = with_float32_masters(with_float32_masters(model))
     turned = {name for name, each in again.named_parameters() if each.dtype == torch.float32}
     assert len(turned) == 4 and all(name.startswith("model.multi_modal_projector.") for name in turned)
-    assert again.dtype_before_masters == torch.float16
+    assert dtype_of_result(again) == torch.float16 and dtype_of_result(tiny.model()) == torch.float32
 
 
 MINIMAL = ["--model_name_or_path", "model", "--data_path", "data.json"]
