@@ -71,18 +71,41 @@ def test_an_error_in_generation_reaches_the_reader(tiny_checkpoint):
         Conversation(model, processor).ask("q", max_new_tokens=2)
 
 
-def test_an_orientation_tag_turns_no_picture_in_training_or_answering(tmp_path):
-    """As in the original; `datasets` and others would turn it."""
+@pytest.mark.parametrize("opening", ["upright", "original"])
+def test_training_and_answering_turn_a_picture_alike(tmp_path, opening):
+    """By its EXIF data, as transformers does, or not at all, as the original."""
     picture = Image.new("RGB", (40, 20), "red")
     picture.paste("blue", (0, 0, 20, 20))
     exif = picture.getexif()
     exif[0x0112] = 6  # turn by 90 degrees
     picture.save(tmp_path / "turned.jpg", exif=exif)
     for opened in (
-        open_image(tmp_path / "turned.jpg"),
-        open_picture({"path": str(tmp_path / "turned.jpg"), "bytes": None}),
+        open_image(tmp_path / "turned.jpg", opening),
+        open_picture({"path": str(tmp_path / "turned.jpg"), "bytes": None}, opening),
     ):
-        assert opened.size == (40, 20) and opened.getpixel((5, 10))[2] > 200
+        upright = opening == "upright"
+        assert opened.size == ((20, 40) if upright else (40, 20))
+        assert opened.getpixel((10, 5) if upright else (5, 10))[2] > 200
+
+
+def test_a_model_answers_of_pictures_as_it_was_trained(tiny_checkpoint, tmp_path, llava_ft):
+    photo = tmp_path / "turned.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.linear_gradient("L").resize((40, 20)).convert("RGB").save(photo, exif=exif)
+    answers = {}
+    for opening in ("upright", "original"):
+        folder = tmp_path / opening
+        model, processor = load_for_answering(str(tiny_checkpoint))
+        processor.picture_opening = opening
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        asked = ("--prompt", "What?", "--image", photo, "--max_new_tokens", 24)
+        code, answers[opening], err = llava_ft("generate", "--model", folder, *asked)
+        assert code == 0, err
+        expected = Conversation(model, processor).ask("What?", [open_image(photo, opening)], max_new_tokens=24)
+        assert answers[opening].strip() == expected
+    assert answers["upright"] != answers["original"]
 
 
 # ------------------------------------------------------------------ where a text and no token ends the answer

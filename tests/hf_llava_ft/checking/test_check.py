@@ -167,7 +167,7 @@ def test_warnings_do_not_stop_training(llava_ft, folder, tiny_checkpoint):
     texts = [warning["what"] for warning in result["warnings"]]
     assert "300 x 1 pixels" in texts[0] and "row 2" in texts[4]
     assert "'<s>'" in texts[2] and "stop there" not in texts[2] and "stop there" in texts[3]
-    assert result["turned_images"] == 1 and "not applied, as in the original" in " ".join(out.split())
+    assert result["turned_images"] == 1 and "1; trained upright, as transformers'" in " ".join(out.split())
     assert (result["images"], result["image_places"], result["reused_images"]) == (7, 8, 1)
     assert result["duplicate_rows"] == 1 and result["image_formats"] == {"PNG": 6, "JPEG": 1}
 

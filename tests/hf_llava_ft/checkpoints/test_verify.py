@@ -43,6 +43,32 @@ def test_another_way_to_make_a_picture_square_is_noticed(written):
     assert "the same picture into other pixels" in verify(*written).differences[0]
 
 
+def as_the_original_opens_pictures(written):
+    folder, reference, processor, probe = written
+    processor.picture_opening = "original"
+    model = load_model(str(folder), processor)
+    return model, processor, folder, probe
+
+
+def test_pictures_that_readers_open_otherwise_than_training_are_noticed(written):
+    """A folder that promises what transformers sees, of a processor that saw something else."""
+    model, processor, folder, probe = as_the_original_opens_pictures(written)
+    reference = reference_outputs(model, processor, probe)
+    processor.picture_opening = "upright"
+    found = verify(folder, reference, processor, probe)
+    assert "a picture that its EXIF data turn" in found.differences[0] and "otherwise" in found.differences[0]
+    assert verify(folder, reference_outputs(model, processor, probe), processor, probe).ok
+
+
+def test_pictures_opened_as_the_original_does_are_no_fault_and_are_told(written):
+    model, processor, folder, probe = as_the_original_opens_pictures(written)
+    processor.save_pretrained(folder)
+    found = verify(folder, reference_outputs(model, processor, probe), processor, probe)
+    assert found.ok and "picture_opening original" in found.notes[0] and "EXIF" in found.notes[0]
+    processor.picture_opening = "upright"
+    assert verify(folder, reference_outputs(model, processor, probe), processor, probe).notes == []
+
+
 def test_another_template_is_noticed(written):
     folder, _, _, _ = written
     processor = load_processor(str(folder))

@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
     for number in range(7):
         size = (30 + 60 * number, 200 - 25 * number)
         exif = Image.Exif()
-        exif[0x0112] = 6  # a quarter turn, which training does not make
+        exif[0x0112] = 6  # a quarter turn, which training makes or does not make
         Image.new("RGB", size, (number * 30, 90, 200)).save(folder / "images" / f"{number}.png", exif=exif)
     return folder
 
@@ -57,7 +57,9 @@ def load(folder, rows, name="data.json"):
 def plainly(dataset, processor):
     """Tokens and supervised tokens of every row, encoded as in training."""
     encoded = [
-        processor.encode_conversation(row["messages"], [open_picture(image) for image in row["images"]])
+        processor.encode_conversation(
+            row["messages"], [open_picture(image, processor.picture_opening) for image in row["images"]]
+        )
         for row in dataset
     ]
     supervised = [int((row["labels"] != IGNORE_INDEX).sum()) for row in encoded]
@@ -98,9 +100,11 @@ def test_a_caption_template_and_processes_whose_rows_end_anywhere(golden, tiny, 
         assert (counts.num_tokens.tolist(), counts.num_supervised.tolist()) == expected
 
 
-def test_the_size_of_a_picture_counts_where_it_is_cut_into_crops(golden, tiny, folder):
+@pytest.mark.parametrize("opening", ["upright", "original"])
+def test_the_size_of_a_picture_counts_where_it_is_cut_into_crops(golden, tiny, folder, opening):
     grid = [[56, 112], [112, 56], [112, 112]]
     processor = processor_of(golden, tiny, "v1", image_aspect_ratio="anyres", image_grid_pinpoints=grid)
+    processor.picture_opening = opening
     dataset = load(folder, conversations(24))
     counts = token_counts(dataset, processor)
     assert (counts.num_tokens.tolist(), counts.num_supervised.tolist()) == plainly(dataset, processor)

@@ -119,6 +119,7 @@ COMMON = {
     "lora_vision_tower": False,
     "lora_target_modules": None,
     "resume_from_checkpoint": "auto",
+    "picture_opening": "original",
 }
 STAGE_2 = {
     "train_type": "freeze_vision",
@@ -247,6 +248,7 @@ def test_what_is_not_said_is_as_in_the_original_and_without_its_words_as_here():
         "train_type": ("lora", "freeze_vision"),
         "version": (None, "v1"),
         "image_aspect_ratio": (None, "square"),
+        "picture_opening": (None, "original"),
         "mm_projector_type": (None, "linear"),
         "mm_vision_select_layer": (None, -1),
         "mm_vision_select_feature": (None, "patch"),
