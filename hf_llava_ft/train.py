@@ -16,9 +16,9 @@ from transformers import CONFIG_NAME, EarlyStoppingCallback, IntervalStrategy, P
 
 from hf_llava_ft.checking.preview import print_preview
 from hf_llava_ft.checkpoints.artifact import staged_files, told_of_a_full_disk
+from hf_llava_ft.checkpoints.checked.resume_state import check_resume_state
 from hf_llava_ft.checkpoints.opening import ADAPTER_CONFIG, load_model
 from hf_llava_ft.checkpoints.remote_code import carries_our_code, note_on_code
-from hf_llava_ft.checkpoints.resume_state import check_resume_state
 from hf_llava_ft.checkpoints.starting_point import (
     StartingPoint,
     check_starting_point,
@@ -38,18 +38,18 @@ from hf_llava_ft.settings.parsing import parse_arguments as parse_arguments
 from hf_llava_ft.settings.parsing import resolve
 from hf_llava_ft.training.eval_prompts import EvalAnswers, open_eval_prompts
 from hf_llava_ft.training.evaluation import check_evaluation, tell_of_early_stop
-from hf_llava_ft.training.fingerprint import base_digest, course_of
 from hf_llava_ft.training.finite import NotFinite
 from hf_llava_ft.training.first_process import in_first_process
-from hf_llava_ft.training.interruption import Interruption, TrainingInterrupted
 from hf_llava_ft.training.masters import said_precision
 from hf_llava_ft.training.moved_weights import WrongWeightsMoved
 from hf_llava_ft.training.out_of_memory import advice, told_of_out_of_memory
 from hf_llava_ft.training.progress import LiveProgress
 from hf_llava_ft.training.quantization import loading_in_few_bits
-from hf_llava_ft.training.resume import Run, checkpoint_to_resume, opening_to_resume
+from hf_llava_ft.training.resuming.fingerprint import base_digest, course_of
+from hf_llava_ft.training.resuming.interruption import Interruption, TrainingInterrupted
+from hf_llava_ft.training.resuming.resume import Run, checkpoint_to_resume, opening_to_resume
+from hf_llava_ft.training.resuming.run_folder import compared_with_before, one_run_at_a_time, open_run_folder
 from hf_llava_ft.training.rows import TrainingRows, open_all_rows, tell_of_rows_left_out
-from hf_llava_ft.training.run_folder import compared_with_before, one_run_at_a_time, open_run_folder
 from hf_llava_ft.training.summary import settings_of, train_summary, write_summary
 from hf_llava_ft.training.trainer import LlavaTrainer
 from hf_llava_ft.training.tuning import TrainedPart, table_of_parts, trained_parts, with_tuning

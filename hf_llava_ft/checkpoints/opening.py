@@ -11,9 +11,9 @@ from peft import PeftModel
 from transformers import MODEL_MAPPING, AutoConfig
 
 from hf_llava_ft.checkpoints.adapters import with_adapter
-from hf_llava_ft.checkpoints.checked_folder import UNREADABLE, check_config, check_settings, reason_of
-from hf_llava_ft.checkpoints.checked_template import check_rendering, check_templates
-from hf_llava_ft.checkpoints.checked_weights import check_weights, refuse_no_numbers
+from hf_llava_ft.checkpoints.checked.folder import UNREADABLE, check_config, check_settings, reason_of
+from hf_llava_ft.checkpoints.checked.template import check_rendering, check_templates
+from hf_llava_ft.checkpoints.checked.weights import check_weights, refuse_no_numbers
 from hf_llava_ft.checkpoints.embeddings import grow_embeddings
 from hf_llava_ft.checkpoints.files import find_file, has_file, hub_refusal, not_here, read_json
 from hf_llava_ft.checkpoints.original_folders import (

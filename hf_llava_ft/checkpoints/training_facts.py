@@ -17,7 +17,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from hf_llava_ft.checkpoints.checked_json import (
+from hf_llava_ft.checkpoints.checked.json_values import (
     MAX_TEXT,
     commit_hash,
     count,

@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from hf_llava_ft.checkpoints.checked_folder import UNREADABLE
+from hf_llava_ft.checkpoints.checked.folder import UNREADABLE
 from hf_llava_ft.checkpoints.files import first_line
 from hf_llava_ft.checkpoints.opening import ADAPTER_CONFIG, Kind
 from hf_llava_ft.checkpoints.original_folders import NON_LORA_FILE, PROJECTOR_FILE, read_weights

@@ -38,9 +38,7 @@ from hf_llava_ft.modeling.weight_names_llava import name_in_memory
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.processing.uint8_pixels_llava import can_hand_over_uint8, normalize_pixels
 from hf_llava_ft.settings.arguments import LlavaTrainingArguments
-from hf_llava_ft.training.changed_settings import ChangedSettings, settings_of_groups
 from hf_llava_ft.training.evaluation import row_losses, untouched_rng
-from hf_llava_ft.training.fingerprint import refuse_another_course, settings_course
 from hf_llava_ft.training.finite import FiniteTraining
 from hf_llava_ft.training.fsdp import check_fsdp, share_out_by_layers, whole_state_dict
 from hf_llava_ft.training.longest_batch import LongestBatch
@@ -49,7 +47,9 @@ from hf_llava_ft.training.masters import dtype_of_result, with_float32_masters, 
 from hf_llava_ft.training.moved_weights import MovedWeights
 from hf_llava_ft.training.one_dtype import Rounded, in_one_dtype, name_dtype
 from hf_llava_ft.training.out_of_memory import advice, advice_for_evaluation, told_of_out_of_memory
-from hf_llava_ft.training.resume import Run, begin, checkpoint_to_resume, remove_older, seal
+from hf_llava_ft.training.resuming.changed_settings import ChangedSettings, settings_of_groups
+from hf_llava_ft.training.resuming.fingerprint import refuse_another_course, settings_course
+from hf_llava_ft.training.resuming.resume import Run, begin, checkpoint_to_resume, remove_older, seal
 from hf_llava_ft.training.throughput import Throughput
 from hf_llava_ft.training.trainer_push import PushingTrainer
 

@@ -31,7 +31,7 @@ from hf_llava_ft.hub.refusals import push_refusal
 from hf_llava_ft.hub.staging import hub_name, replaced_by, stage
 from hf_llava_ft.hub.upload import Upload, Uploaded, patiently
 from hf_llava_ft.library_differences import HTTPError
-from hf_llava_ft.training.resume import SEAL, Run, seal
+from hf_llava_ft.training.resuming.resume import SEAL, Run, seal
 
 logger = logging.getLogger(__name__)
 

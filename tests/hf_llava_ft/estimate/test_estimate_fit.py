@@ -7,12 +7,13 @@ import pytest
 import torch
 
 import hf_llava_ft
+from benchmarks.llava_sizes import llava_1_5
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.estimate.memory import Engine, divided, state_bytes
 from hf_llava_ft.estimate.plan import GIB, SET_ASIDE, Estimate, Estimator, Plan
 from hf_llava_ft.estimate.trace import Batch, Precision, build_model
 from hf_llava_ft.settings.arguments import TuningArguments
-from tests.hf_llava_ft.estimate.test_estimate import llava_7b, run
+from tests.hf_llava_ft.estimate.test_estimate import run
 
 ENGINES: list[tuple[Engine, int]] = [
     ("single", 1),
@@ -27,7 +28,7 @@ ROW = Batch(size=1, images=1, text_tokens=200, supervised=200)
 
 def llava_13b() -> hf_llava_ft.LlavaConfig:
     """The sizes of LLaVA-1.5-13B: Vicuna-13B and CLIP ViT-L/14-336."""
-    config = llava_7b()
+    config = llava_1_5()
     sizes = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40}
     for name, size in (sizes | {"num_attention_heads": 40, "num_key_value_heads": 40}).items():
         setattr(config.text_config, name, size)
@@ -38,7 +39,7 @@ def llava_13b() -> hf_llava_ft.LlavaConfig:
 def estimator(size: str, train_type: str, dtype: torch.dtype = torch.bfloat16) -> Estimator:
     """One for each kind, which keeps what it has traced."""
     fields = {"bits": 4} if train_type == "qlora" else {}
-    config = {"7b": llava_7b, "13b": llava_13b}[size]()
+    config = {"7b": llava_1_5, "13b": llava_13b}[size]()
     return Estimator(
         config, TuningArguments(train_type=train_type, **fields), dtype, True, "sdpa", "adamw_torch_fused"
     )
@@ -85,13 +86,13 @@ def test_states_of_full_training_of_7b_are_more_than_a_card_of_80_gb_holds():
     """16 bytes a weight: two for the weight and two for its gradient in bf16, three float32 for AdamW under DeepSpeed;
     or four float32 without it."""
     tuning = TuningArguments(train_type="full")
-    mixed = build_model(llava_7b(), tuning, Precision(torch.bfloat16, whole_model=torch.bfloat16))
+    mixed = build_model(llava_1_5(), tuning, Precision(torch.bfloat16, whole_model=torch.bfloat16))
     trained = sum(each.numel() for each in mixed.parameters() if each.requires_grad)
     assert 7.0e9 < trained < 7.1e9
     states = state_bytes(mixed, tuning)
     alone = {engine: divided(states, trained, engine, 1).total / GIB for engine in ("zero2", "zero3")}
     assert all(16 * trained / GIB < size and size > 80 for size in alone.values())
-    whole = state_bytes(build_model(llava_7b(), tuning, Precision(torch.float32, autocast=True)), tuning)
+    whole = state_bytes(build_model(llava_1_5(), tuning, Precision(torch.float32, autocast=True)), tuning)
     assert whole.total / GIB == pytest.approx(16 * trained / GIB, rel=0.01) and whole.total / GIB > 80
     assert divided(states, trained, "zero2_offload", 1).total / GIB < 24
     assert divided(states, trained, "zero3", 8).total / GIB < 24

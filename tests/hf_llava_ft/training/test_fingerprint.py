@@ -12,7 +12,7 @@ from hf_llava_ft.errors import UserError
 from hf_llava_ft.settings.arguments import DataArguments, LlavaTrainingArguments, ModelArguments, TuningArguments
 from hf_llava_ft.settings.parsing import resolve
 from hf_llava_ft.train import train
-from hf_llava_ft.training.fingerprint import (
+from hf_llava_ft.training.resuming.fingerprint import (
     FREE,
     TAKE_EFFECT,
     base_digest,
@@ -20,7 +20,7 @@ from hf_llava_ft.training.fingerprint import (
     refuse_another_course,
     settings_course,
 )
-from hf_llava_ft.training.resume import Run, read_seal
+from hf_llava_ft.training.resuming.resume import Run, read_seal
 from tests.hf_llava_ft.training.test_trainer import make_trainer
 
 

@@ -5,7 +5,7 @@ import subprocess
 import pytest
 import torch
 
-from hf_llava_ft.training.resume import what_is_missing
+from hf_llava_ft.training.resuming.resume import what_is_missing
 from tests.ranks import ENGINES, Run, logged, num_processes, run, saved_weights, write_rows
 
 pytestmark = pytest.mark.slow

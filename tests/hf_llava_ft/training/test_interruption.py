@@ -3,7 +3,7 @@
 import json
 import signal
 
-from hf_llava_ft.training.interruption import SIGNALS
+from hf_llava_ft.training.resuming.interruption import SIGNALS
 
 
 def test_training_that_fails_gives_the_signals_back(llava_ft, tiny_checkpoint, llava_json, tmp_path):

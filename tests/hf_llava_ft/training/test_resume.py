@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.training.resume import SEAL, checkpoint_to_resume, seal, what_is_missing
+from hf_llava_ft.training.resuming.resume import SEAL, checkpoint_to_resume, seal, what_is_missing
 
 STEPS = 6
 

@@ -7,7 +7,7 @@ numbers, schedule and groups of the optimiser all show in the numbers.
 import pytest
 import torch
 
-from hf_llava_ft.training.resume import SEAL
+from hf_llava_ft.training.resuming.resume import SEAL
 from tests.ranks import ENGINES, OFFLOADS, Run, logged, num_processes, run, saved_weights, write_rows
 
 pytestmark = pytest.mark.slow

@@ -12,7 +12,7 @@ from hf_llava_ft.data.collator import LlavaCollator
 from hf_llava_ft.data.formats import load_data, open_source
 from hf_llava_ft.data.streaming import LlavaStream
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.training.resume import opening_to_resume
+from hf_llava_ft.training.resuming.resume import opening_to_resume
 
 FLAGS = {
     "--use_cpu": "True",

@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 import hf_llava_ft
 from hf_llava_ft.checkpoints.opening import fit_to_processor, load_model
 from hf_llava_ft.hub.staging import goes
-from hf_llava_ft.training.resume import what_is_missing
+from hf_llava_ft.training.resuming.resume import what_is_missing
 from hf_llava_ft.training.trainer_push import PushingTrainer
 from tests.loopback.cards import problems
 from tests.loopback_hub import LoopbackHub, Status

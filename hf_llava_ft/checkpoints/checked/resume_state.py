@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers.trainer_pt_utils import safe_globals
 
-from hf_llava_ft.checkpoints.checked_folder import UNREADABLE, check_settings
+from hf_llava_ft.checkpoints.checked.folder import UNREADABLE, check_settings
 from hf_llava_ft.checkpoints.files import read_json, refuse_what_is_no_file
 from hf_llava_ft.checkpoints.run_files import TRAINER_STATE_NAME
 from hf_llava_ft.errors import UserError

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hf_llava_ft.checkpoints import template_probe
+from hf_llava_ft.checkpoints.checked import template_probe
 from hf_llava_ft.checkpoints.files import local_file, read_json
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.processing.chat_templates_llava import CHAT_TEMPLATES

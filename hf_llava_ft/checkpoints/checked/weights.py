@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from hf_llava_ft.checkpoints.checked_folder import INDEXES, UNREADABLE, reason_of, shards_named_by
+from hf_llava_ft.checkpoints.checked.folder import INDEXES, UNREADABLE, reason_of, shards_named_by
 from hf_llava_ft.checkpoints.files import local_file, refuse_what_is_no_file
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.modeling.configuration_llava import LlavaConfig

@@ -28,9 +28,9 @@ from hf_llava_ft.errors import UserError
 from hf_llava_ft.hub.model_card import ASSETS_FOLDER, CARD_FILE
 from hf_llava_ft.reports.run_report import PLOT_FILE, REPORT_FILE
 from hf_llava_ft.settings.arguments import LlavaTrainingArguments
-from hf_llava_ft.training.fingerprint import refuse_another_course
 from hf_llava_ft.training.first_process import in_first_process
-from hf_llava_ft.training.resume import SEAL, UNFINISHED, Run, checkpoints_in
+from hf_llava_ft.training.resuming.fingerprint import refuse_another_course
+from hf_llava_ft.training.resuming.resume import SEAL, UNFINISHED, Run, checkpoints_in
 
 # What others put there while a run goes on, or before it: nothing of ours has such a name.
 _LOGS = re.compile(

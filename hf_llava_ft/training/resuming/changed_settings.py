@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.training.fingerprint import TAKE_EFFECT, changes_between
+from hf_llava_ft.training.resuming.fingerprint import TAKE_EFFECT, changes_between
 
 if TYPE_CHECKING:
     from hf_llava_ft.training.trainer import LlavaTrainer
