@@ -17,7 +17,7 @@ from hf_llava_ft.checking.report import histogram_svg, pictures_of, write_check_
 from hf_llava_ft.data.formats import open_source
 from hf_llava_ft.processing.uint8_pixels_llava import uint8_images
 
-ATTACK = "<script>alert(1)</script><img src=x onerror='a()'>\"></p></mark>&amp;{style}"
+ATTACK = "<script>alert(1)</script><img src=x onerror='a()'>\"></p></mark>&amp;{style}{{ 7*7 }}</style>\u202e"
 
 
 class Page(HTMLParser):

@@ -108,7 +108,9 @@ def test_a_run_without_answers_does_not_claim_success(tmp_path):
     assert "No answers were recorded" in html and "\u2713" not in html
 
 
-ATTACK = """<script>alert(1)</script><img src=x onerror='a()'>"></p></div>&amp;{style}\udcff\x00"""
+ATTACK = (
+    """<script>alert(1)</script><img src=x onerror=a()>"></p></div>&amp;{style}{{ 7*7 }}</style>\u202e\udcff\x00"""
+)
 
 
 @pytest.mark.parametrize("place", ["before", "after", "question", "expected", "title", "note", "command", "fact"])

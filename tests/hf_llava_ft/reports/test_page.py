@@ -173,6 +173,12 @@ def test_a_page_of_a_long_run_shows_some_of_its_answers(tmp_path):
     assert re.findall(r"<th>step (\d+)</th>", html) == ["5", "9"] and "times; all are in" not in html
 
 
+def test_names_do_not_turn_the_sentence_around(tmp_path):
+    run_report(tmp_path / "page.html", text="\u202eabc")
+    html = (tmp_path / "page.html").read_text("utf-8")
+    assert "<p><bdi>x\u202eabc</bdi> on <bdi>\u202eabc</bdi>, " in html
+
+
 def test_a_model_that_said_nothing_is_told_so(tmp_path):
     run_report(tmp_path / "page.html", text=" \n")
     html = (tmp_path / "page.html").read_text("utf-8")
