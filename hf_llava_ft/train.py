@@ -172,7 +172,7 @@ def _checked_first(
     checkpoint, passed_over = checkpoint_to_resume(args.resume_from_checkpoint, output_dir)
     for sentence in passed_over:
         tell(sentence)
-    return open_run_folder(args, checkpoint, tell)
+    return open_run_folder(args, checkpoint, tell, model_args.model_name_or_path)
 
 
 def _loaded_model(
