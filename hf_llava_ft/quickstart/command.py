@@ -7,7 +7,7 @@ before bringing a real model.
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -135,9 +135,10 @@ def _fresh(output_dir: Path) -> Path:
     output_dir = Path(output_dir)
     output_dir.mkdir(exist_ok=True)
     names = sorted(path.name for path in output_dir.iterdir())
-    is_ours = MARK in names or RESULT in names
-    # The locks are of a run that was killed.
-    foreign = [name for name in names if not (is_ours and name in (*WRITTEN, MARK)) and ".lock" not in name]
+    is_ours = MARK in names or _is_result(output_dir / RESULT)
+    # What a killed process left: its lock, and what was being written.
+    left = [name for name in names if name.startswith(".") and (".lock" in name or ".partial-" in name)]
+    foreign = [name for name in names if name not in left and not (is_ours and name in (*WRITTEN, MARK))]
     if foreign:
         raise UserError(f"{output_dir} holds {foreign[0]}, which no quickstart wrote: choose another --output_dir.")
     for name in WRITTEN:
@@ -145,6 +146,14 @@ def _fresh(output_dir: Path) -> Path:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     (output_dir / MARK).touch()
     return output_dir
+
+
+def _is_result(file: Path) -> bool:
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(told, dict) and {field.name for field in fields(QuickstartResult)} <= set(told)
 
 
 def _training_flags(output_dir: Path, seed: int) -> list[str]:
