@@ -126,6 +126,8 @@ def _opened(folder: Path, checkpoint: str | None, args: LlavaTrainingArguments) 
             "one of them."
         )
     run = Run() if checkpoint is None else Run.of(checkpoint)
+    if args.resume_anyway:
+        run.started = time.time_ns()  # of files that are younger, no more is said
     reason = None if is_own else _in_the_way(folder)
     if reason is not None and not args.overwrite_output_dir:
         go_on = "" if checkpoint is not None or not _whole(folder) else "go on from them with "
