@@ -191,7 +191,7 @@ def _checked_first(
         tell(sentence)
     if checkpoint is not None:
         check_resume_state(checkpoint)
-    return open_run_folder(args, checkpoint, tell)
+    return open_run_folder(args, checkpoint, tell, model_args.model_name_or_path)
 
 
 def _loaded_model(

@@ -7,7 +7,7 @@ bringing a real model.
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from rich.table import Table
 from hf_llava_ft.answering.conversation import Conversation, load_for_answering, open_image
 from hf_llava_ft.checkpoints.artifact import check_writable
 from hf_llava_ft.checkpoints.compose import save_composed
+from hf_llava_ft.checkpoints.folder_lock import locked_folder
 from hf_llava_ft.checkpoints.merge import merge_adapter
 from hf_llava_ft.checkpoints.verify import Probe, reloaded_outputs
 from hf_llava_ft.errors import UserError
@@ -36,6 +37,8 @@ NOTE = (
 )
 # Everything a run writes; what an earlier run left under these names is replaced, other files are not touched.
 WRITTEN = ("photos", "base", "adapter", "merged", "result.json", "report.html", "loss.png", "answers.png")
+# Whose a folder is: others have folders called photos too. Those of hf_llava_ft 0.1 are known by their result alone.
+MARK, RESULT = ".quickstart", "result.json"
 MAX_NEW_TOKENS = 48
 
 
@@ -67,7 +70,12 @@ def run_quickstart(output_dir: Path, seed: int = 42, console: Console | None = N
     Raises:
         UserError: if `output_dir` cannot be written, or a step fails.
     """
-    console = console or Console(stderr=True)
+    check_writable(output_dir)
+    with locked_folder(output_dir):
+        return _run(output_dir, seed, console or Console(stderr=True))
+
+
+def _run(output_dir: Path, seed: int, console: Console) -> QuickstartResult:
     output_dir = _fresh(output_dir)
     rows = json.loads((DATA / "conversations.json").read_text(encoding="utf-8"))
     photos = [output_dir / "photos" / row["image"] for row in rows]
@@ -125,15 +133,27 @@ def run_quickstart(output_dir: Path, seed: int = 42, console: Console | None = N
 
 def _fresh(output_dir: Path) -> Path:
     output_dir = Path(output_dir)
-    check_writable(output_dir)
     output_dir.mkdir(exist_ok=True)
-    foreign = sorted(path.name for path in output_dir.iterdir() if path.name not in WRITTEN)
+    names = sorted(path.name for path in output_dir.iterdir())
+    is_ours = MARK in names or _is_result(output_dir / RESULT)
+    # What a killed process left: its lock, and what was being written.
+    left = [name for name in names if name.startswith(".") and (".lock" in name or ".partial-" in name)]
+    foreign = [name for name in names if name not in left and not (is_ours and name in (*WRITTEN, MARK))]
     if foreign:
         raise UserError(f"{output_dir} holds {foreign[0]}, which no quickstart wrote: choose another --output_dir.")
     for name in WRITTEN:
         path = output_dir / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    (output_dir / MARK).touch()
     return output_dir
+
+
+def _is_result(file: Path) -> bool:
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(told, dict) and {field.name for field in fields(QuickstartResult)} <= set(told)
 
 
 def _training_flags(output_dir: Path, seed: int) -> list[str]:

@@ -176,5 +176,5 @@ def _open_stream(data_args: DataArguments, args: LlavaTrainingArguments, started
         seed=data_seed(args),
         on_bad_row=data_args.on_bad_row,
         skipped_file=Path(str(args.output_dir), SKIPPED_FILE),
-        since=None if args.resume_anyway else started,
+        since=started,
     )

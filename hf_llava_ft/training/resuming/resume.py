@@ -110,8 +110,7 @@ def free_name(path: Path, word: str) -> Path:
 def seal(checkpoint: str | Path, run: Run | None = None) -> None:
     """Writes the list of the files of a checkpoint that is complete, and whose it is."""
     folder = Path(checkpoint)
-    (folder / UNFINISHED).unlink(missing_ok=True)
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SEAL)
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in (SEAL, UNFINISHED))
     told: dict[str, Any] = {
         "files": {path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
     }
@@ -120,6 +119,7 @@ def seal(checkpoint: str | Path, run: Run | None = None) -> None:
     partial = folder / f".{SEAL}-{os.getpid()}"
     partial.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     partial.replace(folder / SEAL)
+    (folder / UNFINISHED).unlink(missing_ok=True)  # last, so that the folder says at each moment that it is ours
 
 
 def what_is_missing(checkpoint: str | Path) -> str | None:

@@ -70,15 +70,22 @@ def one_run_at_a_time(args: LlavaTrainingArguments) -> Iterator[None]:
             lock.__exit__(None, None, None)
 
 
-def open_run_folder(args: LlavaTrainingArguments, checkpoint: str | None, tell: Callable[[str], None]) -> Run:
+def open_run_folder(
+    args: LlavaTrainingArguments, checkpoint: str | None, tell: Callable[[str], None], starts_from: str | None = None
+) -> Run:
     """
     The run that goes on from `checkpoint`, or a new one, whose folder holds nothing of another. All processes get the
     same.
+
+    Args:
+        starts_from (`str`, *optional*): the model that is trained, which is not the place for the result.
 
     Raises:
         UserError: in all of them, if the folder holds checkpoints of another run or what no run wrote, and
             `overwrite_output_dir` was not given.
     """
+    if starts_from is not None and os.path.realpath(starts_from) == os.path.realpath(str(args.output_dir)):
+        raise UserError(f"{starts_from} is the model that training starts from: choose another --output_dir.")
     run, told = in_first_process(args, lambda: _opened(Path(str(args.output_dir)), checkpoint, args))
     if told is not None:
         tell(told)
@@ -119,6 +126,8 @@ def _opened(folder: Path, checkpoint: str | None, args: LlavaTrainingArguments) 
             "one of them."
         )
     run = Run() if checkpoint is None else Run.of(checkpoint)
+    if args.resume_anyway:
+        run.started = time.time_ns()  # of files that are younger, no more is said
     reason = None if is_own else _in_the_way(folder)
     if reason is not None and not args.overwrite_output_dir:
         go_on = "" if checkpoint is not None or not _whole(folder) else "go on from them with "

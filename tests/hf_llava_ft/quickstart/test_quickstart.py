@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.quickstart.command import DATA, QUESTION, run_quickstart
+from hf_llava_ft.quickstart.command import DATA, MARK, QUESTION, QuickstartResult, _fresh, run_quickstart
 
 PLAIN = """
 import json, sys
@@ -82,3 +82,26 @@ def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path):
     with pytest.raises(UserError, match="holds thesis.txt, which no quickstart wrote"):
         run_quickstart(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_photos_of_others_are_not_taken_for_its_own(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/wedding.jpg").touch()
+    (tmp_path / "result.json").write_text('{"score": 1}')
+    with pytest.raises(UserError, match="holds photos, which no quickstart wrote"):
+        run_quickstart(tmp_path)
+    assert (tmp_path / "photos/wedding.jpg").exists()
+
+
+def test_a_quickstart_begins_anew_where_one_was(tmp_path):
+    _fresh(tmp_path)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / ".merged.partial-17").mkdir()  # it was killed
+    (tmp_path / ".merged.lock").touch()
+    _fresh(tmp_path)
+    assert not (tmp_path / "photos").exists()
+    (tmp_path / MARK).unlink()  # of version 0.1
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "result.json").write_text(json.dumps(dict.fromkeys(QuickstartResult.__dataclass_fields__)))
+    _fresh(tmp_path)
+    assert not (tmp_path / "merged").exists()
