@@ -30,7 +30,13 @@ class ModelArguments:
         metadata={"help": "How a picture is made square; default: as the model has it. anyres: only of LLaVA-1.6."},
     )
     attn_implementation: str = field(default="sdpa", metadata={"help": "sdpa, eager, flash_attention_2, ..."})
-    dtype: str = field(default="auto", metadata={"help": "dtype of the weights: auto (as saved), float32, bfloat16."})
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "dtype of frozen weights and of the result: auto (as the model is saved), "
+            "float32, bfloat16. What trains is held in float32."
+        },
+    )
     vision_tower: str | None = field(
         default=None,
         metadata={
