@@ -38,7 +38,13 @@ class ModelArguments:
         },
     )
     attn_implementation: str = field(default="sdpa", metadata={"help": "sdpa, eager, flash_attention_2, ..."})
-    dtype: str = field(default="auto", metadata={"help": "dtype of the weights: auto (as saved), float32, bfloat16."})
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "dtype of frozen weights and of the result: auto (as the model is saved), "
+            "float32, bfloat16. What trains is held in float32."
+        },
+    )
     allow_nan: bool = field(default=False, metadata={"help": "Take a model whose weights are NaN or infinite."})
     vision_tower: str | None = field(
         default=None,

@@ -69,4 +69,5 @@ def said_precision(model: nn.Module, args: Any) -> str:
         computed = "computed in the dtype of the weights"
     if args.deepspeed_plugin is not None:
         return f"Precision: {computed}; DeepSpeed keeps what trains in float32."
-    return f"Precision: what trains is held in {trained}{f', the rest in {frozen}' if frozen else ''}; {computed}."
+    rest = f", the rest in {frozen}" if frozen and frozen != trained else ""
+    return f"Precision: what trains is held in {trained}{rest}; {computed}."

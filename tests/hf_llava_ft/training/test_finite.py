@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 
 from hf_llava_ft.training.finite import FiniteTraining, NotFinite, are_finite
 from tests.hf_llava_ft.training.test_trainer import make_trainer
+from tests.ranks import ENGINES, Run, write_rows
 
 
 @pytest.fixture
@@ -141,3 +142,20 @@ def test_the_look_at_weights_knows_every_dtype():
 def test_losses_that_are_left_out_of_the_log_are_refused(run):
     code, err, _ = run("--logging_nan_inf_filter", "True", "--max_steps", "1")
     assert code == 2 and "logging_nan_inf_filter" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_all_processes_end_together_where_one_has_no_number(tiny_checkpoint, tmp_path, engine):
+    data = write_rows(tmp_path)
+    words = ["--model_name_or_path", tiny_checkpoint, "--data_path", data, "--image_folder", tmp_path]
+    words += ["--output_dir", tmp_path / "out", "--use_cpu", "True", "--max_steps", "4", "--save_steps", "1"]
+    going_on = Run(
+        engine, [*words, "--per_device_train_batch_size", "1"], tmp_path / "logs", "tests.spoiled_rank:spoil"
+    )
+    for process in going_on.processes:
+        process.join(300)
+    assert [process.exitcode for process in going_on.processes] == [1, 1], going_on.all_printed()
+    printed = going_on.printed()
+    assert "error: the loss is not finite in step 2" in printed and "checkpoint-1;" in printed
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
