@@ -15,6 +15,7 @@ from rich.console import Console
 from transformers import CONFIG_NAME, EarlyStoppingCallback, IntervalStrategy, PrinterCallback, set_seed
 
 from hf_llava_ft.checking.preview import print_preview
+from hf_llava_ft.checkpoints.adapters import check_resumed_adapter
 from hf_llava_ft.checkpoints.artifact import check_writable, staged_files, told_of_a_full_disk
 from hf_llava_ft.checkpoints.opening import ADAPTER_CONFIG, load_model
 from hf_llava_ft.checkpoints.remote_code import carries_our_code, note_on_code
@@ -104,6 +105,8 @@ def train(
     commit = hub_commit(start.name, start.revision) or start.revision
     adapter = None if start.adapter is None else (start.adapter, start.adapter_revision)
     model = with_tuning(model, tuning_args, start.name, commit, adapter)
+    if checkpoint is not None and isinstance(model, PeftModel):
+        check_resumed_adapter(model, checkpoint)
     trained = trained_parts(model)
     answers = EvalAnswers(prompts, processor, data_args.eval_max_new_tokens, console)
     collator = LlavaCollator(
