@@ -8,6 +8,8 @@ import pytest
 from hf_llava_ft.processing import bounded_template_llava
 from hf_llava_ft.processing.bounded_template_llava import render_within_bounds
 
+# By a thread: the other way takes the timer for itself.
+pytestmark = pytest.mark.timeout(60, method="thread")
 QUESTION = [[{"role": "user", "content": "What?"}]]
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
