@@ -45,6 +45,7 @@ IMPORTS_LATE = {
     "hf_llava_ft/cli/training.py": "start-up, as above",
     "hf_llava_ft/hub/push_dataset.py": "start-up, as above: the script of the same name shows its help",
     "hf_llava_ft/checkpoints/reload.py": "runs by itself in a fresh process, without us where the folder needs none",
+    "hf_llava_ft/checkpoints/template_probe.py": "optional module: Windows has no `resource`",
     "hf_llava_ft/checkpoints/original_folders.py": "optional package: deepspeed",
     "hf_llava_ft/settings/arguments.py": "optional package: deepspeed",
     "hf_llava_ft/training/fsdp.py": "optional part of torch, which not every build has",
