@@ -110,10 +110,13 @@ def report_request() -> str:
     )
 
 
+_ASKING: list[object] = []  # hooks that do it already
+
+
 def ask_for_report_when_uncaught() -> None:
     """The traceback of the error that is about to leave the program is followed by [`report_request`]."""
     shown_otherwise = sys.excepthook
-    if getattr(shown_otherwise, "asks_for_report", False):
+    if shown_otherwise in _ASKING:
         return
 
     def show(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
@@ -121,7 +124,7 @@ def ask_for_report_when_uncaught() -> None:
         if isinstance(error, Exception):
             print(report_request(), file=sys.stderr)
 
-    show.asks_for_report = True  # type: ignore[attr-defined]
+    _ASKING.append(show)
     sys.excepthook = show
 
 
@@ -137,5 +140,5 @@ def say_it_of_uncaught_errors() -> None:
         else:
             print(f"error: {sentence}", file=sys.stderr)
 
-    show.asks_for_report = True  # type: ignore[attr-defined]
+    _ASKING.append(show)
     sys.excepthook = show

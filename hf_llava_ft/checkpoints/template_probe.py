@@ -57,7 +57,7 @@ def main() -> int:
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
     )
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False)
-    environment.globals |= {"raise_exception": refuse, "strftime_now": lambda _: "01 Jan 2026"}
+    environment.globals.update(raise_exception=refuse, strftime_now=lambda _: "01 Jan 2026")
     for messages in conversations():
         characters = 0
         try:
