@@ -19,9 +19,6 @@ TRIED = {"transformers": (5, 24), "peft": (0, 21), "accelerate": (1, 15), "datas
 # Set, to any text: a traceback comes in spite of the sentence.
 TRACEBACK_VARIABLE = "HF_LLAVA_FT_TRACEBACK"
 
-# Of an excepthook that is ours.
-_ASKS_FOR_REPORT = "asks_for_report"
-
 _OURS = ("hf_llava_ft", "transformers_modules")  # the second: code that came with a checkpoint
 _WHERE_NAMES_MOVE = (*TRIED, "huggingface_hub", *_OURS)
 _WRONG_ARGUMENTS = re.compile(
@@ -113,10 +110,13 @@ def report_request() -> str:
     )
 
 
+_ASKING: list[object] = []  # hooks that do it already
+
+
 def ask_for_report_when_uncaught() -> None:
     """The traceback of the error that is about to leave the program is followed by [`report_request`]."""
     shown_otherwise = sys.excepthook
-    if getattr(shown_otherwise, _ASKS_FOR_REPORT, False):
+    if shown_otherwise in _ASKING:
         return
 
     def show(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
@@ -124,7 +124,7 @@ def ask_for_report_when_uncaught() -> None:
         if isinstance(error, Exception):
             print(report_request(), file=sys.stderr)
 
-    setattr(show, _ASKS_FOR_REPORT, True)
+    _ASKING.append(show)
     sys.excepthook = show
 
 
@@ -140,5 +140,5 @@ def say_it_of_uncaught_errors() -> None:
         else:
             print(f"error: {sentence}", file=sys.stderr)
 
-    setattr(show, _ASKS_FOR_REPORT, True)
+    _ASKING.append(show)
     sys.excepthook = show

@@ -11,7 +11,8 @@ from typing import Any, cast
 
 import numpy as np
 from transformers import ProcessorMixin
-from transformers.utils.chat_template_utils import render_jinja_template
+
+from .bounded_template_llava import render_within_bounds
 
 from .own_template_llava import misplaced_mark
 
@@ -65,7 +66,7 @@ class ConversationText(ProcessorMixin):
         """What `render_jinja_template` returns for one conversation; what the template refuses is a `ValueError`."""
         special_tokens = self.tokenizer.special_tokens_map
         try:
-            return render_jinja_template(
+            return render_within_bounds(
                 conversations=[messages], chat_template=cast(str, self.chat_template), **options, **special_tokens
             )
         except Exception as error:  # jinja2's TemplateError, and whatever a template may run into

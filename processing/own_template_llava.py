@@ -7,7 +7,7 @@ prompts stay byte for byte what the language model was trained on.
 
 from typing import Any
 
-from transformers.utils.chat_template_utils import render_jinja_template
+from .bounded_template_llava import render_within_bounds
 
 _MARKED = r"""
 {%- set whole = own_template(messages, add_generation_prompt | default(false)) -%}
@@ -90,7 +90,7 @@ def misplaced_mark(source: str, tokenizer) -> str | None:
 def _rendered(source: str, messages: list[dict], tokenizer, **options) -> tuple[str | None, list[tuple[int, int]]]:
     """Text and marks, or `None` and no marks where the template refuses the messages."""
     try:
-        rendered: Any = render_jinja_template(
+        rendered: Any = render_within_bounds(
             conversations=[messages],
             chat_template=source,
             return_assistant_tokens_mask="endgeneration" in source,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -60,19 +61,43 @@ def with_adapter(
     if lora_dropout is not None:
         config.lora_dropout = lora_dropout
     base = config.base_model_name_or_path
-    saved = load_peft_weights(adapter, device="cpu", revision=revision)
-    weights = {name_in_memory(name.removeprefix(PEFT_PREFIX)): weight for name, weight in saved.items()}
+    weights = _read(adapter, revision)
     peft_model = get_peft_model(model, config)
     config.base_model_name_or_path = base  # get_peft_model takes it from the loaded model
-    whole = [parameter for name, parameter in peft_model.named_parameters() if ".modules_to_save." in name]
-    with gathered(whole):
-        expected = _expected(peft_model, weights)
-        try:
-            refuse_difference(adapter, weights, expected)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+    with _gathered(peft_model):
+        _refuse_difference(adapter, weights, _expected(peft_model, weights))
         set_peft_model_state_dict(peft_model, {f"{PEFT_PREFIX}{name}": weight for name, weight in weights.items()})
     return peft_model if is_trainable else peft_model.eval()
+
+
+def check_resumed_adapter(model: PeftModel, checkpoint: str) -> None:
+    """
+    Raises:
+        UserError: if the adapter in a checkpoint of a run is not, name by name, one of `model`.
+    """
+    if not any(Path(checkpoint, name).is_file() for name in ADAPTER_FILES):
+        return  # the engine has its own files
+    weights = _read(checkpoint)
+    with _gathered(model):
+        _refuse_difference(checkpoint, weights, _expected(model, weights))
+
+
+def _read(adapter: str, revision: str | None = None) -> dict[str, Any]:
+    """Its weights by their names in memory."""
+    saved = load_peft_weights(adapter, device="cpu", revision=revision)
+    return {name_in_memory(name.removeprefix(PEFT_PREFIX)): weight for name, weight in saved.items()}
+
+
+def _gathered(model: PeftModel) -> AbstractContextManager:
+    """What ZeRO-3 may have divided before the adapter came."""
+    return gathered([each for name, each in model.named_parameters() if ".modules_to_save." in name])
+
+
+def _refuse_difference(adapter: str, weights: dict[str, Any], expected: dict[str, Any]) -> None:
+    try:
+        refuse_difference(adapter, weights, expected)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _expected(model: PeftModel, weights: dict[str, Any]) -> dict[str, Any]:

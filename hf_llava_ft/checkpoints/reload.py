@@ -9,7 +9,10 @@ without the code that the folder carries, so that what it reports holds for peop
 The commit is that of a base on the Hub.
 """
 
+import ctypes
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +27,9 @@ MAX_NEW_TOKENS = 48
 # Pictures that readers open in different ways: they are compared as files, up to the pixels that a model gets.
 HARD_PICTURES = ("turned.jpg", "alpha.png", "palette.png")
 OPENED = "opened."
+# Set by who starts it: its process id, with which this one ends.
+PARENT_VARIABLE = "HF_LLAVA_FT_PARENT"
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 # The kinds of LLaVA that transformers has a class for.
 NATIVE_MODEL_TYPES = ("llava", "llava_next")
 
@@ -133,6 +139,14 @@ def load(model_dir: str, base: str, commit: str, loader: Loader) -> tuple[Any, A
     return model, AutoProcessor.from_pretrained(model_dir, trust_remote_code=trust)
 
 
+def end_with_parent(parent: int) -> None:
+    """Has Linux kill this process when the one that started it is gone, by kill -9 too."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:  # it was gone before
+            sys.exit(1)
+
+
 def main(model_dir: str, base: str, commit: str, loader: Loader, probe_dir: str, output: str) -> None:
     from safetensors.torch import save_file
 
@@ -156,4 +170,6 @@ def main(model_dir: str, base: str, commit: str, loader: Loader, probe_dir: str,
 
 
 if __name__ == "__main__":
+    if PARENT_VARIABLE in os.environ:
+        end_with_parent(int(os.environ[PARENT_VARIABLE]))
     main(*sys.argv[1:])  # type: ignore[arg-type]

@@ -137,7 +137,11 @@ def reloaded_outputs(
             [sys.executable, "-c", program, *arguments],
             cwd=None if loader == "hf_llava_ft" else scratch,
             # transformers copies a folder's code to where it imports it from.
-            env={**os.environ, "HF_MODULES_CACHE": os.fspath(Path(scratch, "modules"))},
+            env={
+                **os.environ,
+                "HF_MODULES_CACHE": os.fspath(Path(scratch, "modules")),
+                reload.PARENT_VARIABLE: str(os.getpid()),
+            },
             stdin=subprocess.DEVNULL,  # so that nobody can be asked to trust anything
             capture_output=True,
             text=True,

@@ -102,7 +102,7 @@ def end_with(parent: int) -> None:
     """
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it was gone before
-        os._exit(1)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 _function: Callable | None = None  # of the pool that this process works for

@@ -217,3 +217,24 @@ def test_bad_input_is_still_bad_input(installed):
 def test_of_another_program_errors_stay_as_they_are(installed):
     done = run(installed(transformers="99.1.0"), "-c", "import hf_llava_ft\nhf_llava_ft.load_model(no_such=1)")
     assert done.returncode == 1 and "Traceback" in done.stderr and "error: " not in done.stderr
+
+
+BROKEN_COMMAND = """
+import sys
+import hf_llava_ft.checkpoints.merge as broken
+from hf_llava_ft.cli import main
+
+broken.merge_adapter = None
+sys.argv = ["llava-ft", "merge", "--adapter", "a", "--output_dir", "b"]
+main()
+"""
+
+
+def test_the_last_line_below_a_traceback_asks_for_a_report(tmp_path):
+    done = run(tmp_path, "-c", BROKEN_COMMAND)
+    assert done.returncode == 1
+    assert "TypeError" in done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert lines[-1].startswith("This should have been one sentence: please report it")
+    assert f"transformers {transformers.__version__}" in lines[-1]
+    assert sum("please report it" in line for line in lines) == 1

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import time
 
 import pytest
@@ -280,3 +282,19 @@ def test_a_broken_adapter_is_one_sentence(adapter, tmp_path, name, capfd):
     assert said in refused.value.sentence
     assert "\n" not in refused.value.sentence
     assert "code of the folder" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["10^7 layers", "NaN", "template that talks"])
+def test_the_command_line_says_it_and_exits_with_2(tiny_checkpoint, tmp_path, name):
+    shutil.copytree(tiny_checkpoint, tmp_path / "broken")
+    BROKEN[name][0](tmp_path / "broken")
+    words = ("generate", "--model", tmp_path / "broken", "--prompt", "What?", "--max_new_tokens", "2")
+    command = [sys.executable, "-m", "hf_llava_ft.cli", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 2
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert BROKEN[name][1] in line
+    assert "Traceback" not in done.stderr
+    if name == "NaN":
+        taken = subprocess.run([*command, "--allow_nan"], capture_output=True, text=True, check=False, timeout=300)
+        assert taken.returncode == 0

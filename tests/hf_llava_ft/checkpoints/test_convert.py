@@ -220,7 +220,7 @@ def test_a_truncated_file(tmp_path):
     folder = broken(tmp_path)
     shard = sorted(folder.glob("model-*.safetensors"))[0]
     shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(UserError, match="cannot be loaded: .*"):
+    with pytest.raises(UserError, match=rf"{shard.name} is no readable file of weights"):
         load_model(str(folder))
 
 
@@ -238,7 +238,7 @@ def test_a_wrong_shape(tmp_path):
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weight"] = torch.ones(63)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match=r"norm.weight has the shape \[63\] .* \[64\]"):
         load_model(str(folder))
 
 

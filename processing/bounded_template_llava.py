@@ -1,0 +1,57 @@
+"""Rendering chat templates, which are programs that come with a model.
+
+transformers keeps them from everything but time and memory. Here these get a bound, where Python can set one.
+"""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+MAX_SECONDS = 10.0
+MAX_CHARACTERS = 50_000_000
+
+
+class TemplateWithoutEnd(ValueError):
+    """A template did not end in time."""
+
+
+def render_within_bounds(**kwargs: Any) -> Any:
+    """
+    `render_jinja_template`, which ends.
+
+    Raises:
+        ValueError: if it takes longer than `MAX_SECONDS` in the main thread of a process, or gives more text than
+            `MAX_CHARACTERS`.
+    """
+    with _limited_time():
+        rendered, spans = render_jinja_template(**kwargs)
+    if sum(map(len, rendered)) > MAX_CHARACTERS:
+        raise ValueError(f"the chat template gives more than {MAX_CHARACTERS:,} characters")
+    return rendered, spans
+
+
+@contextmanager
+def _limited_time() -> Iterator[None]:
+    # A timer is of the main thread, and of whoever has set one before; Windows has none.
+    is_free = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+    if not is_free or signal.getsignal(signal.SIGALRM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGALRM, _stop)
+    signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
+def _stop(*_: Any) -> None:
+    raise TemplateWithoutEnd(f"the chat template does not end within {MAX_SECONDS:g} s")
+
+
+__all__ = ["TemplateWithoutEnd", "render_within_bounds"]
