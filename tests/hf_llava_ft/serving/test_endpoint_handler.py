@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers.image_utils import load_image
 
 from hf_llava_ft.checkpoints.opening import load_model, load_processor
 from hf_llava_ft.checkpoints.remote_code import ENDPOINT_HANDLER
@@ -187,3 +188,12 @@ def test_a_model_of_no_native_kind_is_served_by_its_own_code(tiny, golden, tmp_p
     answer = reference_outputs(model, processor, Probe())["answer_ids"]
     expected = processor.tokenizer.decode(answer[0], skip_special_tokens=True).strip()
     assert json.loads(done.stdout.splitlines()[-1]) == {"generated_text": expected}
+
+
+def test_pictures_are_opened_as_by_transformers_other_doors(module, tmp_path):
+    picture, exif = Image.linear_gradient("L").resize((40, 20)).convert("RGB"), Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    url = "data:image/jpeg;base64," + base64.b64encode((tmp_path / "turned.jpg").read_bytes()).decode()
+    opened = module._picture(url)
+    assert opened == load_image(str(tmp_path / "turned.jpg")) and opened.size == (20, 40)

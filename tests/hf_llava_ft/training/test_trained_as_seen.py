@@ -1,13 +1,14 @@
 """A turned picture is trained with the pixels that whoever asks the merged model through transformers gets."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from transformers import pipeline
 
-from hf_llava_ft.checkpoints.opening import load_processor
+from hf_llava_ft.checkpoints.opening import load_model, load_processor
 from hf_llava_ft.data.collator import LlavaCollator
 from hf_llava_ft.data.formats import load_data, open_source
 from hf_llava_ft.data.streaming import LlavaStream
@@ -101,9 +102,11 @@ def test_the_originals_way_is_kept_recorded_and_told(llava_ft, tiny_checkpoint, 
     code, _, err = trained(llava_ft, tmp_path / "merged", rows, tmp_path / "again")
     assert code == 0 and load_processor(str(tmp_path / "again")).picture_opening == "original"
     # The format of the original has no file for it but config.json.
+    model: Any = load_model(str(tmp_path / "merged"))
+    model.model.vision_tower.save_pretrained(tmp_path / "tower")
     code, _, err = llava_ft(
         *("convert", "--model", tmp_path / "merged", "--output_dir", tmp_path / "llava", "--format", "llava"),
-        *("--vision_tower", "openai/clip-vit-large-patch14-336"),
+        *("--vision_tower", tmp_path / "tower"),
     )
     assert code == 0, err
     assert load_processor(str(tmp_path / "llava")).picture_opening == "original"
