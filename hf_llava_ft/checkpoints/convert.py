@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hf_llava_ft.checkpoints.artifact import staged_folder
-from hf_llava_ft.checkpoints.files import find_file
+from hf_llava_ft.checkpoints.files import find_file, name_for_anywhere
 from hf_llava_ft.checkpoints.opening import (
     Checkpoint,
     fit_to_processor,
@@ -118,7 +118,7 @@ def _write_native(model: Any, checkpoint: Checkpoint, folder: Path) -> None:
             f"{checkpoint.path} was trained on the bare language model {checkpoint.base}, on which no adapter of the "
             f"format llava-hf can stand: merge it with llava-ft merge, or name a LLaVA made of it with --base."
         )
-    model.peft_config["default"].base_model_name_or_path = checkpoint.base
+    model.peft_config["default"].base_model_name_or_path = name_for_anywhere(checkpoint.base)
     model.peft_config["default"].revision = checkpoint.revision
     model.save_pretrained(folder)
 
@@ -133,7 +133,7 @@ def _is_llava(path: str, revision: str | None) -> bool:
 
 def _write_original(model: Any, checkpoint: Checkpoint, folder: Path) -> None:
     if checkpoint.is_adapter:
-        write_original_lora(model, checkpoint.base, folder, checkpoint.revision)
+        write_original_lora(model, name_for_anywhere(checkpoint.base), folder, checkpoint.revision)
     elif checkpoint.kind == "projector":
         write_projector(model, folder)
     else:

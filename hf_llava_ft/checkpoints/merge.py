@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_llava_ft.checkpoints.artifact import staged_folder
-from hf_llava_ft.checkpoints.opening import inspect_checkpoint, load_model, load_processor
+from hf_llava_ft.checkpoints.opening import Checkpoint, inspect_checkpoint, load_model, load_processor
+from hf_llava_ft.checkpoints.read_as_written import is_in_few_bits
 from hf_llava_ft.checkpoints.training_facts import training_facts
 from hf_llava_ft.checkpoints.verify import Probe, Verification, reference_outputs, verify
 from hf_llava_ft.errors import UserError
@@ -46,8 +47,10 @@ def merge_adapter(
             nothing stays at `output_dir`.
     """
     adapter = str(adapter)
-    if not inspect_checkpoint(adapter, revision, base).is_adapter:
+    checkpoint = inspect_checkpoint(adapter, revision, base)
+    if not checkpoint.is_adapter:
         raise UserError(f"{adapter} is a whole model, not an adapter: there is nothing to merge.")
+    refuse_base_in_few_bits(checkpoint)
     facts = training_facts(adapter, revision)
     probe = probe or Probe()
     with staged_folder(output_dir) as staged:
@@ -67,3 +70,15 @@ def merge_adapter(
                 f"the merged model is not the same as base and adapter: {'; '.join(verification.differences)}."
             )
     return Merged(Path(output_dir), verification)
+
+
+def refuse_base_in_few_bits(checkpoint: Checkpoint) -> None:
+    """
+    Raises:
+        UserError: if the base of the adapter is quantised on disk.
+    """
+    if is_in_few_bits(checkpoint.base, checkpoint.revision):
+        raise UserError(
+            f"{checkpoint.base}, the base of {checkpoint.path}, is quantised, and what is merged into such weights is "
+            f"rounded with them to another model: merge into the one it was made of, --base UNQUANTISED."
+        )

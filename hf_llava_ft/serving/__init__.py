@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_llava_ft.checkpoints.artifact import staged_folder
+from hf_llava_ft.checkpoints.merge import refuse_base_in_few_bits
 from hf_llava_ft.checkpoints.opening import (
     Checkpoint,
     fit_to_processor,
@@ -75,6 +76,8 @@ def export_for_serving(
     refuse_what_cannot_be_served(_config_of(checkpoint, revision), server)
     if keep_adapter and not (server == "vllm" and checkpoint.is_adapter):
         raise UserError("--keep_adapter is for an adapter and --for vllm: no other server here takes one.")
+    if checkpoint.is_adapter:
+        refuse_base_in_few_bits(checkpoint)
     probe = probe or Probe()
     with staged_folder(output_dir) as staged:
         processor = load_processor(model, revision, base=base)

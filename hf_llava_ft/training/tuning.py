@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rich.table import Table
 from torch import nn
 
+from hf_llava_ft.checkpoints.files import name_for_anywhere
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
 from hf_llava_ft.modeling.part_names_llava import (
@@ -83,8 +84,9 @@ def with_lora(
     Wraps `model`, which may be quantised, for LoRA training.
 
     Args:
-        base (`str`): the folder or Hub id the adapter will name as its base.
+        base (`str`): the folder or Hub id the adapter will name as its base, a folder by its absolute path.
     """
+    base = name_for_anywhere(base)
     if is_quantized(model):
         prepare_quantized(model)
     config = LoraConfig(
