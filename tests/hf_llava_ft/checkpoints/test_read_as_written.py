@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from hf_llava_ft.checkpoints.convert import convert
@@ -15,6 +16,7 @@ from hf_llava_ft.errors import UserError
 from hf_llava_ft.settings.arguments import TuningArguments
 from hf_llava_ft.training.quantization import quantization_config
 from hf_llava_ft.training.tuning import with_lora
+from tests.parts import parts_of
 
 LORA = TuningArguments(lora_r=4, lora_alpha=8, lora_dropout=0.0)
 
@@ -103,3 +105,24 @@ def test_a_base_in_few_bits(tiny_checkpoint, tmp_path):
         merge_adapter(adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     assert merge_adapter(adapter, tmp_path / "merged", base=str(tiny_checkpoint)).verification.ok
+
+
+def test_a_merge_that_unties_embeddings_says_so_at_both_levels(tiny, golden, tmp_path):
+    for part in parts_of(tiny, golden, tie=True):
+        part.save_pretrained(tmp_path / "base")
+    base = load_model(str(tmp_path / "base"), load_processor(str(tmp_path / "base")))
+    lora = LoraConfig(target_modules=r".*language_model.*\.q_proj", modules_to_save=["embed_tokens"])
+    model = get_peft_model(base, lora)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "adapter")
+    load_processor(str(tmp_path / "base")).save_pretrained(tmp_path / "adapter")
+    merged = merge_adapter(tmp_path / "adapter", tmp_path / "merged", base=str(tmp_path / "base"))
+    assert merged.verification.loader == "transformers" and merged.verification.logit_difference < 1e-5
+    config = json.loads((tmp_path / "merged/config.json").read_text())
+    assert config["tie_word_embeddings"] is config["text_config"]["tie_word_embeddings"] is False
+    weights = load_file(tmp_path / "merged/model.safetensors")
+    head, embeddings = weights["language_model.lm_head.weight"], weights["language_model.model.embed_tokens.weight"]
+    assert not torch.equal(head, embeddings)
