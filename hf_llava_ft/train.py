@@ -15,6 +15,7 @@ from rich.console import Console
 from transformers import CONFIG_NAME, EarlyStoppingCallback, IntervalStrategy, PrinterCallback, set_seed
 
 from hf_llava_ft.checking.preview import print_preview
+from hf_llava_ft.checkpoints.adapters import check_resumed_adapter
 from hf_llava_ft.checkpoints.artifact import staged_files, told_of_a_full_disk
 from hf_llava_ft.checkpoints.checked.resume_state import check_resume_state
 from hf_llava_ft.checkpoints.opening import ADAPTER_CONFIG, load_model
@@ -131,6 +132,8 @@ def _train(
     adapter = None if start.adapter is None else (start.adapter, start.adapter_revision)
     float32_masters = training_args.deepspeed_plugin is None
     model = with_tuning(model, tuning_args, start.name, commit, adapter, float32_masters=float32_masters)
+    if run.resumed_from is not None and isinstance(model, PeftModel):
+        check_resumed_adapter(model, run.resumed_from)
     trained = trained_parts(model)
     answers = EvalAnswers(prompts, processor, data_args.eval_max_new_tokens, console)
     collator = LlavaCollator(

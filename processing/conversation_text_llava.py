@@ -13,7 +13,6 @@ import numpy as np
 from transformers import ProcessorMixin
 
 from .bounded_template_llava import render_within_bounds
-
 from .own_template_llava import misplaced_mark
 
 _SHORT_ANSWER = "a"

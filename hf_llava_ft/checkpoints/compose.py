@@ -12,6 +12,7 @@ from hf_llava_ft.checkpoints.artifact import staged_folder
 from hf_llava_ft.checkpoints.embeddings import fill_rows, grow_embeddings
 from hf_llava_ft.checkpoints.opening import fit_to_processor
 from hf_llava_ft.checkpoints.original_folders import load_projector
+from hf_llava_ft.checkpoints.read_as_written import check_generation_config
 from hf_llava_ft.checkpoints.training_facts import TrainingFacts, base_facts
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.modeling.configuration_llava import LlavaConfig
@@ -60,6 +61,7 @@ def compose_llava(
     vision_config = getattr(tower_config, "vision_config", tower_config)
     if vision_config.model_type not in VISION_KINDS:
         raise UserError(f"{vision} is a {vision_config.model_type}, not a vision tower of the CLIP or SigLIP kind.")
+    check_generation_config(language, revision)
     kind = AutoModel.from_config(vision_config, trust_remote_code=False)
     tower = kind.from_pretrained(vision, dtype=dtype, trust_remote_code=False)
     language_model = AutoModelForCausalLM.from_pretrained(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_llava_ft.checkpoints.files import find_file
+from hf_llava_ft.checkpoints.files import find_file, name_for_anywhere
 from hf_llava_ft.checkpoints.opening import Checkpoint, fit_to_processor, inspect_checkpoint, load_config
 from hf_llava_ft.checkpoints.original_folders import write_original_lora, write_projector
 from hf_llava_ft.checkpoints.rewriting import rewriting, save_for_others
@@ -105,7 +105,7 @@ def _write_native(model: Any, processor: LlavaProcessor, checkpoint: Checkpoint,
             f"{checkpoint.path} was trained on the bare language model {checkpoint.base}, for which the format "
             f"llava-hf has no adapters: merge it with llava-ft merge, or name a LLaVA made of it with --base."
         )
-    model.peft_config["default"].base_model_name_or_path = checkpoint.base
+    model.peft_config["default"].base_model_name_or_path = name_for_anywhere(checkpoint.base)
     model.peft_config["default"].revision = checkpoint.revision
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -121,7 +121,7 @@ def _is_llava(path: str, revision: str | None) -> bool:
 
 def _write_original(model: Any, checkpoint: Checkpoint, folder: Path) -> None:
     if checkpoint.is_adapter:
-        write_original_lora(model, checkpoint.base, folder, checkpoint.revision)
+        write_original_lora(model, name_for_anywhere(checkpoint.base), folder, checkpoint.revision)
     elif checkpoint.kind == "projector":
         write_projector(model, folder)
     else:

@@ -70,6 +70,12 @@ def has_file(path: str, name: str, revision: str | None = None) -> bool:
         raise UserError(hub_refusal(error, path, revision) or f"{path}: {name} cannot be had: {error}.") from error
 
 
+def name_for_anywhere(path: str) -> str:
+    """What others on this machine find `path` by, whatever their current folder: a folder's absolute path, a Hub id as
+    it is."""
+    return str(Path(path).absolute()) if Path(path).is_dir() else path
+
+
 def read_json(path: str, name: str, revision: str | None = None) -> dict[str, Any] | None:
     """
     The content of a JSON file of `path`; `None` if it has none.

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_llava_ft.checkpoints.opening import inspect_checkpoint
+from hf_llava_ft.checkpoints.opening import Checkpoint, inspect_checkpoint
+from hf_llava_ft.checkpoints.read_as_written import is_in_few_bits
 from hf_llava_ft.checkpoints.rewriting import rewriting, save_for_others
 from hf_llava_ft.checkpoints.verify import Probe, Verification
 from hf_llava_ft.errors import UserError
@@ -46,6 +47,7 @@ def merge_adapter(
     checkpoint = inspect_checkpoint(adapter, revision, base)
     if not checkpoint.is_adapter:
         raise UserError(f"{adapter} is a whole model, not an adapter: there is nothing to merge.")
+    refuse_base_in_few_bits(checkpoint)
     with rewriting(checkpoint, output_dir, revision=revision, dtype=dtype, probe=probe) as draft:
         draft.ask()
         merged = draft.model.merge_and_unload()
@@ -53,3 +55,15 @@ def merge_adapter(
         save_for_others(merged, draft.processor, draft.folder)
         verification = draft.verify("the merged model is not the same as base and adapter", merged.dtype)
     return Merged(Path(output_dir), verification)
+
+
+def refuse_base_in_few_bits(checkpoint: Checkpoint) -> None:
+    """
+    Raises:
+        UserError: if the base of the adapter is quantised on disk.
+    """
+    if is_in_few_bits(checkpoint.base, checkpoint.revision):
+        raise UserError(
+            f"{checkpoint.base}, the base of {checkpoint.path}, is quantised, and what is merged into such weights is "
+            f"rounded with them to another model: merge into the one it was made of, --base UNQUANTISED."
+        )

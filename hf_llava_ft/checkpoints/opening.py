@@ -24,6 +24,7 @@ from hf_llava_ft.checkpoints.original_folders import (
     read_projector,
     with_original_lora,
 )
+from hf_llava_ft.checkpoints.read_as_written import check_generation_config, is_in_few_bits, say_what_loading_rounds
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.modeling.configuration_llava import LlavaConfig
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
@@ -246,6 +247,7 @@ def _load_whole(checkpoint: Checkpoint, folder: Path, revision: str | None, **kw
     else:
         config = load_config(checkpoint.base, checkpoint.revision)
     check_weights(checkpoint.base, config, checkpoint.revision)
+    check_generation_config(checkpoint.base, checkpoint.revision)
     kwargs["attn_implementation"] = _supported_attention(config, kwargs["attn_implementation"])
     embeddings = {name: extra_weights.pop(name) for name in _EMBEDDINGS if extra_weights and name in extra_weights}
     try:
@@ -265,6 +267,8 @@ def _load_whole(checkpoint: Checkpoint, folder: Path, revision: str | None, **kw
     except UNREADABLE as error:
         reason = hub_refusal(error, checkpoint.base, checkpoint.revision) or reason_of(error)
         raise UserError(f"the model at {checkpoint.base} cannot be loaded: {reason}") from error
+    if "quantization_config" not in kwargs and not is_in_few_bits(checkpoint.base, checkpoint.revision):
+        say_what_loading_rounds(checkpoint.base, checkpoint.revision, model.dtype)
     return model
 
 

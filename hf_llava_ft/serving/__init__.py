@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_llava_ft.checkpoints.merge import refuse_base_in_few_bits
 from hf_llava_ft.checkpoints.opening import Checkpoint, fit_to_processor, inspect_checkpoint, load_config
 from hf_llava_ft.checkpoints.remote_code import ENDPOINT_HANDLER
 from hf_llava_ft.checkpoints.rewriting import rewriting, save_for_others
@@ -68,6 +69,8 @@ def export_for_serving(
     refuse_what_cannot_be_served(_config_of(checkpoint, revision), server)
     if keep_adapter and not (server == "vllm" and checkpoint.is_adapter):
         raise UserError("--keep_adapter is for an adapter and --for vllm: no other server here takes one.")
+    if checkpoint.is_adapter:
+        refuse_base_in_few_bits(checkpoint)
     with rewriting(checkpoint, output_dir, revision=revision, dtype=dtype, probe=probe, keeps_facts=False) as draft:
         staged, processor = draft.folder, draft.processor
         fit_to_processor(draft.model.get_base_model() if checkpoint.is_adapter else draft.model, processor)

@@ -18,6 +18,7 @@ from rich.table import Table
 from torch import nn
 
 from hf_llava_ft.checkpoints.adapters import with_adapter
+from hf_llava_ft.checkpoints.files import name_for_anywhere
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
 from hf_llava_ft.modeling.part_names_llava import (
@@ -89,9 +90,10 @@ def with_lora(
     Wraps `model`, which may be quantised, for LoRA training.
 
     Args:
-        base (`str`): the folder or Hub id the adapter will name as its base.
+        base (`str`): the folder or Hub id the adapter will name as its base, a folder by its absolute path.
         adapter (*optional*): name and revision of one that is trained further, instead of a new one.
     """
+    base = name_for_anywhere(base)
     if is_quantized(model):
         prepare_quantized(model)
     model.config.use_cache = False

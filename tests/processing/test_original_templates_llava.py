@@ -225,7 +225,7 @@ def test_a_stop_token_that_the_tokenizer_has_not_is_text_as_in_the_original(toke
     processor = LlavaProcessor.build(tokenizer_for("llama"), vision_config, version=version)
     assert (processor.stop_token_id, processor.stop_string) == (None, "<|im_end|>")
     first, last = supervised_texts(processor, encoded(processor, CHAT)["labels"])
-    assert first == "A cat.<|im_end|><"  # in LLaMA's vocabulary `><` is one token
+    assert first == "A cat.<|im_end|"  # in LLaMA's vocabulary `><` is one token, and of the next turn too
     assert last == "Yes.<|im_end|>"
     processor.use_chat_template("v1")
     assert (processor.stop_token_id, processor.stop_string) == (2, None)

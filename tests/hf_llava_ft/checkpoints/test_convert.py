@@ -279,14 +279,27 @@ def test_a_tower_that_is_not_there_is_named(tmp_path):
         load_processor(str(tmp_path / "m"))
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6, "original_max_position_embeddings": 32}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
 @pytest.mark.parametrize(
     ("rope", "written"),
     [
         ({"rope_type": "linear", "factor": 4.0, "rope_theta": 5e4}, {"type": "linear", "factor": 4.0}),
         ({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, {"type": "dynamic", "factor": 2.0}),
         ({"rope_type": "default", "rope_theta": 1e6}, None),
+        (YARN, {name: value for name, value in YARN.items() if name != "rope_theta"} | {"type": "yarn"}),
+        (LLAMA3, {name: value for name, value in LLAMA3.items() if name != "rope_theta"} | {"type": "llama3"}),
     ],
-    ids=["linear", "dynamic", "default"],
+    ids=["linear", "dynamic", "default", "yarn", "llama3"],
 )
 def test_a_scaled_rotary_embedding_is_written_in_the_words_of_the_original(tiny, golden, tmp_path, rope, written):
     model = tiny.model(rope=rope)
