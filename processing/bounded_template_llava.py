@@ -28,7 +28,7 @@ def render_within_bounds(**kwargs: Any) -> Any:
             `MAX_CHARACTERS`.
     """
     with _limited_time():
-        rendered, spans = render_jinja_template(**kwargs)
+        rendered, spans = render_jinja_template(**kwargs)  # type: ignore[str-unpack]
     if sum(map(len, rendered)) > MAX_CHARACTERS:
         raise ValueError(f"the chat template gives more than {MAX_CHARACTERS:,} characters")
     return rendered, spans

@@ -47,7 +47,6 @@ IMPORTS_LATE = {
     "modeling/weight_names_llava.py": "loading a folder with our code needs no conversions of names",
     "hf_llava_ft/checkpoints/checked/template_probe.py": "optional module: Windows has no `resource`",
     "hf_llava_ft/checkpoints/reload.py": "runs by itself in a fresh process, without us where the folder needs none",
-    "hf_llava_ft/checkpoints/template_probe.py": "optional module: Windows has no `resource`",
     "hf_llava_ft/checkpoints/original_folders.py": "optional package: deepspeed",
     "hf_llava_ft/settings/arguments.py": "optional package: deepspeed",
     "hf_llava_ft/training/fsdp.py": "optional part of torch, which not every build has",

@@ -7,25 +7,12 @@ of the whole optimiser step, over accumulation and ranks; the original's mean of
 """
 
 import logging
-import os
-from contextlib import nullcontext
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from peft import PeftModel
-from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import TrainerState
 
-from hf_llava_ft.checkpoints.run_files import (
-    PREFIX_CHECKPOINT_DIR,
-    SAFE_WEIGHTS_NAME,
-    TRAINER_STATE_NAME,
-    TRAINING_ARGS_NAME,
-)
 from hf_llava_ft.data.builder import modality_lengths
 from hf_llava_ft.data.collator import LlavaCollator
 from hf_llava_ft.data.sampler import ModalityLengthSampler, OriginalOrderSampler
@@ -34,24 +21,21 @@ from hf_llava_ft.data.streaming import LlavaStream
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
 from hf_llava_ft.modeling.part_names_llava import PROJECTOR, VISION_TOWER, part_of
-from hf_llava_ft.modeling.weight_names_llava import name_in_memory
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.processing.uint8_pixels_llava import can_hand_over_uint8, normalize_pixels
 from hf_llava_ft.settings.arguments import LlavaTrainingArguments
 from hf_llava_ft.training.evaluation import row_losses, untouched_rng
 from hf_llava_ft.training.finite import FiniteTraining
-from hf_llava_ft.training.fsdp import check_fsdp, share_out_by_layers, whole_state_dict
+from hf_llava_ft.training.fsdp import check_fsdp, share_out_by_layers
 from hf_llava_ft.training.longest_batch import LongestBatch
 from hf_llava_ft.training.loss import LossOverTokens
-from hf_llava_ft.training.masters import dtype_of_result, with_float32_masters, without_float16_on_cpu
+from hf_llava_ft.training.masters import with_float32_masters, without_float16_on_cpu
 from hf_llava_ft.training.moved_weights import MovedWeights
-from hf_llava_ft.training.one_dtype import Rounded, in_one_dtype, name_dtype
 from hf_llava_ft.training.out_of_memory import advice, advice_for_evaluation, told_of_out_of_memory
 from hf_llava_ft.training.resuming.changed_settings import ChangedSettings, settings_of_groups
-from hf_llava_ft.training.resuming.fingerprint import refuse_another_course, settings_course
-from hf_llava_ft.training.resuming.resume import Run, begin, checkpoint_to_resume, remove_older, seal
+from hf_llava_ft.training.resuming.resume import checkpoint_to_resume
 from hf_llava_ft.training.throughput import Throughput
-from hf_llava_ft.training.trainer_push import PushingTrainer
+from hf_llava_ft.training.trainer_checkpoints import CheckpointingTrainer
 
 # Steps whose rows are sorted by length together, as transformers' own LengthGroupedSampler has it. The original sorts
 # within one step, which balances the ranks but saves no padding.
@@ -60,7 +44,7 @@ LENGTH_POOL_STEPS = 50
 logger = logging.getLogger(__name__)
 
 
-class LlavaTrainer(PushingTrainer):
+class LlavaTrainer(CheckpointingTrainer):
     """
     As `transformers.Trainer`; `processing_class` is the [`LlavaProcessor`], from which the collator is made when none
     is given.
@@ -103,43 +87,23 @@ class LlavaTrainer(PushingTrainer):
         check_fsdp(self.args, is_running=self.is_fsdp_enabled)
         if self.is_fsdp_enabled:
             share_out_by_layers(self.accelerator.state.fsdp_plugin, self.model)  # type: ignore[arg-type]
-        # Whose checkpoints are written, what was so before it was resumed, and what the optimiser is told now.
-        self.run = Run(course=settings_course(self.args))
-        self.course_before: dict[str, Any] | None = None
         self.told_of_groups: list[dict[str, Any]] | None = None
         self.throughput = Throughput()
-        self._in_one_dtype, self.rounded = True, cast("Rounded | None", None)  # see `_save`
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As in transformers, but that a checkpoint of another course is refused. Too little memory is a `UserError`
         that says what to change."""
         checkpoint, _ = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir))
         if checkpoint is not None:
-            self._resume(checkpoint)
+            self.resume_course_of(checkpoint)
         self.throughput.start()
         with told_of_out_of_memory(self._what_did_not_fit):
             return super().train(checkpoint, *args, **kwargs)
-
-    def _resume(self, checkpoint: str) -> None:
-        before = Run.of(checkpoint)
-        self.course_before = before.course
-        if self.run.resumed_from == checkpoint:
-            return  # compared by who knows more of the run
-        step = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)).global_step
-        note = refuse_another_course(checkpoint, before.course, self.run.course or {}, step, self.args)
-        if note is not None:
-            logger.warning(note)
-        self.run = replace(before, course=self.run.course)
 
     def _what_did_not_fit(self) -> str:
         trying = self.longest_batch.trying
         doing = f"step {self.state.global_step + 1}" if trying is None else f"{trying}, tried before the first step"
         return f"{doing}. {advice(self.model, self.args)}"
-
-    def _run_epoch(self, *args, **kwargs) -> None:
-        """As in transformers, which trains a step too many where a run is resumed that had reached `max_steps`."""
-        if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **kwargs)
 
     def get_batch_samples(self, *args, **kwargs):
         """As in transformers; what is in the batches is counted in `throughput`."""
@@ -159,49 +123,6 @@ class LlavaTrainer(PushingTrainer):
         norm = super()._get_grad_norm(*args, **kwargs)
         self.finite.see_gradients(norm)
         return norm
-
-    def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """As in transformers, but that the training after it is what it would have been without. Too little memory is
-        a `UserError` that says what to change."""
-        what = f"the evaluation after step {self.state.global_step}. {advice_for_evaluation(self.args)}"
-        with self.throughput.paused(), untouched_rng(), told_of_out_of_memory(lambda: what):
-            return super().evaluate(*args, **kwargs)
-
-    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
-        """
-        As in transformers, but that the loss is the mean over the supervised tokens of all rows.
-
-        transformers takes the mean of the means of the batches, in which a token of a batch of few counts for more,
-        and which changes with the size of the batches.
-        """
-        self._eval_sums = torch.zeros(2, dtype=torch.float64)
-        kwargs["metric_key_prefix"] = metric_key_prefix
-        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
-        total, num_tokens = self._eval_sums.tolist()
-        if num_tokens and output.metrics is not None:
-            output.metrics[f"{metric_key_prefix}_loss"] = total / num_tokens
-        self.finite.see_metrics(output.metrics, f"{metric_key_prefix}_loss")
-        return output
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        unwrapped = self._unwrapped_model
-        is_ours = isinstance(unwrapped, LlavaForCausalLM) and isinstance(unwrapped.loss_function, LossOverTokens)
-        if not prediction_loss_only or not is_ours or self.compute_loss_func or inputs.get("labels") is None:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        inputs = self._prepare_inputs(inputs)
-        targets = unwrapped.next_token_targets(inputs["labels"], inputs["input_ids"], inputs.get("attention_mask"))
-        with torch.no_grad(), self.compute_loss_context_manager():
-            logits = model(**inputs, supervised_logits_only=True).logits
-        loss = unwrapped.loss_function
-        sums = row_losses(loss.over_tokens(logits), targets, loss.of_each)
-        # Of all processes, without the rows that accelerate repeats to give each process as many.
-        self._eval_sums += self.accelerator.gather_for_metrics(sums).to("cpu", torch.float64).sum(0)
-        total, num_tokens = sums.sum(0)
-        return total / num_tokens.clamp(min=1), None, None
-
-    @property
-    def _unwrapped_model(self) -> Any:
-        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """As in transformers, and pictures that the collator handed over as uint8 become floats on the device."""
@@ -266,71 +187,46 @@ class LlavaTrainer(PushingTrainer):
             pool_steps=LENGTH_POOL_STEPS,
         )
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As in transformers, and sealed when all processes have written their part; older ones go after that."""
-        self.finite.see_weights(cast(nn.Module, self.model))
-        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        told = begin(folder, self.run) if self.args.should_save else None
-        if told is not None:
-            logger.warning(told)
-        self.accelerator.wait_for_everyone()
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        self._in_one_dtype = False
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit, self._in_one_dtype = limit, True
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            seal(folder, self.run)
-            self.push_checkpoint(folder)
-            remove_older(folder, self.run, limit, self.state.best_model_checkpoint)
+    # ------------------------------------------------------------------ what mends transformers
 
-    def save_model(self, output_dir: str | None = None, *args, **kwargs) -> None:
-        """As in transformers, and the whole weights under FSDP too, however the state of the run is saved."""
-        if self._in_one_dtype:  # not of a checkpoint, which was looked at before anything of it was written
-            self.finite.see_weights(cast(nn.Module, self.model))
-        with whole_state_dict(self.accelerator.state.fsdp_plugin) if self.is_fsdp_enabled else nullcontext():
-            super().save_model(output_dir, *args, **kwargs)
-        # A pickle of this run's paths, which nothing needs for resuming and nobody should have to load.
-        if self.args.should_save:
-            Path(output_dir or str(self.args.output_dir), TRAINING_ARGS_NAME).unlink(missing_ok=True)
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """As in transformers, but that the training after it is what it would have been without: up to 5.24, an
+        evaluation draws random numbers from the generator of the training. Too little memory is a `UserError`."""
+        what = f"the evaluation after step {self.state.global_step}. {advice_for_evaluation(self.args)}"
+        with self.throughput.paused(), untouched_rng(), told_of_out_of_memory(lambda: what):
+            return super().evaluate(*args, **kwargs)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        model = self.accelerator.unwrap_model(self.model)
-        if self._in_one_dtype and isinstance(model, LlavaForCausalLM):
-            weights = model.state_dict() if state_dict is None else state_dict
-            state_dict, self.rounded = in_one_dtype(weights, dtype_of_result(model))
-        super()._save(output_dir, state_dict)
-        if self._in_one_dtype and isinstance(model, LlavaForCausalLM):
-            name_dtype(Path(output_dir or str(self.args.output_dir)), dtype_of_result(model))
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
+        """
+        As in transformers, but that the loss is the mean over the supervised tokens of all rows.
 
-    def _load_best_model(self) -> None:
-        """A checkpoint of the whole model has the names of the native layout; transformers would load none of it."""
-        if isinstance(self.model, PeftModel) or self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            return super()._load_best_model()
-        return self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+        transformers, up to 5.24, takes the mean of the means of the batches, in which a token of a batch of few counts
+        for more, and which changes with the size of the batches.
+        """
+        self._eval_sums = torch.zeros(2, dtype=torch.float64)
+        kwargs["metric_key_prefix"] = metric_key_prefix
+        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        total, num_tokens = self._eval_sums.tolist()
+        if num_tokens and output.metrics is not None:
+            output.metrics[f"{metric_key_prefix}_loss"] = total / num_tokens
+        self.finite.see_metrics(output.metrics, f"{metric_key_prefix}_loss")
+        return output
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """A checkpoint of the whole model has the names of the native layout: translated here, and loaded strictly."""
-        model = self.model if model is None else model
-        shards = sorted(Path(resume_from_checkpoint).glob(f"{Path(SAFE_WEIGHTS_NAME).stem}*.safetensors"))
-        if not shards or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        missing = set(model.state_dict())
-        for shard in shards:
-            state_dict = {name_in_memory(name): tensor for name, tensor in load_file(os.fspath(shard)).items()}
-            result = model.load_state_dict(state_dict, strict=False)
-            if result.unexpected_keys:
-                raise ValueError(
-                    f"{shard} holds weights this model does not have, {result.unexpected_keys[0]} among them."
-                )
-            missing -= set(state_dict)
-        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-        if missing - tied:
-            raise ValueError(
-                f"{resume_from_checkpoint} lacks weights of this model, {min(missing - tied)} among them."
-            )
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        unwrapped = self._unwrapped_model
+        is_ours = isinstance(unwrapped, LlavaForCausalLM) and isinstance(unwrapped.loss_function, LossOverTokens)
+        if not prediction_loss_only or not is_ours or self.compute_loss_func or inputs.get("labels") is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        targets = unwrapped.next_token_targets(inputs["labels"], inputs["input_ids"], inputs.get("attention_mask"))
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(**inputs, supervised_logits_only=True).logits
+        loss = unwrapped.loss_function
+        sums = row_losses(loss.over_tokens(logits), targets, loss.of_each)
+        # Of all processes, without the rows that accelerate repeats to give each process as many.
+        self._eval_sums += self.accelerator.gather_for_metrics(sums).to("cpu", torch.float64).sum(0)
+        total, num_tokens = sums.sum(0)
+        return total / num_tokens.clamp(min=1), None, None
 
 
 def _split_off(optimizer: torch.optim.Optimizer, parameters: set[nn.Parameter], learning_rate: float) -> None:
