@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from hf_llava_ft.checkpoints.resume_state import check_resume_state
+from hf_llava_ft.checkpoints.checked.resume_state import check_resume_state
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.training.resume import seal
+from hf_llava_ft.training.resuming.resume import seal
 
 STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 
