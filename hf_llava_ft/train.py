@@ -37,6 +37,7 @@ from hf_llava_ft.settings.arguments import DataArguments, LlavaTrainingArguments
 from hf_llava_ft.settings.machine import check_attention, has_bf16_gpu, is_first_process
 from hf_llava_ft.settings.parsing import parse_arguments as parse_arguments
 from hf_llava_ft.settings.parsing import resolve
+from hf_llava_ft.termination import exit_on_sigterm
 from hf_llava_ft.training.eval_prompts import EvalAnswers, open_eval_prompts
 from hf_llava_ft.training.evaluation import check_evaluation, tell_of_early_stop
 from hf_llava_ft.training.finite import NotFinite
@@ -310,6 +311,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parses `argv`, trains, and prints where the adapter is; exits with 2 on bad input. With `--dry_run`, prints the
     settings as JSON instead."""
     hide_noise()
+    exit_on_sigterm()
     with exit_on_user_error():
         settings = resolve(sys.argv[1:] if argv is None else argv).with_chosen_precision(has_bf16_gpu())
         if settings.dry_run:

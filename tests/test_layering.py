@@ -30,7 +30,7 @@ BELOW_OR_BESIDE_SCRIPTS = ("hf_llava_ft.modeling", "hf_llava_ft.processing", "hf
 TRAVELS_WITH = {"torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy", "PIL"}
 # From the ground up. `registration` stands apart: it ties modeling and processing to the Auto classes on import.
 WINGS = (
-    *("releases", "errors", "library_differences", "noise"),
+    *("releases", "errors", "library_differences", "noise", "termination"),
     *("modeling", "processing"),
     *("settings", "reports", "checkpoints", "data", "checking", "answering", "hub", "training"),
     *("estimate", "serving", "train", "quickstart", "cli"),

@@ -1,33 +1,42 @@
 """Folders that appear whole or not at all."""
 
+import glob
+import logging
 import os
+import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from hf_llava_ft.checkpoints.folder_lock import locked_folder
 from hf_llava_ft.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 
 @contextmanager
 def staged_folder(output_dir: str | Path) -> Iterator[Path]:
     """
     Gives a folder beside `output_dir` to write into, and renames it to `output_dir` when the block ends well. When it
-    does not, nothing is left behind.
+    does not, nothing is left behind; what a killed command left of the same output is removed, and said.
 
     Raises:
-        UserError: if `output_dir` already holds something, cannot be written, or another command is writing it.
+        UserError: if `output_dir` already holds something, cannot be written, has no room, or another command is
+            writing it.
     """
     final = Path(output_dir)
     check_writable(final)
-    with locked_folder(final):
+    with locked_folder(final) as is_locked:
         if final.is_dir() and any(final.iterdir()):
             raise UserError(f"{final} is not empty: choose another output folder or remove it first.")
-        staged = final.with_name(f".{final.name}.partial-{os.getpid()}")
+        if is_locked:  # so nobody is writing these
+            _remove_what_was_left(final.parent.glob(f".{glob.escape(final.name)}.partial-*"))
+        staged = final.with_name(f".{final.name}.partial-{secrets.token_hex(8)}")
         staged.mkdir()
         try:
-            yield staged
+            with told_of_a_full_disk(final, "free some space, or choose another output folder."):
+                yield staged
             if final.is_dir():
                 final.rmdir()
             staged.rename(final)
@@ -40,11 +49,12 @@ def staged_files(output_dir: str | Path, last: str) -> Iterator[Path]:
     """
     Gives a folder inside `output_dir` to write into, and moves its files up when the block ends well, the one called
     `last` at the end: where it stands, the others are whole. For a folder that also holds other things, such as
-    checkpoints.
+    checkpoints, and that nobody else is writing.
     """
     final = Path(output_dir)
     final.mkdir(parents=True, exist_ok=True)
-    staged = final / f".partial-{os.getpid()}"
+    _remove_what_was_left(final.glob(".partial-*"))
+    staged = final / f".partial-{secrets.token_hex(8)}"
     staged.mkdir()
     try:
         yield staged
@@ -54,8 +64,20 @@ def staged_files(output_dir: str | Path, last: str) -> Iterator[Path]:
         shutil.rmtree(staged, ignore_errors=True)
 
 
+def _remove_what_was_left(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+        logger.warning("%s was left by a command that was killed; it is removed.", folder)
+
+
+_OF_A_RUN = (
+    "free some space, or give another --output_dir. Checkpoints that were whole are still there; "
+    "--resume_from_checkpoint True goes on from the last."
+)
+
+
 @contextmanager
-def told_of_a_full_disk(folder: str | Path) -> Iterator[None]:
+def told_of_a_full_disk(folder: str | Path, what_to_do: str = _OF_A_RUN) -> Iterator[None]:
     """Turns what the libraries raise when there is no room for a file into a `UserError`."""
     try:
         yield
@@ -64,10 +86,7 @@ def told_of_a_full_disk(folder: str | Path) -> Iterator[None]:
     except BaseException as error:  # FSDP's CheckpointException is no `Exception`
         if not any(sign in each for each in _messages(error) for sign in _NO_ROOM):
             raise
-        raise UserError(
-            f"there is no room for what is written to {folder}: free some space, or give another --output_dir. "
-            f"Checkpoints that were whole are still there; --resume_from_checkpoint True goes on from the last."
-        ) from error
+        raise UserError(f"there is no room for what is written to {folder}: {what_to_do}") from error
 
 
 # ENOSPC, EDQUOT and EFBIG as the system, Rust and PyTorch's zip writer say them; the last at the end of a file that it

@@ -23,9 +23,10 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def locked_folder(folder: str | Path) -> Iterator[None]:
+def locked_folder(folder: str | Path) -> Iterator[bool]:
     """
-    Holds the lock of `folder`, which need not be there yet; the folder that it lies in has to.
+    Holds the lock of `folder`, which need not be there yet; the folder that it lies in has to. Gives false where the
+    file system has no locks.
 
     Raises:
         UserError: if another process, or this one, is writing it; with process, host, command and since when.
@@ -42,12 +43,12 @@ def locked_folder(folder: str | Path) -> Iterator[None]:
         ) from None
     except (NotImplementedError, OSError) as error:  # file systems without locks: ENOLCK, ENOSYS, ENOTSUP
         logger.warning("%s is written without a lock, which its file system does not have: %s", folder, error)
-        yield
+        yield False
         return
     try:
         with suppress(OSError):
             holder_file.write_text(json.dumps(_ourselves()), encoding="utf-8")
-        yield
+        yield True
     finally:
         # Before it is given back: a lock that somebody else has taken since is not ours to remove.
         for file in (holder_file, lock_file):

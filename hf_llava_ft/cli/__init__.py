@@ -2,6 +2,7 @@
 
 from hf_llava_ft.cli.application import app as app
 from hf_llava_ft.noise import hide_noise
+from hf_llava_ft.termination import exit_on_sigterm
 
 # They register themselves, and `--help` lists them in this order.
 from hf_llava_ft.cli import training, models, hub  # noqa: F401  # isort: skip
@@ -10,4 +11,5 @@ from hf_llava_ft.cli import training, models, hub  # noqa: F401  # isort: skip
 def main() -> None:
     """Entry point of the console script. Click's own usage errors exit with code 2 too."""
     hide_noise()
+    exit_on_sigterm()
     app()

@@ -1,0 +1,61 @@
+"""Folders appear whole, and nothing is left of what did not."""
+
+import errno
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from hf_llava_ft.checkpoints.artifact import staged_files, staged_folder
+from hf_llava_ft.errors import UserError
+
+
+def test_what_a_killed_command_left_is_removed_and_said(tmp_path, caplog):
+    left, of_others = tmp_path / ".out.partial-1234", tmp_path / ".output.partial-1234"
+    for folder in (left, of_others):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
+    with staged_folder(tmp_path / "out") as staged:
+        (staged / "config.json").write_text("{}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [of_others.name, "out"]
+    assert "was left by a command that was killed" in caplog.text and str(left) in caplog.text
+    (tmp_path / "out" / ".partial-77").mkdir()
+    with staged_files(tmp_path / "out", last="config.json") as staged:
+        (staged / "config.json").write_text("[]")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, number):
+    with pytest.raises(UserError, match="there is no room for what is written to .*out: free some space"):
+        with staged_folder(tmp_path / "out") as staged:
+            (staged / "config.json").write_text("{}")
+            raise OSError(number, "No space left on device" if number == errno.ENOSPC else "Disk quota exceeded")
+    assert list(tmp_path.iterdir()) == []
+
+
+PROGRAM = """
+import sys, time
+from hf_llava_ft.checkpoints.artifact import staged_folder
+from hf_llava_ft.termination import exit_on_sigterm
+if sys.argv[2] == "ours":
+    exit_on_sigterm()
+with staged_folder(sys.argv[1]) as staged:
+    (staged / "half").write_text("half")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("whose", "code", "left"), [("ours", 143, 0), ("python's", -signal.SIGTERM, 1)])
+def test_sigterm_cleans_up_as_ctrl_c_does(tmp_path, whose, code, left):
+    """Without our handler the folder stays, which shows that the test would see one."""
+    words = [sys.executable, "-c", PROGRAM, str(tmp_path / "out"), whose]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "writing\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == code
+    time.sleep(0.1)
+    assert len(list(tmp_path.glob(".out.partial-*"))) == left and not (tmp_path / "out").exists()
