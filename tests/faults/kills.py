@@ -1,8 +1,8 @@
 """`kill -9` at a random moment of each command that writes something, then the same command again.
 
-After a kill an output is whole or not there; no process lives on; and when the command has run again, the folder is that
-of a run that nobody killed, byte for byte, with nothing beside it. A run of training goes on from its last checkpoint
-and ends with the weights, bit for bit, of the unbroken run.
+After a kill an output is whole or not there; no process lives on; and when the command has run again, the folder is
+that of a run that nobody killed, byte for byte, with nothing beside it. A run of training goes on from its last
+checkpoint and ends with the weights, bit for bit, of the unbroken run.
 """
 
 import json
@@ -18,14 +18,8 @@ from tests.faults.commands import Command, digests, run
 from tests.ranks import write_rows
 
 # Files that say when, how fast or with how much memory: no two runs write the same.
-_OF_THE_MOMENT = (
-    "train_summary.json",
-    "trainer_state.json",
-    "report.html",
-    "loss.png",
-    "complete.json",
-    "training.json",
-)
+_OF_THE_MOMENT = ("train_summary.json", "trainer_state.json", "report.html", "loss.png", "complete.json")
+_OF_THE_MOMENT += ("training.json", "run.json")
 
 
 @dataclass(frozen=True)
