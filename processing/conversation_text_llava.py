@@ -116,6 +116,7 @@ class ConversationText(ProcessorMixin):
         `bool[K]`: whether a token belongs to one of `spans`, from ids `int64[K]` and offsets `int64[K, 2]`. It may
         begin in front of one, where a tokenizer joins an answer's space with what stands there, but not end behind
         it: where `<|im_end|>` is no token, `><` of `<|im_end|><|im_start|>` is one of two turns in some vocabularies.
+        An added token may take the blanks behind it along (`rstrip`, as Phi-3's `<|end|>`) and is learned all the same.
         """
         starts, ends = offsets[:, 0].copy(), offsets[:, 1].copy()
         # Where offsets are trimmed (GPT-NeoX), a newline and spaces that are one token lack the spaces, and these may
@@ -137,8 +138,10 @@ class ConversationText(ProcessorMixin):
             ends[added] = np.maximum(ends[added], image_end + 1)
             position = text.find(self.image_token, image_end)
         supervised = np.zeros(len(ids), dtype=bool)
+        is_added = np.isin(ids, list(self.tokenizer.added_tokens_decoder))
         for start, end in spans:
-            supervised |= (ends > start) & (ends <= end) & (ends > starts)
+            ends_inside = (ends <= end) | ((starts < end) & is_added)
+            supervised |= (ends > start) & ends_inside & (ends > starts)
         return supervised & (ids != self.image_token_id)
 
     @cached_property

@@ -157,8 +157,8 @@ def test_any_other_error_keeps_its_traceback(installed, call):
 # Python runs a file of this name when it starts: transformers lost a name and an argument.
 CHANGES = {
     "name": "import transformers.trainer_callback as changed\ndel changed.PrinterCallback\n",
-    "argument": "import hf_llava_ft.answering.conversation as changed\n"
-    "changed.load_for_answering = lambda model: None  # as if it took no more than that\n",
+    "argument": "import hf_llava_ft.checkpoints.opening as changed\n"
+    "changed.load_processor = lambda model: None  # as if it took no more than that\n",
     "nothing": "",
 }
 

@@ -52,7 +52,9 @@ def adapter(tiny_checkpoint, tmp_path_factory):
 def test_an_adapter_becomes_a_whole_folder_for_vllm(adapter, tmp_path):
     done = export_for_serving(str(adapter), tmp_path / "served", "vllm")
     assert done.logit_difference < 1e-4 and done.commands == ["vllm serve ."]
-    assert done.notes == ["The adapter is merged into tiny: the folder is whole."]
+    merged, pictures = done.notes
+    assert merged == "The adapter is merged into tiny: the folder is whole."
+    assert pictures.startswith("vLLM paints transparent pixels white")
     model = load_model(str(adapter), load_processor(str(adapter))).merge_and_unload()
     weights = load_file(tmp_path / "served/model.safetensors")
     for name, expected in (
@@ -76,7 +78,7 @@ def test_an_adapter_becomes_a_whole_folder_for_vllm(adapter, tmp_path):
 def test_an_adapter_kept_apart_for_vllm(adapter, tiny_checkpoint, tmp_path):
     done = export_for_serving(str(adapter), tmp_path / "served", "vllm", keep_adapter=True)
     assert done.commands == ["vllm serve base --enable-lora --max-lora-rank 16 --lora-modules tuned=adapter"]
-    assert done.notes == [
+    assert done.notes[:1] == [
         "vLLM takes LoRA of the language model only: what the adapter has in the projector and the vision tower is "
         "merged into base/."
     ]
@@ -337,7 +339,8 @@ def test_nothing_is_written_of_what_is_refused(tiny, golden, tiny_checkpoint, tm
 
 def test_what_a_server_does_otherwise_is_said(tiny, golden):
     model, processor = parts_of(tiny, golden, image_aspect_ratio="square")
-    assert differences(model.config, processor, "vllm") == []
+    (pictures,) = differences(model.config, processor, "vllm")
+    assert pictures.startswith("vLLM paints transparent pixels white")
     said = " ".join(differences(model.config, processor, "llama.cpp"))
     assert "issue 25814" in said and "this model was trained on pictures cut to one" in said
     model, processor = parts_of(tiny, golden, vision="siglip")

@@ -109,13 +109,13 @@ def test_the_projector_of_a_run_on_text_need_not_move(trainer, llava_json, tmp_p
     assert not [name for name in stayed if "multi_modal_projector" in name] and "lm_head.weight" in stayed
 
 
-def test_steps_below_the_rounding_of_bfloat16_move_nothing_and_are_no_error(trainer):
-    """A step of 1e-5 leaves 1.0 as it is in bfloat16, and a normalisation begins with ones."""
+def test_steps_below_the_rounding_of_bfloat16_move_what_trains_of_a_bfloat16_model_too(trainer):
+    """A step of 1e-5 leaves 1.0 as it is in bfloat16, and a normalisation begins with ones: what trains is float32."""
     run = trainer(train_type="full", dtype="bfloat16", learning_rate=1e-5)
     run.train()
     check = watched(run)
-    stayed = [n for n, m, t in zip(check._names, check._has_moved, check._trains, strict=True) if t and not m]
-    assert "model.language_model.norm.weight" in stayed
+    moved = [n for n, m, t in zip(check._names, check._has_moved, check._trains, strict=True) if t and m]
+    assert "model.language_model.norm.weight" in moved
     with pytest.raises(WrongWeightsMoved, match="did not move: model.language_model.norm.weight"):
         trainer(Hold("model.language_model.norm.weight"), train_type="full", learning_rate=1e-5).train()
 
