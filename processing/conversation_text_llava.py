@@ -116,7 +116,7 @@ class ConversationText(ProcessorMixin):
         `bool[K]`: whether a token belongs to one of `spans`, from ids `int64[K]` and offsets `int64[K, 2]`. It may
         begin in front of one, where a tokenizer joins an answer's space with what stands there, but not end behind
         it: where `<|im_end|>` is no token, `><` of `<|im_end|><|im_start|>` is one of two turns in some vocabularies.
-        An added token may take the blanks behind it along (`rstrip`, as Phi-3's `<|end|>`); it is learned all the same.
+        An added token may take the blanks behind it along (`rstrip`, as Phi-3's `<|end|>`): it is learned too.
         """
         starts, ends = offsets[:, 0].copy(), offsets[:, 1].copy()
         # Where offsets are trimmed (GPT-NeoX), a newline and spaces that are one token lack the spaces, and these may
