@@ -59,3 +59,21 @@ def test_sigterm_cleans_up_as_ctrl_c_does(tmp_path, whose, code, left):
     assert process.wait(30) == code
     time.sleep(0.1)
     assert len(list(tmp_path.glob(".out.partial-*"))) == left and not (tmp_path / "out").exists()
+
+
+FORKED = """
+import os, signal
+from hf_llava_ft.termination import exit_on_sigterm
+exit_on_sigterm()
+child = os.fork()
+if child == 0:
+    os._exit(0 if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL else 1)
+assert os.waitpid(child, 0)[1] == 0
+assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="nothing is forked there")
+def test_workers_that_are_forked_end_at_once():
+    """With a handler of Python's, a worker that just begins to wait for its pool never would."""
+    subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=60)
