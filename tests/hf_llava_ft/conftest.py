@@ -1,6 +1,7 @@
 """The commands as a user types them, a Hub to push to, and processors of both kinds."""
 
 import shutil
+import signal
 import sys
 
 import pytest
@@ -25,7 +26,9 @@ def llava_ft(monkeypatch, capfd):
         assert "Traceback" not in err
         return int(exit_info.value.code or 0), out, err
 
-    return run
+    before = signal.getsignal(signal.SIGTERM)
+    yield run
+    signal.signal(signal.SIGTERM, before)  # a command sets its own
 
 
 @pytest.fixture(params=["pad", "anyres"])
