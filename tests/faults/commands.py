@@ -82,10 +82,11 @@ def run(words: list, folder: Path) -> str:
 
 
 def digests(folder: Path, *, leave_out: tuple[str, ...] = ()) -> dict[str, str]:
-    """Every file below a folder, hidden ones too, and what is in it."""
+    """Every file below a folder, hidden ones too, and what is in it, wherever the folder lies: an adapter names its base
+    by an absolute path."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and not any(part in name for part in leave_out):
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            found[name] = hashlib.sha256(path.read_bytes().replace(bytes(folder), b"")).hexdigest()
     return found
