@@ -82,8 +82,8 @@ def run(words: list, folder: Path) -> str:
 
 
 def digests(folder: Path, *, leave_out: tuple[str, ...] = ()) -> dict[str, str]:
-    """Every file below a folder, hidden ones too, and what is in it, wherever the folder lies: an adapter names its base
-    by an absolute path."""
+    """Every file below a folder, hidden ones too, and what is in it, wherever that lies: an adapter names its base by
+    an absolute path."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
