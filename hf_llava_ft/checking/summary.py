@@ -34,13 +34,14 @@ def print_summary(result: CheckResult, console: Console, samples_per_second: flo
 # What becomes of pictures that not everybody opens alike.
 _OPENED = {
     "upright": {
-        "images turned by EXIF": "; trained upright, as transformers' load_image and vLLM open them; llama.cpp turns nothing",
-        "transparent images": "; an alpha channel is dropped, as by transformers' load_image; vLLM, and who hands an open "
-        "picture to the processor, see white there: flatten such files to be safe",
+        "images turned by EXIF": "; trained upright, as transformers' load_image and vLLM open them; llama.cpp turns "
+        "nothing",
+        "transparent images": "; an alpha channel is dropped, as by transformers' load_image; vLLM, and who hands an "
+        "open picture to the processor, see white there: flatten such files to be safe",
     },
     "original": {
-        "images turned by EXIF": "; trained as they lie, as the original LLaVA does, while transformers and vLLM turn them "
-        "for whoever asks the model",
+        "images turned by EXIF": "; trained as they lie, as the original LLaVA does, while transformers and vLLM turn "
+        "them for whoever asks the model",
         "transparent images": "; transparency is dropped, as in the original LLaVA, where other readers may see white",
     },
 }

@@ -20,3 +20,21 @@ def write_whole(path: Path, lines: list[str]) -> None:
     unfinished = path.with_name(f".{path.name}.incomplete")
     unfinished.write_text("".join(lines), encoding="utf-8", errors="replace")
     unfinished.replace(path)
+
+
+def add_left_out(path: Path, problem: Problem) -> None:
+    """Adds a line for a row that is left out while the rows are read, be it by several processes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # One write for a line, so that those of several workers do not mix.
+    with path.open("ab") as file:
+        file.write(skipped_line(problem, "left out").encode("utf-8", "replace"))
+
+
+def told_of_rows_left_out(path: Path) -> str | None:
+    """Names each row once in the list of a stream that is done; returns a sentence with their number, or None if there
+    are none."""
+    if not path.exists():
+        return None
+    lines = list(dict.fromkeys(path.read_text(encoding="utf-8").splitlines(keepends=True)))
+    write_whole(path, lines)
+    return f"--on_bad_row skip: rows left out: {len(lines):,}; {path} lists them."

@@ -13,7 +13,6 @@ from hf_llava_ft.settings.defaults import (
     MOST_ROWS_PER_DEVICE,
     OF_BATCH,
     OF_RATES,
-    RATES,
     ROWS_PER_STEP_OF_STAGE_1,
     WARMUP_SHARE,
     alpha_of,

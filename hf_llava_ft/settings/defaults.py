@@ -1,4 +1,4 @@
-"""What a run does where nobody said it: by what trains, and by how many rows there are. docs/settings.md has the reasons.
+"""What a run does where nobody said it: by what trains and by the number of rows. docs/settings.md has the reasons.
 
 Learning rates follow from the train type alone. LoRA's rank, epochs, rows per step and warm-up follow from the rows,
 which are known when the data is open, and no earlier. Whoever says one of a pair says both: with a learning rate of
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hf_llava_ft.settings.arguments import TuningArguments
+    from hf_llava_ft.settings.arguments import ModelArguments, TuningArguments
     from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 
 
@@ -202,17 +202,30 @@ def _num_steps(args: "LlavaTrainingArguments", num_rows: int | None, num_devices
     return math.ceil(math.ceil(num_rows / rows_per_step) * args.num_train_epochs)
 
 
-def told(
-    train_type: str, num_rows: int | None, settled: Mapping[str, Any], resumed_from: str | None = None
-) -> str | None:
-    """A line on what was chosen, as flags; None if all was said.
+def settled_arguments(
+    model: "ModelArguments",
+    tuning: "TuningArguments",
+    args: "LlavaTrainingArguments",
+    num_rows: int | None,
+    before: Mapping[str, Any] | None = None,
+) -> tuple["TuningArguments", "LlavaTrainingArguments", str | None]:
+    """
+    `tuning` and `args` of a run with all that nobody said, and a sentence on it, None if everything was said.
 
     Args:
-        settled (`Mapping`): the values of what nobody said, by name.
+        num_rows (`int`, *optional*): that are trained on.
+        before (`Mapping`, *optional*): what the run had that goes on.
     """
-    flags = " ".join(f"--{name} {value:g}" for name, value in settled.items() if value is not None)
+    is_new = is_new_projector(model.vision_tower, model.pretrain_mm_mlp_adapter)
+    tuned = tuning_with_defaults(tuning, num_rows, before)
+    trained = training_with_defaults(args, tuned.train_type, num_rows, before=before, is_new_projector=is_new)
+    chosen = {name: getattr(trained, name) for name in UNTIL_KNOWN if name in args.unsaid}
+    if args.max_steps > 0:
+        chosen.pop("num_train_epochs", None)
+    chosen |= {name: getattr(tuned, name) for name in ("lora_r", "lora_alpha") if getattr(tuning, name) is None}
+    flags = " ".join(f"--{name} {value:g}" for name, value in chosen.items() if value is not None)
     if not flags:
-        return None
+        return tuned, trained, None
     rows = "" if num_rows is None else f" and {num_rows:,} rows"
-    of = f"by --train_type {train_type}{rows}" if resumed_from is None else f"as {resumed_from} has it"
-    return f"Chosen {of} (docs/settings.md): {flags}"
+    by = f"by --train_type {tuned.train_type}{rows}" if before is None else "as the run had it before"
+    return tuned, trained, f"Not given, and chosen {by} (docs/settings.md): {flags}"

@@ -1,11 +1,12 @@
 """The flags of the original LLaVA and of LLaVA-NeXT that are not flags of ours: what each is here.
 
-Sources: haotian-liu/LLaVA c121f04 and LLaVA-VL/LLaVA-NeXT df17966, `llava/train/train.py`, and the TrainingArguments of
-the transformers 4.37 that the first runs on. `original_flags.py` translates by this table.
+Sources: haotian-liu/LLaVA c121f04 and LLaVA-VL/LLaVA-NeXT df17966, `llava/train/train.py`, and the TrainingArguments
+of the transformers 4.37 that the first runs on. `original_flags.py` translates by this table.
 """
 
 from dataclasses import dataclass
 from typing import Any
+
 
 @dataclass(frozen=True)
 class Renamed:
@@ -118,6 +119,7 @@ _OF_LLAVA: dict[str, Renamed | NoMeaning] = {
 _VIDEO = "it speaks of videos, which are not trained on here"
 _NO_RESAMPLER = "there is no resampler between tower and projector"
 _LEAVE_OUT = "leave it out"
+_SET_IN_CONFIG = "set rope_scaling in the config.json of the language model"
 
 # LLaVA-NeXT's, which it has besides those above.
 _OF_LLAVA_NEXT: dict[str, Renamed | NoMeaning] = {
@@ -164,11 +166,12 @@ _OF_LLAVA_NEXT: dict[str, Renamed | NoMeaning] = {
         }.items()
     },
     "add_faster_video": NoMeaning(bool, _VIDEO, (False,), _LEAVE_OUT),
-    "rope_scaling_factor": NoMeaning(
-        float, "positions are those of the model", (1.0,), "set rope_scaling in the config.json of the language model"
-    ),
+    "rope_scaling_factor": NoMeaning(float, "positions are those of the model", (1.0,), _SET_IN_CONFIG),
     "rope_scaling_type": NoMeaning(
-        str, "positions are those of the model", ("", "None"), "set rope_scaling in the config.json of the language model"
+        str,
+        "positions are those of the model",
+        ("", "None"),
+        _SET_IN_CONFIG,
     ),
     "use_pos_skipping": NoMeaning(bool, "positions are never skipped here", (False,), _LEAVE_OUT),
     "pos_skipping_range": NoMeaning(int, "it speaks of --use_pos_skipping"),

@@ -14,12 +14,13 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.settings.arguments import DataArguments, LlavaTrainingArguments, ModelArguments, TuningArguments
-from hf_llava_ft.settings.machine import has_bf16_gpu
+from hf_llava_ft.settings.arguments import DataArguments, ModelArguments, TuningArguments
 from hf_llava_ft.settings.by_what_trains import put_defaults
+from hf_llava_ft.settings.defaults import DEFAULT
 from hf_llava_ft.settings.flags.help import USAGE, wants_help
 from hf_llava_ft.settings.flags.known import OF_THE_PARSER
 from hf_llava_ft.settings.flags.wrong_names import sentence_on
+from hf_llava_ft.settings.machine import has_bf16_gpu
 from hf_llava_ft.settings.original_flags import (
     OF_A_NEW_LLAVA,
     ORIGINAL_DEFAULTS,
@@ -32,7 +33,8 @@ from hf_llava_ft.settings.original_flags import (
 from hf_llava_ft.settings.original_table import MARKERS, NEXT_MARKERS
 from hf_llava_ft.settings.presets import preset_flags
 from hf_llava_ft.settings.recipes import read_recipe, split_recipe
-from hf_llava_ft.settings.resolved import ARGUMENT_CLASSES, DEFAULT, Setting, Settings, default_of
+from hf_llava_ft.settings.resolved import ARGUMENT_CLASSES, Setting, Settings, default_of
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 
 FLAG, ORIGINAL_DEFAULT = "flag", "default of the original"
 
@@ -95,9 +97,8 @@ def resolve(argv: Sequence[str]) -> Settings:
     put(from_recipe.values, f"recipe {recipe_path}", from_recipe.sources)
     put(from_line.values, FLAG, from_line.sources)
     if in_original_words:
-        notes.append(
-            f"With the original's flags, what is not set is as there: {_said(_settle(settings, given, original), given)}."
-        )
+        as_there = _said(_settle(settings, given, original), given)
+        notes.append(f"With the original's flags, what is not set is as there: {as_there}.")
     put_defaults(settings)
     assumed = frozenset(name for name in OF_A_NEW_LLAVA if settings[name].origin == ORIGINAL_DEFAULT)
     return Settings(settings, notes, assumed, dry_run=dry_run)
@@ -137,9 +138,7 @@ class _Parser(HfArgumentParser):
         )
         self.where = ""
         self.add_argument("--preset", help=OF_THE_PARSER["preset"])
-        self.add_argument(
-            "--dry_run", type=string_to_bool, nargs="?", const=True, help=OF_THE_PARSER["dry_run"]
-        )
+        self.add_argument("--dry_run", type=string_to_bool, nargs="?", const=True, help=OF_THE_PARSER["dry_run"])
         add_original_flags(self, {action.dest for action in self._actions})
         for action in self._actions:
             action.required = False

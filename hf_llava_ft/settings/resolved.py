@@ -13,10 +13,11 @@ import torch
 
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.processing.chat_templates_llava import CHAT_TEMPLATES
-from hf_llava_ft.settings.arguments import DataArguments, LlavaTrainingArguments, ModelArguments, TuningArguments
+from hf_llava_ft.settings.arguments import DataArguments, ModelArguments, TuningArguments
 from hf_llava_ft.settings.defaults import DEFAULT, UNTIL_KNOWN, is_by_what_trains
 from hf_llava_ft.settings.machine import machine_problems, settles_precision, without_missing_tf32
 from hf_llava_ft.settings.ranges import check_ranges
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 
 ARGUMENT_CLASSES: tuple[Any, ...] = (ModelArguments, DataArguments, TuningArguments, LlavaTrainingArguments)
 SECRET = re.compile(r"token$|password|secret")

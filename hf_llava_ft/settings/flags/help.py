@@ -1,4 +1,4 @@
-"""`llava-ft train --help`: the flags that a run is told with, by what they are about; `--help-all` lists the others."""
+"""`llava-ft train --help`: the flags that a run is told with, by what they are about; `--help-all`: the others too."""
 
 import os
 import shutil
@@ -49,7 +49,7 @@ _SHORT = {
     "is, but for pretrain_mm_mlp_adapter.",
     "mm_vision_select_layer": "The tower's hidden state that is read; default: -2.",
     "mm_vision_select_feature": "Without the tower's class token or with it; default: patch.",
-    "image_grid_pinpoints": "LLaVA-1.6: sizes that a picture is fitted into, '[(336, 672), ...]' or '(1x1),...,(2x2)'.",
+    "image_grid_pinpoints": "LLaVA-1.6: sizes that pictures are fitted into, '[(336, 672), ...]', '(1x1),...,(2x2)'.",
     "output_dir": "Where the result goes, with checkpoints below it.",
     "max_steps": "Number of steps, instead of epochs.",
     "gradient_checkpointing": "Compute activations twice, which takes less memory.",

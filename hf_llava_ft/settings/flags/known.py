@@ -61,7 +61,7 @@ def flags_of_transformers() -> dict[str, Flag]:
 
 
 def is_known(name: str) -> bool:
-    """Whether the parser of `llava-ft train` takes `--name`. True also where that cannot be known without transformers."""
+    """Whether `llava-ft train` takes `--name`; true also where that cannot be known without importing transformers."""
     theirs, ours = flags_of_transformers(), own_flags()
     every = ours.keys() | theirs.keys() | OF_THE_PARSER.keys() | _OF_THE_ORIGINAL
     name = name.replace("-", "_")

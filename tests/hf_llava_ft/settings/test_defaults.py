@@ -55,7 +55,9 @@ def test_a_dry_run_says_what_waits_for_the_rows():
         "else 128"
     )
     assert found["lora_alpha"] == (None, "default of lora, twice lora_r")
-    assert found["num_train_epochs"][1].endswith("10 up to 100; 5 up to 1,000; 3 up to 10,000; 2 up to 100,000; else 1")
+    assert found["num_train_epochs"][1].endswith(
+        "10 up to 100; 5 up to 1,000; 3 up to 10,000; 2 up to 100,000; else 1"
+    )
     assert found["gradient_accumulation_steps"][1].endswith("else 128")
     assert shown("--train_type", "projector")["gradient_accumulation_steps"][1].endswith("else 256")
     assert shown("--train_type", "full")["lora_r"] == (None, "default")
@@ -149,15 +151,25 @@ def test_lora_follows_the_rows_and_what_is_said():
 
     assert [lora(number) for number in (30, 900, 9_000, 90_000)] == [(8, 16), (16, 32), (32, 64), (64, 128)]
     assert lora(None) == (128, 256)
-    assert lora(30, lora_r=4) == (4, 8) and lora(30, lora_alpha=5) == (8, 5) and lora(30, lora_r=2, lora_alpha=3) == (2, 3)
+    assert (
+        lora(30, lora_r=4) == (4, 8)
+        and lora(30, lora_alpha=5) == (8, 5)
+        and lora(30, lora_r=2, lora_alpha=3) == (2, 3)
+    )
     assert lora(30, train_type="full") == (None, None)
 
 
 def test_a_run_that_goes_on_keeps_what_it_had(tmp_path):
     before = {
-        **{"learning_rate": 3e-4, "mm_projector_lr": None, "mm_vision_tower_lr": None, "num_train_epochs": 7.0},
-        **{"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "warmup_steps": 0.1},
-        **{"lora_r": 5, "lora_alpha": 6},
+        "learning_rate": 3e-4,
+        "mm_projector_lr": None,
+        "mm_vision_tower_lr": None,
+        "num_train_epochs": 7.0,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 3,
+        "warmup_steps": 0.1,
+        "lora_r": 5,
+        "lora_alpha": 6,
     }
     given = LlavaTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     found = training_with_defaults(given, "lora", 30, before=before)

@@ -80,7 +80,9 @@ def test_what_is_missing_is_told(missing, tmp_path):
 def test_a_recipe_is_looked_at_too(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("batch_size: 3\n")
-    with pytest.raises(UserError, match="'batch_size', which is not a setting: did you mean per_device_train_batch_size"):
+    with pytest.raises(
+        UserError, match="'batch_size', which is not a setting: did you mean per_device_train_batch_size"
+    ):
         first_look([str(recipe), *MINIMAL])
 
 

@@ -16,7 +16,7 @@ from transformers.trainer_callback import ExportableState
 
 from hf_llava_ft.data.streaming import PASSED, LlavaStream
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.settings.arguments import LlavaTrainingArguments
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 
 
 def stream_dataloader(
