@@ -73,6 +73,11 @@ def compose(
 def train(context: typer.Context) -> None:
     """Fine-tune a LLaVA, with a recipe (YAML), flags, and those of the original LLaVA and of transformers' Trainer."""
     with exit_on_user_error():
+        from hf_llava_ft.settings.flags.first_look import first_look
+
+        if (page := first_look(context.args)) is not None:
+            typer.echo(page, nl=False)
+            return
         from hf_llava_ft.train import main as train_main
 
         train_main(context.args)

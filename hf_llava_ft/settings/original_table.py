@@ -210,7 +210,7 @@ MARKERS = frozenset(
     + ("mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature", "mm_use_im_start_end")
     + ("mm_use_im_patch_token", "mm_patch_merge_type", "image_grid_pinpoints", "lazy_preprocess", "is_multimodal")
     + ("mpt_attn_impl", "lora_weight_path", "cache_dir")
-    + tuple(SWITCHES_OF_NEXT)
+    + (*SWITCHES_OF_NEXT, *_OF_LLAVA_NEXT)
 )
-# And with one of these in LLaVA-NeXT's, whose defaults differ in `NEXT_DEFAULTS`.
+# And with one of these in LLaVA-NeXT's, which has other defaults.
 NEXT_MARKERS = frozenset((*SWITCHES_OF_NEXT, *_OF_LLAVA_NEXT))

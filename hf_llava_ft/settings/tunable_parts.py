@@ -112,9 +112,7 @@ def _translate_values(values: dict[str, Any], sources: dict[str, str], notes: li
     if ratio is not None and (most := re.fullmatch(r"anyres_max_(\d+)", str(ratio))):
         values["image_aspect_ratio"], values["anyres_max"] = "anyres", int(most[1])
         sources["anyres_max"] = sources.get("image_aspect_ratio", "image_aspect_ratio")
-        notes.append(
-            f"--image_aspect_ratio {ratio}: --image_aspect_ratio anyres, as long as a picture has no more tiles."
-        )
+        notes.append(f"--image_aspect_ratio {ratio}: anyres, for a model whose pictures have no more tiles.")
     elif ratio is not None and ratio not in _RATIOS:
         raise UserError(
             f"--image_aspect_ratio {ratio} is not known here: use {', '.join(_RATIOS)} or anyres_max_N, whichever the "
