@@ -3,6 +3,8 @@
 What follows from the number of rows is None here, with the rule as its origin: rows are counted when the data is open.
 """
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from hf_llava_ft.settings.defaults import (
@@ -14,8 +16,12 @@ from hf_llava_ft.settings.defaults import (
     OF_BATCH,
     OF_RATES,
     ROWS_PER_STEP_OF_STAGE_1,
+    UNTIL_KNOWN,
     WARMUP_SHARE,
     alpha_of,
+    batch_of,
+    by_size,
+    is_by_what_trains,
     is_new_projector,
     rates_of,
     warmup_of,
@@ -50,7 +56,10 @@ def put_defaults(settings: dict[str, Setting]) -> None:
     put("num_train_epochs", None, _by_rows("num_epochs"))
     steps = _by_rows("rows_per_step", ROWS_PER_STEP_OF_STAGE_1 if train_type == "projector" else None)
     size, accumulation = (value(name) for name in OF_BATCH)
-    if size is None:
+    if settings["deepspeed"].value is not None:
+        for name in OF_BATCH:
+            put(name, UNTIL_KNOWN[name], "since DeepSpeed is told before the rows are counted")
+    elif size is None:
         put("per_device_train_batch_size", None, f"at most {MOST_ROWS_PER_DEVICE} of the rows in a step, {steps}")
         put("gradient_accumulation_steps", None, f"so that the rows in a step are, {steps}")
     else:
@@ -62,7 +71,25 @@ def put_defaults(settings: dict[str, Setting]) -> None:
         put("warmup_steps", None, f"{WARMUP_SHARE} of the steps, or 0 of fewer than {FEWEST_STEPS_TO_WARM_UP}")
 
 
-def _train_type(settings: dict[str, Setting]) -> str:
+def put_by_rows(settings: Mapping[str, Setting], num_rows: int, num_devices: int) -> dict[str, Setting]:
+    """`settings` with what waited for the number of rows, as a run of so many on so many devices has it."""
+    train_type = _train_type(settings)
+    waiting = [name for name, each in settings.items() if each.value is None and is_by_what_trains(each.origin)]
+    found: dict[str, Any] = {"num_train_epochs": by_size(num_rows).num_epochs}
+    found["lora_r"] = rank = settings["lora_r"].value or by_size(num_rows).lora_r
+    found["lora_alpha"] = alpha_of(rank, use_rslora=False)
+    batch = {name: settings[name].value for name in OF_BATCH}
+    found |= batch_of(train_type, num_rows, num_devices, batch)
+    values = {name: each.value for name, each in settings.items()}
+    values |= {name: found[name] for name in waiting if name in found}
+    rows_per_step = math.prod(values[name] for name in OF_BATCH) * num_devices
+    found["warmup_steps"] = warmup_of(math.ceil(math.ceil(num_rows / rows_per_step) * values["num_train_epochs"]))
+    origin = f"{DEFAULT} of {train_type}, for {num_rows:,} rows"
+    put = {name: Setting(found[name], origin) for name in waiting if name in found}
+    return {name: put.get(name, setting) for name, setting in settings.items()}
+
+
+def _train_type(settings: Mapping[str, Setting]) -> str:
     """As `TuningArguments` understands it."""
     train_type = settings["train_type"].value
     train_type = "lora" if train_type == "use_lora" else train_type

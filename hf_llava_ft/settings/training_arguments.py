@@ -167,6 +167,11 @@ class LlavaTrainingArguments(TrainingArguments):
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # nothing to pin for, and PyTorch warns about it
         check_not_refused(self)
+        if "learning_rate" in unsaid & self._read_by_deepspeed():
+            raise ValueError(
+                "learning_rate has to be given, since DeepSpeed's settings have an optimizer or a scheduler that take "
+                "it over before it is known what trains: 2e-5 for whole parts, 2e-4 for LoRA."
+            )
         self.leave_open(unsaid)
         if self.fp16:  # whose scaler skips such steps, and whose log would be NaN from then on
             self.logging_nan_inf_filter = True

@@ -1,5 +1,6 @@
 """The rows that a run trains on and those that it is evaluated on, opened as its settings say."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,14 @@ from hf_llava_ft.data.streaming import LlavaStream
 from hf_llava_ft.data.streaming.loader import refuse_grouping
 from hf_llava_ft.data.token_limit import TokenLimit
 from hf_llava_ft.data.unchanged import RowsAsTheyWere
+from hf_llava_ft.errors import UserError
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.settings.arguments import DataArguments
 from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.training.evaluation import data_seed, eval_rows_that_fit, held_out, open_eval_rows
 from hf_llava_ft.training.summary import data_facts, row_counts
+
+_MAX_BYTES_AT_A_GLANCE = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,21 @@ def open_all_rows(data_args: DataArguments, args: LlavaTrainingArguments, starte
     """
     rows = _open_stream(data_args, args, started) if data_args.streaming else _open_rows(data_args, args)
     return OpenedRows(rows, open_eval_rows(data_args, args), data_args, args)
+
+
+def rows_at_a_glance(data_path: str, image_folder: str, eval_split: float | None = None) -> int | None:
+    """How many rows a file or folder here would be trained on, unchecked; None where counting them takes long."""
+    if not os.path.exists(data_path):
+        return None
+    try:
+        sources = open_source(data_path, image_folder, allow_outside=True)
+        files = [file for source in sources for file in source.container.files]
+        if sum(os.path.getsize(file) for file in files) > _MAX_BYTES_AT_A_GLANCE:
+            return None
+        number = sum(sum(1 for _ in source.iter_raw()) for source in sources)
+    except (UserError, OSError):
+        return None  # of which a run will speak
+    return number if eval_split is None else number - max(1, round(eval_split * number))
 
 
 def tell_of_rows_left_out(rows: TrainingRows, output_dir: Path, tell: Callable[[str], None]) -> None:

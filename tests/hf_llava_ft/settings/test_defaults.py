@@ -18,6 +18,7 @@ from hf_llava_ft.settings.defaults import (
 )
 from hf_llava_ft.settings.parsing import parse_arguments, resolve
 from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
+from hf_llava_ft.train import main as train_main
 
 MINIMAL = ["--model_name_or_path", "m", "--data_path", "d.json", "--output_dir", "o"]
 ON_CPU = ["--use_cpu", "True"]
@@ -61,6 +62,29 @@ def test_a_dry_run_says_what_waits_for_the_rows():
     assert found["gradient_accumulation_steps"][1].endswith("else 128")
     assert shown("--train_type", "projector")["gradient_accumulation_steps"][1].endswith("else 256")
     assert shown("--train_type", "full")["lora_r"] == (None, "default")
+
+
+@pytest.mark.parametrize("train_type", RATES)
+def test_a_dry_run_counts_the_rows_of_a_small_file(train_type, tmp_path, capsys, llava_json):
+    data, images = llava_json(3)
+    flags = ["--model_name_or_path", "m", "--data_path", str(data), "--image_folder", str(images), "--dry_run"]
+    train_main([*flags, "--output_dir", "o", "--train_type", train_type])
+    found = json.loads(capsys.readouterr().out)["settings"]
+    origin = f"default of {train_type}, for 3 rows"
+    assert found["num_train_epochs"] == {"value": 10, "from": origin}
+    assert found["per_device_train_batch_size"] == {"value": 4, "from": origin}
+    assert found["gradient_accumulation_steps"] == {"value": 1, "from": origin}
+    assert found["warmup_steps"] == {"value": 0.0, "from": origin}  # 10 steps
+    is_lora = train_type in ("lora", "qlora")
+    assert found["lora_r"] == ({"value": 8, "from": origin} if is_lora else {"value": None, "from": "default"})
+    assert found["lora_alpha"]["value"] == (16 if is_lora else None)
+
+
+def test_deepspeed_is_told_the_batch_before_the_rows_are_counted():
+    found = shown("--deepspeed", "examples/deepspeed/zero2.json")
+    origin = "default of lora, since DeepSpeed is told before the rows are counted"
+    assert found["per_device_train_batch_size"] == (8, origin)
+    assert found["gradient_accumulation_steps"] == (1, origin)
 
 
 def test_what_is_said_wins_in_every_layer(tmp_path):
