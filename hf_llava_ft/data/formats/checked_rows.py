@@ -22,7 +22,7 @@ def checked_rows(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
     Yields (number from 1, row as `FEATURES` has it) of a source, every distinct picture decoded once.
 
     Raises:
-        `UserError`: at the first row or image that is wrong.
+        UserError: at the first row or image that is wrong.
     """
     seen: set[bytes] = set()
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
