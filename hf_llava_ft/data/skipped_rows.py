@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from hf_llava_ft.data.problems import Problem
+from hf_llava_ft.reports.page import write_atomically
 
 SKIPPED_FILE = "skipped_rows.jsonl"
 
@@ -17,9 +18,7 @@ def skipped_line(problem: Problem, done: str) -> str:
 
 def write_whole(path: Path, lines: list[str]) -> None:
     """Puts `lines` into the file at once; a reader sees all of them, or the file that was there."""
-    unfinished = path.with_name(f".{path.name}.incomplete")
-    unfinished.write_text("".join(lines), encoding="utf-8", errors="replace")
-    unfinished.replace(path)
+    write_atomically(path, lambda temporary: temporary.write_text("".join(lines), encoding="utf-8", errors="replace"))
 
 
 def add_left_out(path: Path, problem: Problem) -> None:

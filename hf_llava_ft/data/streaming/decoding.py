@@ -1,7 +1,6 @@
 """From a row as its file has it to one that is trained on: translated, checked, with its pictures decoded."""
 
 import io
-import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from hf_llava_ft.data.formats import Source
-from hf_llava_ft.data.pictures import DEEPER_THAN_8_BITS, decode_failure
+from hf_llava_ft.data.pictures import DEEPER_THAN_8_BITS, decode_failure, undecodable
 from hf_llava_ft.data.unchanged import refuse_younger
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.processing.picture_opening_llava import PictureOpening, rgb_picture
@@ -62,5 +61,4 @@ def _decoded(image: dict[str, Any], place: str, opening: PictureOpening) -> Imag
                     return rgb_picture(opened, opening)  # as `open_picture` does
     except Exception as error:  # a damaged file may surface as nearly anything
         reason = decode_failure(content) or " ".join(str(error).split())
-    name = "an image" if image["path"] is None else f"image {os.path.basename(image['path'])!r}"
-    raise UserError(f"{place}: {name} can't be decoded ({reason}); replace it or remove the row.")
+    raise undecodable(place, image["path"], reason)

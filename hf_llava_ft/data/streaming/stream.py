@@ -74,7 +74,7 @@ class LlavaStream(IterableDataset):
             Where it is remembered how a JSON file can be read in parts; the cache of `datasets` by default.
 
     Raises:
-        `UserError`: here if a file is broken; from iterating, at a bad row.
+        UserError: here if a file is broken; from iterating, at a bad row.
     """
 
     def __init__(
