@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.table import Table
 from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_llava_ft.checkpoints.adapters import with_adapter
 from hf_llava_ft.checkpoints.files import name_for_anywhere
@@ -33,6 +34,7 @@ from hf_llava_ft.modeling.part_names_llava import (
 from hf_llava_ft.settings.arguments import TuningArguments
 from hf_llava_ft.settings.defaults import tuning_with_defaults
 from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
+from hf_llava_ft.training.fused_lora import fuse_lora
 from hf_llava_ft.training.precision.masters import with_float32_masters
 from hf_llava_ft.training.precision.quantization import is_quantized, prepare_quantized
 
@@ -109,6 +111,7 @@ def with_lora(
         peft_model = get_peft_model(model, _new_lora(model, arguments, revision))
     peft_model.peft_config["default"].base_model_name_or_path = base  # get_peft_model takes it from the loaded model
     with_float32_masters(peft_model)
+    fuse_lora(peft_model, shared=not is_deepspeed_zero3_enabled())
     _only_biases_of_the_language_model(peft_model, arguments)
     return peft_model
 
