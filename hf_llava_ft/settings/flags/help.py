@@ -180,8 +180,8 @@ def _paragraphs(width: int, with_all: bool) -> str:
         names = sorted({*FLAGS, *SWITCHES, *SWITCHES_OF_NEXT})
     listed = ", ".join(f"--{name}" for name in names)
     last = (
-        f"The command lines of the original LLaVA and of LLaVA-NeXT are understood too ({listed}{'' if with_all else ', ...'}): "
-        "docs/training.md. Which settings for which data: docs/settings.md."
+        f"The command lines of the original LLaVA and of LLaVA-NeXT are understood too ({listed}"
+        f"{'' if with_all else ', ...'}): docs/training.md. Which settings for which data: docs/settings.md."
     )
     return textwrap.fill(last, width) + os.linesep
 
