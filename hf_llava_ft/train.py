@@ -248,7 +248,7 @@ def _trainer(
     trainer.remove_callback(PrinterCallback)  # the bar shows the loss
     progress.throughput = answers.throughput = trainer.throughput
     trainer.longest_batch.tell = tell
-    answers.find_tensorboard(trainer.callback_handler.callbacks)
+    answers.logs.find(trainer.callback_handler.callbacks)
     return trainer, interruption
 
 

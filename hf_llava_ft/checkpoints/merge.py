@@ -40,9 +40,9 @@ def merge_adapter(
     Merges the adapter at `adapter` into its base and writes the whole model, with processor, to `output_dir`.
 
     The base is loaded anew, because merging into weights that were used or quantised would merge their rounding. The
-    weights are merged exactly and rounded once to `dtype`; what that takes of a small change is measured. What the base
-    with the adapter answers is the reference; the merged folder is loaded in a fresh process and has to answer the
-    same. What is known of the training goes along as `training.json`.
+    weights are merged exactly and rounded once to `dtype`; what that takes of a small change is measured. What the
+    base with the adapter answers is the reference; the merged folder is loaded in a fresh process and has to answer
+    the same. What is known of the training goes along as `training.json`.
 
     Args:
         base (`str`, *optional*): instead of the base that the adapter names.

@@ -13,22 +13,23 @@ from hf_llava_ft.modeling.part_names_llava import PROJECTOR
 from hf_llava_ft.settings.arguments import TuningArguments
 from hf_llava_ft.training.tuning import with_tuning
 
-ULP = 2.0**-7  # between 1 and 2, bfloat16 has nothing between two multiples of it
-# What the adapter adds to each weight of a matrix, whose weights are all 1, and what a multiple of ULP leaves of it.
+ONE = 2.0**-6
+ULP = ONE * 2.0**-7  # between ONE and twice that, bfloat16 has nothing between two multiples of it
+# What the adapter adds to each weight of a matrix, whose weights are all ONE, and what a multiple of ULP leaves of it.
 LAYERS = (1.25 * ULP, 3.25 * ULP)
 PROJECTOR_CHANGE = 2.25 * ULP
 
 
 @pytest.fixture(scope="module")
 def of_ones(tiny, tiny_processor, tmp_path_factory):
-    """A bfloat16 LLaVA in which what the adapter beside it changes is 1 everywhere."""
+    """A bfloat16 LLaVA in which what the adapter beside it changes is ONE everywhere."""
     folder = tmp_path_factory.mktemp("rounding")
     model = tiny.model().to(torch.bfloat16)
     with torch.no_grad():
         for layer in model.model.language_model.layers:
-            layer.self_attn.q_proj.weight.fill_(1.0)
+            layer.self_attn.q_proj.weight.fill_(ONE)
         for parameter in model.get_submodule(f"model.{PROJECTOR}").parameters():
-            parameter.fill_(1.0)
+            parameter.fill_(ONE)
     model.save_pretrained(folder / "base")
     tiny_processor.save_pretrained(folder / "base")
 
@@ -42,7 +43,7 @@ def of_ones(tiny, tiny_processor, tmp_path_factory):
             elif ".lora_B." in name:
                 parameter.fill_(LAYERS[int(name.split(".layers.")[1][0])])
             elif ".modules_to_save." in name:
-                parameter.fill_(1.0 + PROJECTOR_CHANGE)
+                parameter.fill_(ONE + PROJECTOR_CHANGE)
     adapted.save_pretrained(folder / "adapter")
     processor.save_pretrained(folder / "adapter")
     return folder
@@ -65,7 +66,8 @@ def test_merge_and_verify_tell_the_share_that_rounding_takes(of_ones, llava_ft, 
     assert 0.1 < share < 0.13
     out, told = tmp_path / "merged", tmp_path / "told.json"
     code, _, err = llava_ft("merge", "--adapter", of_ones / "adapter", "--output_dir", out, "--json", told)
-    assert code == 0 and f"rounding to bfloat16 loses {100 * share:.3g} %" in err and "--dtype float32" in err
+    assert code == 0, err
+    assert f"rounding to bfloat16 loses {100 * share:.3g} %" in err and "--dtype float32" in err
     result = json.loads(told.read_text())
     assert result["dtype"] == "bfloat16" and result["lost_share"] == pytest.approx(share, rel=1e-6)
     written = load_file(out / "model.safetensors")
@@ -74,7 +76,7 @@ def test_merge_and_verify_tell_the_share_that_rounding_takes(of_ones, llava_ft, 
         for name, tensor in written.items()
         if name.endswith("layers.0.self_attn.q_proj.weight") and "language" in name
     ]
-    assert torch.equal(first, torch.full_like(first, 1 + ULP))
+    assert torch.equal(first, torch.full_like(first, ONE + ULP))
 
     code, _, err = llava_ft("verify", "--model", out, "--adapter", of_ones / "adapter", "--json", told)
     against = json.loads(told.read_text())["against_adapter"]
@@ -90,7 +92,7 @@ def test_in_float32_next_to_nothing_is_lost(of_ones):
     assert rounding.lost_share < 1e-7 and rounding.dtype == torch.float32
     assert "loses" not in rounding.sentence and "float32 keeps all but" in rounding.sentence
     weight = whole.model.language_model.layers[1].self_attn.q_proj.weight
-    assert torch.equal(weight, torch.full_like(weight, 1 + LAYERS[1]))
+    assert torch.equal(weight, torch.full_like(weight, ONE + LAYERS[1]))
     assert any(PROJECTOR in name for name in saved)
 
 
