@@ -28,7 +28,7 @@ _PUBLIC = {
     "LlavaForCausalLM": "modeling.modeling_llava",
     "LlavaProcessor": "processing.processing_llava",
     "LlavaTrainer": "training.trainer",
-    "LlavaTrainingArguments": "settings.arguments",
+    "LlavaTrainingArguments": "settings.training_arguments",
     "ModelArguments": "settings.arguments",
     "DataArguments": "settings.arguments",
     "TuningArguments": "settings.arguments",

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_llava_ft.checkpoints.adapters import adapter_weights
-from hf_llava_ft.checkpoints.opening import Checkpoint, inspect_checkpoint
-from hf_llava_ft.checkpoints.read_as_written import is_in_few_bits
+from hf_llava_ft.checkpoints.checked.read_as_written import is_in_few_bits
+from hf_llava_ft.checkpoints.inspection import Checkpoint, inspect_checkpoint
 from hf_llava_ft.checkpoints.rewriting import rewriting, save_for_others
 from hf_llava_ft.checkpoints.rounding import Rounding, merged
 from hf_llava_ft.checkpoints.verify import Probe, Verification

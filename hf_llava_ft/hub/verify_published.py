@@ -9,8 +9,9 @@ import torch
 from huggingface_hub import snapshot_download
 
 from hf_llava_ft.checkpoints.files import hub_refusal
+from hf_llava_ft.checkpoints.inspection import inspect_checkpoint
 from hf_llava_ft.checkpoints.merge import refuse_base_in_few_bits, saved_weights
-from hf_llava_ft.checkpoints.opening import inspect_checkpoint, load_model, load_processor
+from hf_llava_ft.checkpoints.opening import load_model, load_processor
 from hf_llava_ft.checkpoints.rounding import merged
 from hf_llava_ft.checkpoints.verify import (
     LOGIT_TOLERANCE,
