@@ -17,7 +17,7 @@ from hf_llava_ft.settings.parsing import resolve
 from hf_llava_ft.settings.ranges import check_ranges
 from hf_llava_ft.settings.recipes import as_words
 from hf_llava_ft.settings.resolved import ARGUMENT_CLASSES
-from hf_llava_ft.train import TrainingResult, train
+from hf_llava_ft.train import TrainingResult, tell_last_lines, train
 
 
 def fine_tune(*arguments: Any, console: Console | None = None, **settings: Any) -> TrainingResult:
@@ -41,13 +41,16 @@ def fine_tune(*arguments: Any, console: Console | None = None, **settings: Any) 
     """
     objects = [each for each in arguments if isinstance(each, ARGUMENT_CLASSES)]
     if objects:
-        return train(*_in_order(objects, arguments, settings), console=console)
-    resolved = resolve(words_of(arguments, settings)).with_chosen_precision(has_bf16_gpu())
-    built = resolved.build()
-    if is_first_process():
-        for note in resolved.notes:
-            print(note, file=sys.stderr)
-    return train(*built, console=console)
+        built: Sequence[Any] = _in_order(objects, arguments, settings)
+    else:
+        resolved = resolve(words_of(arguments, settings)).with_chosen_precision(has_bf16_gpu())
+        built = resolved.build()
+        if is_first_process():
+            for note in resolved.notes:
+                print(note, file=sys.stderr)
+    result = train(*built, console=console)
+    tell_last_lines(result, console)
+    return result
 
 
 def _in_order(objects: list[Any], arguments: Sequence[Any], settings: dict[str, Any]) -> list[Any]:

@@ -167,8 +167,10 @@ def _expected(row: dict[str, Any]) -> str | None:
     if isinstance(row.get("expected"), str):
         return row["expected"]
     turns = row.get("conversations")
-    said = (turn.get("value") for turn in turns if turn.get("from") == "gpt") if isinstance(turns, list) else iter(())
-    return next((answer for answer in said if isinstance(answer, str)), None)
+    for turn in turns if isinstance(turns, list) else []:
+        if isinstance(turn, dict) and turn.get("from") == "gpt" and isinstance(turn.get("value"), str):
+            return turn["value"]
+    return None
 
 
 class EvalAnswers(TrainerCallback):
@@ -244,6 +246,12 @@ class EvalAnswers(TrainerCallback):
         self._write(Path(str(args.output_dir), ANSWERS_FILE))
         self._keep_pictures(Path(str(args.output_dir), PICTURES_FOLDER))
         self.logs.show(self.answers, state.global_step, self.thumbnails)
+
+    @property
+    def a_picture(self) -> str | None:
+        """Path of the first picture that is a file."""
+        paths = (image["path"] for prompt in self.prompts for image in prompt.stored)
+        return next((path for path in paths if path and Path(path).is_file()), None)
 
     def thumbnails(self) -> list[list[Image.Image]]:
         """The pictures of each prompt, small."""
