@@ -119,7 +119,7 @@ def loss_figure(
         right.spines[:].set_visible(False)
     if len(lines) > 1:
         # Beside the curves, wherever they run, and beside the numbers of the axis on the right.
-        figure.legend(handles=lines, fontsize=font_size, frameon=False, loc="outside right upper", borderpad=1.5)
+        figure.legend(handles=lines, fontsize=font_size, frameon=False, loc="outside right upper", borderpad=1)
     return figure
 
 

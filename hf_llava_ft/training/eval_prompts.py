@@ -280,13 +280,19 @@ class EvalAnswers(TrainerCallback):
                 **inputs,
                 do_sample=False,
                 use_cache=True,
-                max_new_tokens=self.max_new_tokens,
+                max_new_tokens=self._longest_answer(prompt),
                 **stop_options(self.processor),
             )
         new = ids[0, inputs["input_ids"].shape[1] :]
         text = self.processor.tokenizer.decode(new, skip_special_tokens=True)
         stop = self.processor.stop_string
         return ("".join(up_to(stop, [text])) if stop else text).strip()
+
+    def _longest_answer(self, prompt: EvalPrompt) -> int:
+        """Of a row of the data, twice its answer and a little: who asked for nothing shall not wait for rambling."""
+        if prompt.messages is None or prompt.expected is None:
+            return self.max_new_tokens
+        return min(self.max_new_tokens, 2 * len(self.processor.tokenizer.tokenize(prompt.expected)) + 16)
 
     def _write(self, path: Path) -> None:
         lines = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in self.answers)
