@@ -54,6 +54,11 @@ def open_container(path: str, split: str | None = None) -> Container:
         raise UserError(f"{path} is an archive; unpack it and give what was in it.")
     if head[:8] == b"ARROW1\0\0":
         raise UserError(f"{path} is an Arrow file; give the folder that save_to_disk wrote, or Parquet.")
+    if path.lower().endswith((".yaml", ".yml")):
+        raise UserError(
+            f"{path} is YAML, which LLaVA-NeXT lists its datasets in; name them in --data_path instead, with the share "
+            f"of each: a.json:0.3,b.json."
+        )
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     first_line = text.splitlines()[0] if text else b""
     # A table has at least two columns; anything else is left to the JSON reader, which says what is wrong and where.
