@@ -56,8 +56,8 @@ def open_container(path: str, split: str | None = None) -> Container:
         raise UserError(f"{path} is an Arrow file; give the folder that save_to_disk wrote, or Parquet.")
     if path.lower().endswith((".yaml", ".yml")):
         raise UserError(
-            f"{path} is YAML, which LLaVA-NeXT lists its datasets in; name them in --data_path instead, with the share "
-            f"of each: a.json:0.3,b.json."
+            f"{path} is YAML, in which LLaVA-NeXT lists datasets; name them in --data_path instead, with the share of "
+            "each: a.json:0.3,b.json."
         )
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     first_line = text.splitlines()[0] if text else b""
