@@ -12,6 +12,7 @@ from transformers import MODEL_MAPPING, AutoConfig
 
 from hf_llava_ft.checkpoints.adapters import with_adapter
 from hf_llava_ft.checkpoints.checked.folder import UNREADABLE, check_config, check_settings, reason_of
+from hf_llava_ft.checkpoints.checked.kind import refuse_other_kinds
 from hf_llava_ft.checkpoints.checked.template import check_rendering, check_templates
 from hf_llava_ft.checkpoints.checked.weights import check_weights, refuse_no_numbers
 from hf_llava_ft.checkpoints.embeddings import grow_embeddings
@@ -97,20 +98,21 @@ def inspect_checkpoint(path: str, revision: str | None = None, base: str | None 
     raise UserError(f"{path} is a repository without a model: it has neither config.json nor {ADAPTER_CONFIG}.")
 
 
-def is_language_model(path: str, revision: str | None = None) -> bool:
-    """Whether there is a model at `path` that is no LLaVA, nor a part of one: what a tower can be put in front of."""
-    config = read_json(path, "config.json", revision)
-    if config is None or is_original(config) or "text_config" in config or has_file(path, ADAPTER_CONFIG, revision):
-        return False
-    return any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in config.get("architectures") or ())
+def load_config(path: str, revision: str | None = None, *, adapter: str | None = None) -> LlavaConfig:
+    """
+    The configuration at `path` in our form, whichever dialect it is written in.
 
+    Args:
+        adapter (`str`, *optional*): what was asked for, where `path` is its base, for messages.
 
-def load_config(path: str, revision: str | None = None) -> LlavaConfig:
-    """The configuration at `path` in our form, whichever dialect it is written in."""
+    Raises:
+        UserError: if it is that of no LLaVA, or cannot be read.
+    """
     register()
     if read_json(path, "config.json", revision) is None and not Path(path).is_dir():
         raise UserError(not_here(path, revision))
     check_settings(path, revision)
+    refuse_other_kinds(path, revision, adapter)
     try:
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
         if not isinstance(config, LlavaConfig):
@@ -143,6 +145,8 @@ def load_processor(
     for place in dict.fromkeys(((path, revision), (checkpoint.base, checkpoint.revision))):
         check_settings(*place)
         check_templates(*place)
+    if checkpoint.kind in ("model", "adapter"):  # the others' base may be a bare language model
+        refuse_other_kinds(checkpoint.base, checkpoint.revision, None if checkpoint.kind == "model" else path)
     processor = _processor(checkpoint, path, revision, has_own)
     if with_template:
         check_rendering(processor, path)
@@ -245,7 +249,8 @@ def _load_whole(checkpoint: Checkpoint, folder: Path, revision: str | None, **kw
         num_tokens = config.text_config.vocab_size
         config.text_config.vocab_size = _vocab_size(checkpoint)
     else:
-        config = load_config(checkpoint.base, checkpoint.revision)
+        adapter = checkpoint.path if checkpoint.is_adapter else None
+        config = load_config(checkpoint.base, checkpoint.revision, adapter=adapter)
     check_weights(checkpoint.base, config, checkpoint.revision)
     check_generation_config(checkpoint.base, checkpoint.revision)
     kwargs["attn_implementation"] = _supported_attention(config, kwargs["attn_implementation"])

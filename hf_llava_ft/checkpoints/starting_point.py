@@ -22,9 +22,10 @@ from transformers.integrations import set_hf_deepspeed_config, unset_hf_deepspee
 
 from hf_llava_ft.checkpoints.adapters import tuning_of_adapter
 from hf_llava_ft.checkpoints.artifact import staged_folder
+from hf_llava_ft.checkpoints.checked.kind import is_language_model
 from hf_llava_ft.checkpoints.compose import compose_llava
 from hf_llava_ft.checkpoints.files import read_json
-from hf_llava_ft.checkpoints.opening import ADAPTER_CONFIG, inspect_checkpoint, is_language_model, load_config
+from hf_llava_ft.checkpoints.opening import ADAPTER_CONFIG, inspect_checkpoint, load_config
 from hf_llava_ft.checkpoints.original_folders import PROJECTOR_FILE, load_projector, read_weights
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.modeling.configuration_llava import LlavaConfig
@@ -146,7 +147,7 @@ def check_starting_point(model_args: ModelArguments, tuning_args: TuningArgument
                     f"out, or merge the adapter first (llava-ft merge)."
                 )
             settled_tuning(model_args, tuning_args)
-            _check_agreement(model_args, load_config(checkpoint.base, checkpoint.revision))
+            _check_agreement(model_args, load_config(checkpoint.base, checkpoint.revision, adapter=name))
         else:
             _check_agreement(model_args, load_config(name, model_args.revision))
         return False
