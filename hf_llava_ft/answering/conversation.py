@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import StoppingCriteriaList, TextIteratorStreamer
 
 from hf_llava_ft.answering.prompts import (
     context_length,
@@ -22,16 +22,6 @@ from hf_llava_ft.errors import UserError
 
 class ContextFull(UserError):
     """A conversation that has no room for another answer."""
-
-
-class _Stop(StoppingCriteria):
-    """Ends an answer that nobody reads any further."""
-
-    def __init__(self):
-        self.is_asked = threading.Event()
-
-    def __call__(self, input_ids, scores, **kwargs):
-        return torch.full((len(input_ids),), self.is_asked.is_set(), dtype=torch.bool, device=input_ids.device)
 
 
 @dataclass
@@ -115,14 +105,17 @@ class Conversation:
     def _generated(self, inputs: Any, **options: Any) -> Iterator[str]:
         stop = self.processor.stop_string
         pieces = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        end = _Stop()
+        ended = threading.Event()  # nobody reads any further
         failure: list[BaseException] = []
+
+        def is_ended(input_ids, scores, **kwargs) -> torch.Tensor:
+            return torch.full((len(input_ids),), ended.is_set(), dtype=torch.bool, device=input_ids.device)
 
         def generate() -> None:
             try:
                 with torch.inference_mode():
                     ids = self.model.generate(
-                        **inputs, **options, streamer=pieces, stopping_criteria=StoppingCriteriaList([end])
+                        **inputs, **options, streamer=pieces, stopping_criteria=StoppingCriteriaList([is_ended])
                     )
                 self._num_new = ids.shape[1] - inputs["input_ids"].shape[1]
             except BaseException as error:
@@ -134,7 +127,7 @@ class Conversation:
         try:
             yield from up_to(stop, pieces) if stop else pieces
         finally:
-            end.is_asked.set()
+            ended.set()
             worker.join()
         if failure:
             raise failure[0]

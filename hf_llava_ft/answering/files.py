@@ -86,7 +86,7 @@ def answer_file(
             with _bar(console, len(lines.done), total) as advance:
                 _answer(parts, rows, lines, advance, batch_size, generation)
         num_failed = lines.finish()
-    failed = f"; {num_failed:,} have no answer, and their lines say why" if num_failed else ""
+    failed = f"; {num_failed:,} without an answer, with the reason in its line" if num_failed else ""
     console.print(f"{total:,} rows are in {output}{failed}.", highlight=False)
     return Answered(total - num_failed, num_failed)
 

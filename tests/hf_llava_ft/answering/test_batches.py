@@ -112,12 +112,13 @@ def test_all_questions_are_answered_the_longest_first(model, processor, question
 
 
 def test_an_answer_says_whether_it_is_finished(model, processor, questions):
+    model.generation_config.eos_token_id = [1087]
     [alone] = one_by_one(model, processor, questions[:1], max_new_tokens=4)
+    assert alone[2] not in alone[:2]
     model.generation_config.eos_token_id = [alone[2]]
-    [(_, answer)] = answer_all(model, processor, questions[:1], max_new_tokens=4)
-    assert answer.finish_reason == ("length" if alone[2] in () else "stop")
-    [(_, answer)] = answer_all(model, processor, questions[:1], max_new_tokens=1)
-    assert answer.finish_reason == ("stop" if alone[0] == alone[2] else "length")
+    for longest, reason in ((4, "stop"), (3, "stop"), (2, "length")):
+        [(_, answer)] = answer_all(model, processor, questions[:1], max_new_tokens=longest)
+        assert answer.finish_reason == reason
 
 
 def test_a_row_with_little_room_keeps_its_own_and_no_row_loses_any(model, processor, questions):

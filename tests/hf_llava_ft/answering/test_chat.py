@@ -6,7 +6,7 @@ from PIL import Image
 from hf_llava_ft.answering.chat import Chat
 from hf_llava_ft.answering.conversation import ContextFull, Conversation
 from hf_llava_ft.answering.loading import load_for_answering
-from hf_llava_ft.answering.prompts import question_content
+from hf_llava_ft.answering.prompts import encode_row, question_content
 from hf_llava_ft.errors import UserError
 
 
@@ -67,10 +67,8 @@ def test_an_answer_that_the_context_cuts_is_said_to_be_cut(chat, parts, monkeypa
     monkeypatch.setattr(model.generation_config, "eos_token_id", [1087])
     chat.take("Hello")
     assert not chat.conversation.is_cut and not chat.told
-    text = processor.apply_chat_template(
-        [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}], add_generation_prompt=True
-    )
-    length = len(processor.tokenizer(text).input_ids)
+    asked = [{"role": "user", "content": question_content("Hello", 0)}]
+    length = encode_row(processor, asked, [])["input_ids"].shape[1]
     monkeypatch.setattr(model.config.text_config, "max_position_embeddings", length + 2)
     chat.take("/new")
     chat.take("Hello")

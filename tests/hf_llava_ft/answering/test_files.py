@@ -107,7 +107,7 @@ def test_a_picture_that_cannot_be_read_is_said_in_its_line(llava_ft, tiny_checkp
     output = tmp_path / "answers.jsonl"
     flags = ["--data_path", data, "--image_folder", folder, "--output", output, "--max_new_tokens", 2]
     code, _, err = llava_ft("generate", "--model", tiny_checkpoint, *flags, "--json", tmp_path / "done.json")
-    assert code == 1 and "1 have no answer" in " ".join(err.split())
+    assert code == 1 and "1 without an answer" in " ".join(err.split())
     assert [line["answer"] is None for line in lines(output)] == [False, True, False]
     assert lines(output)[1]["finish_reason"] == "error" and lines(output)[1]["error"]
     assert json.loads((tmp_path / "done.json").read_text()) == {"output": str(output), "answered": 2, "failed": 1}

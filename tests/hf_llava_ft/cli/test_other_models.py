@@ -9,7 +9,7 @@ from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
 COMMANDS = {
     "check": ["check", "{data}", "--model", "{model}"],
     "train": ["train", "--model_name_or_path", "{model}", "--data_path", "{data}", "--output_dir", "{out}"],
-    "estimate": ["estimate", "--model_name_or_path", "{model}", "--output_dir", "{out}"],
+    "estimate": ["estimate", "--model_name_or_path", "{model}", "--data_path", "{data}", "--output_dir", "{out}"],
     "generate": ["generate", "--model", "{model}", "--prompt", "q"],
     "chat": ["chat", "--model", "{model}"],
     "convert": ["convert", "--model", "{model}", "--format", "llava-hf", "--output_dir", "{out}"],
@@ -34,7 +34,8 @@ def models(tiny, golden, tmp_path_factory):
         (root / name / "config.json").write_text(json.dumps(config, default=str))
         load_tokenizer(golden / "tokenizer_tiny").save_pretrained(root / name)
     (root / "adapter").mkdir()
-    settings = {"peft_type": "LORA", "r": 2, "base_model_name_or_path": str(root / "language model")}
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    settings |= {"task_type": "CAUSAL_LM", "base_model_name_or_path": str(root / "language model")}
     (root / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
     return root
 
