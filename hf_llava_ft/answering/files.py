@@ -51,6 +51,7 @@ def answer_file(
     system: str | None = None,
     batch_size: int = 16,
     loading: dict[str, Any] | None = None,
+    access: dict[str, bool] | None = None,
     console: Console | None = None,
     **generation: Any,
 ) -> Answered:
@@ -60,7 +61,7 @@ def answer_file(
 
     Args:
         model, loading: for [`load_for_answering`].
-        data_path, image_folder: see [`open_questions`].
+        data_path, image_folder, access: for [`open_questions`].
         output (`str` or `Path`): the file; one that the same command has begun is finished.
         generation: `max_new_tokens`, `temperature`, `top_p`.
 
@@ -71,7 +72,7 @@ def answer_file(
     sampling_options(generation.get("temperature", 0.0), generation.get("top_p"))
     answering_device(loading.get("device"))
     processor = load_processor(model, loading.get("revision"), base=loading.get("base"))
-    sources = open_questions(data_path, image_folder)
+    sources = open_questions(data_path, image_folder, **access or {})
     total = sum(1 for _ in asked_rows(sources, system))
     check_writable_file(output)
     settings = {"model": _state_of_model(model), "data": _state_of_data(sources), "image_folder": image_folder}

@@ -54,9 +54,12 @@ class AskedRow:
             self.line["expected"] = _text(messages[last])
 
 
-def open_questions(data_path: str, image_folder: str | None = None) -> list[Source]:
+def open_questions(data_path: str, image_folder: str | None = None, **access: bool) -> list[Source]:
     """
     The data, as [`open_source`] gives it, with rows that leave their answer open.
+
+    Args:
+        access: `allow_outside` and `allow_urls` of [`open_source`].
 
     Raises:
         UserError: if it can't be read, or gives a set a weight.
@@ -69,11 +72,12 @@ def open_questions(data_path: str, image_folder: str | None = None) -> list[Sour
         container = None if each.is_hub else open_container(each.path, each.split)
         first = None if container is None else next((raw for _, raw in islice(container.iter_raw(), 1)), None)
         if container is None or not _is_open(first):
-            sources.append(open_source([name], image_folder)[0])
+            sources.append(open_source([name], image_folder, **access)[0])
             continue
         dialect = detect_dialect(_with_answer(first))
         assert dialect is not None  # what is open is a row of one that lacks its answer
-        sources.append(Source(_OpenRows(container), dialect, ImageStore(container.image_folder or image_folder)))
+        images = ImageStore(container.image_folder or image_folder, **access)
+        sources.append(Source(_OpenRows(container), dialect, images))
     return sources
 
 
@@ -117,10 +121,10 @@ def _is_open(raw: Any) -> bool:
 
 def _with_answer(raw: dict[str, Any]) -> dict[str, Any]:
     if isinstance(raw.get("conversations"), list):
-        turns = [*raw["conversations"], {"from": "gpt", "value": _PLACEHOLDER_ANSWER}]
-        if "role" in turns[0]:
-            turns[-1] = {"role": "assistant", "content": _PLACEHOLDER_ANSWER}
-        return {**raw, "conversations": turns, _OPEN: True}
+        answer = {"from": "gpt", "value": _PLACEHOLDER_ANSWER}
+        if "from" not in raw["conversations"][-1]:
+            answer = {"role": "assistant", "content": _PLACEHOLDER_ANSWER}
+        return {**raw, "conversations": [*raw["conversations"], answer], _OPEN: True}
     if isinstance(raw.get("messages"), list):
         turns = [*raw["messages"], {"role": "assistant", "content": _PLACEHOLDER_ANSWER}]
         return {**raw, "messages": turns, _OPEN: True}

@@ -41,6 +41,10 @@ def generate(
     output: Annotated[
         Path | None, typer.Option("--output", help="JSON Lines with the answers to --data_path; goes on if begun.")
     ] = None,
+    allow_images_outside: Annotated[
+        bool, typer.Option("--allow_images_outside", help="Allow image paths that leave the image folder.")
+    ] = False,
+    allow_image_urls: Annotated[bool, typer.Option("--allow_image_urls", help="Fetch images from the web.")] = False,
     batch_size: Annotated[int, typer.Option("--batch_size", min=1, help="Rows of --data_path at a time.")] = 16,
     base: BaseOption = None,
     revision: RevisionOption = None,
@@ -73,7 +77,15 @@ def generate(
         from hf_llava_ft.answering.files import answer_file
 
         done = answer_file(
-            model, data_path, output, image_folder, system=system, batch_size=batch_size, loading=loading, **generation
+            model,
+            data_path,
+            output,
+            image_folder,
+            system=system,
+            batch_size=batch_size,
+            loading=loading,
+            access={"allow_outside": allow_images_outside, "allow_urls": allow_image_urls},
+            **generation,
         )
         write_json(json_file, {"output": str(output), "answered": done.num_answered, "failed": done.num_failed})
         if done.num_failed:
