@@ -20,10 +20,12 @@ finally:
 """
 
 
-def test_the_package_is_a_command(checkout):
-    command = [sys.executable, "-m", "hf_llava_ft", "--version"]
+def test_the_package_is_a_command_that_does_not_wait_for_torch(checkout):
+    command = [sys.executable, "-X", "importtime", "-m", "hf_llava_ft", "--version"]
     done = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, hf_llava_ft.__version__)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "typer" in imported and not imported & {"torch", "transformers"}
 
 
 @pytest.mark.parametrize(
