@@ -107,8 +107,7 @@ def answer_all(
                 continue
             try:
                 batch = [rows[place] for place in places]
-                pad_token_id = processor.tokenizer.pad_token_id
-                ids = generated_ids(model, batch, pad_token_id, max_new_tokens=num_new, **options)
+                ids = generated_ids(model, batch, processor.tokenizer.pad_token_id, max_new_tokens=num_new, **options)
             except torch.OutOfMemoryError as error:
                 raise UserError(
                     f"{len(places)} questions at once need more memory than the GPU has: use a smaller --batch_size, "
@@ -148,9 +147,9 @@ def _by_room(rows: dict[int, Any], max_new_tokens: int, limit: int | None) -> li
     return ([(together, max_new_tokens)] if together else []) + alone
 
 
-def generated_ids(model: Any, rows: list[Any], pad_token_id: int, **options: Any) -> torch.Tensor:
+def generated_ids(model: Any, rows: list[Any], pad_id: int, **options: Any) -> torch.Tensor:
     """`int64[B, K]`, on the CPU: what `generate` adds to B prompts, as [`encode_row`] gives them."""
-    inputs = on_model(padded_left(rows, pad_token_id), model)
+    inputs = on_model(padded_left(rows, pad_id), model)
     ids = model.generate(**inputs, **options, use_cache=True)  # (B, T + K)
     return ids[:, inputs["input_ids"].shape[1] :].cpu()
 
@@ -167,7 +166,7 @@ def _answers_in(ids: torch.Tensor, model: Any, processor: Any) -> Iterator[Answe
         yield Answer(answer_text(processor, row), "stop" if is_finished else "length")
 
 
-def padded_left(rows: list[Any], pad_token_id: int) -> dict[str, torch.Tensor]:
+def padded_left(rows: list[Any], pad_id: int) -> dict[str, torch.Tensor]:
     """
     A batch of what [`encode_row`] gives: `input_ids` and `attention_mask` `int64[B, T]`, and the pictures of all rows
     one after the other, absent where no row has one.
@@ -175,7 +174,7 @@ def padded_left(rows: list[Any], pad_token_id: int) -> dict[str, torch.Tensor]:
     length = max(row["input_ids"].shape[1] for row in rows)
     batch = {
         name: torch.cat([pad(row[name], (length - row[name].shape[1], 0), value=fill) for row in rows])
-        for name, fill in (("input_ids", pad_token_id), ("attention_mask", 0))
+        for name, fill in (("input_ids", pad_id), ("attention_mask", 0))
     }
     pixels = [row["pixel_values"] for row in rows if "pixel_values" in row]
     if pixels and pixels[0].dim() == 5:  # LLaVA-1.6: (pictures, crops, 3, H, W), where blank crops are dropped again

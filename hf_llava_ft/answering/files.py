@@ -80,7 +80,9 @@ def answer_file(
     with locked_folder(output), told_of_a_full_disk(output, "free some space, and give the same command again."):
         lines = AnswerLines(output, settings, [source.where for source in sources])
         if lines.done:
-            console.print(f"{output} goes on: {len(lines.done):,} of {total:,} rows are there.", highlight=False)
+            console.print(
+                f"{output} goes on: {len(lines.done):,} of {total:,} rows are there.", highlight=False, soft_wrap=True
+            )
         if len(lines.done) < total:
             parts = load_for_answering(model, processor=processor, **loading)
             rows = (row for row in asked_rows(sources, system) if (row.file, row.number) not in lines.done)
@@ -88,7 +90,7 @@ def answer_file(
                 _answer(parts, rows, lines, advance, batch_size, generation)
         num_failed = lines.finish()
     failed = f"; {num_failed:,} without an answer, with the reason in its line" if num_failed else ""
-    console.print(f"{total:,} rows are in {output}{failed}.", highlight=False)
+    console.print(f"{total:,} rows are in {output}{failed}.", highlight=False, soft_wrap=True)
     return Answered(total - num_failed, num_failed)
 
 

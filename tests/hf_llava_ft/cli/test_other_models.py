@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM
 
 from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
 
@@ -33,10 +35,10 @@ def models(tiny, golden, tmp_path_factory):
         (root / name).mkdir()
         (root / name / "config.json").write_text(json.dumps(config, default=str))
         load_tokenizer(golden / "tokenizer_tiny").save_pretrained(root / name)
-    (root / "adapter").mkdir()
-    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
-    settings |= {"task_type": "CAUSAL_LM", "base_model_name_or_path": str(root / "language model")}
-    (root / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    language_model = LlamaForCausalLM(tiny.config().text_config)
+    language_model.name_or_path = str(root / "language model")
+    settings = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(language_model, settings).save_pretrained(root / "adapter")
     return root
 
 
