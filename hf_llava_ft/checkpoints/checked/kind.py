@@ -3,22 +3,13 @@
 from transformers import LlavaConfig as NativeLlavaConfig
 from transformers import LlavaNextConfig as NativeLlavaNextConfig
 
-from hf_llava_ft.checkpoints.files import has_file, read_json
+from hf_llava_ft.checkpoints.files import read_json
+from hf_llava_ft.checkpoints.inspection import is_language_model
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.modeling.configuration_llava import LlavaConfig
 from hf_llava_ft.modeling.original_config_llava import is_original
 
 _TYPES = (LlavaConfig.model_type, NativeLlavaConfig.model_type, NativeLlavaNextConfig.model_type)
-
-
-def is_language_model(path: str, revision: str | None = None) -> bool:
-    """Whether there is a model at `path` that is no LLaVA, nor a part of one: what a tower can be put in front of."""
-    config = read_json(path, "config.json", revision)
-    if config is None or is_original(config) or "text_config" in config:
-        return False
-    if has_file(path, "adapter_config.json", revision):
-        return False
-    return any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in config.get("architectures") or ())
 
 
 def refuse_other_kinds(path: str, revision: str | None = None, adapter: str | None = None) -> None:

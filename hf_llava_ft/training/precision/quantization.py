@@ -10,7 +10,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_llava_ft.checkpoints.few_bits import few_bits_config
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.settings.arguments import LlavaTrainingArguments, TuningArguments
+from hf_llava_ft.settings.arguments import TuningArguments
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.training.fsdp import uses_fsdp
 
 
