@@ -39,10 +39,12 @@ class Question:
     Args:
         messages (`list[dict]`): up to the one that is to be answered.
         images (`list`): in the order of their places, as `open_picture` takes them: decoded, or where they are.
+        max_new_tokens (`int`, *optional*): longest answer to this one.
     """
 
     messages: list[dict[str, Any]]
     images: list[Any] = field(default_factory=list)
+    max_new_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ def answer_all(
     Args:
         model, processor: as [`~hf_llava_ft.answering.loading.load_for_answering`] gives them.
         batch_size (`int`): questions at a time.
-        max_new_tokens, temperature, top_p: see [`~hf_llava_ft.answering.conversation.Conversation.stream`].
+        max_new_tokens (`int`): longest answer to a question that does not say it.
+        temperature, top_p: see [`~hf_llava_ft.answering.conversation.Conversation.stream`].
 
     Raises:
         UserError: if a batch does not fit into the GPU's memory.
@@ -99,7 +102,8 @@ def answer_all(
                 rows[place] = encode_row(processor, question.messages, pictures)
             except _UNREADABLE as error:
                 yield place, _failed(error)
-        for places, num_new in _by_room(rows, max_new_tokens, limit):
+        longest = {place: questions[place].max_new_tokens or max_new_tokens for place in rows}
+        for places, num_new in _by_room(rows, longest, limit):
             if num_new < 1:
                 length = rows[places[0]]["input_ids"].shape[1]
                 reason = f"it has {length:,} tokens, and the model's context {limit:,}: no room for an answer"
@@ -113,7 +117,8 @@ def answer_all(
                     f"{len(places)} questions at once need more memory than the GPU has: use a smaller --batch_size, "
                     f"in training --per_device_eval_batch_size."
                 ) from error
-            yield from zip(places, _answers_in(ids, model, processor), strict=True)
+            for place, row in zip(places, ids, strict=True):
+                yield place, _answer_in(row[: longest[place]], model, processor)
 
 
 def _num_tokens(processor: Any, question: Question) -> int:
@@ -136,15 +141,13 @@ def _failed(error: BaseException) -> Answer:
     return Answer("", "error", " ".join(sentence.split()))
 
 
-def _by_room(rows: dict[int, Any], max_new_tokens: int, limit: int | None) -> list[tuple[list[int], int]]:
-    """(places, longest answer): all rows together, but those alone for which the context has less room than that."""
-    room = {
-        place: max_new_tokens if limit is None else min(max_new_tokens, limit - row["input_ids"].shape[1])
-        for place, row in rows.items()
-    }
-    together = [place for place in rows if room[place] == max_new_tokens]
-    alone = [([place], room[place]) for place in rows if room[place] < max_new_tokens]
-    return ([(together, max_new_tokens)] if together else []) + alone
+def _by_room(rows: dict[int, Any], longest: dict[int, int], limit: int | None) -> list[tuple[list[int], int]]:
+    """(places, new tokens): all rows together, but those alone for which the context has less room than that."""
+    most = max(longest.values(), default=0)
+    room = {place: most if limit is None else limit - row["input_ids"].shape[1] for place, row in rows.items()}
+    together = [place for place in rows if room[place] >= most]
+    alone = [([place], min(room[place], longest[place])) for place in rows if room[place] < most]
+    return ([(together, most)] if together else []) + alone
 
 
 def generated_ids(model: Any, rows: list[Any], pad_id: int, **options: Any) -> torch.Tensor:
@@ -154,16 +157,15 @@ def generated_ids(model: Any, rows: list[Any], pad_id: int, **options: Any) -> t
     return ids[:, inputs["input_ids"].shape[1] :].cpu()
 
 
-def _answers_in(ids: torch.Tensor, model: Any, processor: Any) -> Iterator[Answer]:
-    """The answers that new ids `int64[B, K]` are."""
+def _answer_in(row: torch.Tensor, model: Any, processor: Any) -> Answer:
+    """The answer that new ids `int64[K]` are; what is behind its end is padding."""
     ends = model.generation_config.eos_token_id
     ends = torch.tensor(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    found = torch.isin(row, ends).nonzero().flatten().tolist()
+    row = row[: found[0] + 1] if found else row
     stop = processor.stop_string
-    for row in ids:
-        found = torch.isin(row, ends).nonzero().flatten().tolist()
-        row = row[: found[0] + 1] if found else row  # behind it is padding
-        is_finished = bool(found) or (stop is not None and stop in processor.tokenizer.decode(row))
-        yield Answer(answer_text(processor, row), "stop" if is_finished else "length")
+    is_finished = bool(found) or (stop is not None and stop in processor.tokenizer.decode(row))
+    return Answer(answer_text(processor, row), "stop" if is_finished else "length")
 
 
 def padded_left(rows: list[Any], pad_id: int) -> dict[str, torch.Tensor]:

@@ -1,5 +1,7 @@
 """Answers in batches are those that one by one would get."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
@@ -135,6 +137,14 @@ def test_a_row_with_little_room_keeps_its_own_and_no_row_loses_any(model, proces
     found = dict(answer_all(model, processor, questions, max_new_tokens=5))
     assert "no room for an answer" in found[rows.index(max(rows))].error
     assert [answer.finish_reason == "error" for answer in found.values()].count(True) == 1
+
+
+def test_a_question_may_have_a_longest_answer_of_its_own(model, processor, questions):
+    asked = [replace(question, max_new_tokens=1 + place) for place, question in enumerate(questions)]
+    found = dict(answer_all(model, processor, asked))
+    for place, question in enumerate(questions):
+        [alone] = one_by_one(model, processor, [question], max_new_tokens=1 + place)
+        assert found[place].text == processor.tokenizer.decode(alone, skip_special_tokens=True).strip()
 
 
 def test_a_picture_that_does_not_decode_stops_no_other_row(model, processor, questions, tmp_path):
