@@ -163,9 +163,8 @@ def _add(group: Any, flag: Flag) -> None:
         text += "" if is_told or flag.default in (None, "", False) else f" [{flag.default}]"
         text = text.removeprefix(".").lstrip()  # of a help that transformers puts together
     values = flag.kind.removesuffix(" | None").removeprefix("Optional[")
-    if values.startswith("Literal["):
-        words = values.removeprefix("Literal[").rstrip("]").replace("'", "").replace('"', "").split(", ")
-        shown = "|".join(words) if len(words) < 5 else "NAME"
+    if flag.choices:
+        shown = "|".join(flag.choices) if len(flag.choices) < 5 else "NAME"
     else:
         shown = _VALUES.get(values.rstrip("]") if "[" not in values else values, "TEXT")
     text = text.replace("%", "%%")
