@@ -23,6 +23,7 @@ import numpy as np
 
 from hf_llava_ft.checking.images import stored_sizes
 from hf_llava_ft.checking.known_problems import problems_of
+from hf_llava_ft.data.formats.columns import SaidOfColumns
 from hf_llava_ft.data.formats.containers import Container
 from hf_llava_ft.data.formats.dataset import load_source
 from hf_llava_ft.data.formats.mixture import draw_rows
@@ -161,19 +162,25 @@ def sound_rows(
     allow_urls: bool = False,
     seed: int = 42,
     cache_dir: str | os.PathLike | None = None,
+    columns: SaidOfColumns = None,
 ) -> SoundRows:
     """
     Open data as `load_data` does.
 
     Args:
-        data_path, image_folder, allow_outside, allow_urls, seed, cache_dir: see `load_data`.
+        data_path, image_folder, allow_outside, allow_urls, seed, cache_dir, columns: see `load_data`.
         on_bad_row (`"raise"` or `"skip"`): what a row does that can't be read, or whose image can't be decoded.
 
     Raises:
         `UserError`: under `raise`, at the first such row; under both, if a file is no dataset.
     """
     sources = open_source(
-        data_path, image_folder, allow_outside=allow_outside, allow_urls=allow_urls, cache_dir=cache_dir
+        data_path,
+        image_folder,
+        allow_outside=allow_outside,
+        allow_urls=allow_urls,
+        cache_dir=cache_dir,
+        columns=columns,
     )
     root = Path(os.path.expanduser(cache_dir or datasets.config.HF_DATASETS_CACHE))
     found = SoundRows([], on_bad_row, seed)

@@ -14,6 +14,7 @@ from hf_llava_ft.checking.summary import print_summary
 from hf_llava_ft.checkpoints.opening import inspect_checkpoint, load_config
 from hf_llava_ft.checkpoints.training_processor import processor_for_training
 from hf_llava_ft.data.formats import Source, open_source
+from hf_llava_ft.data.formats.columns import SaidOfColumns
 from hf_llava_ft.data.pictures import decode_failure
 from hf_llava_ft.errors import UserError
 
@@ -32,6 +33,7 @@ def run_check(
     report: Path | None = None,
     allow_outside: bool = False,
     allow_urls: bool = False,
+    columns: SaidOfColumns = None,
     num_proc: int | None = None,
     console: Console | None = None,
 ) -> CheckResult:
@@ -39,7 +41,7 @@ def run_check(
     Check a dataset, print what was found, and write the report.
 
     Args:
-        data_path, image_folder, allow_outside, allow_urls: see `open_source`.
+        data_path, image_folder, allow_outside, allow_urls, columns: see `open_source`.
         model (`str`, *optional*): folder or Hub id; without it nothing is said of tokens.
         version (`str`, *optional*): chat template, instead of the model's.
         model_max_length (`int`, *optional*): tokens that a row may have; by default what the language model takes.
@@ -53,7 +55,7 @@ def run_check(
         UserError: if data or model can't be opened. What is wrong with a row is in the result.
     """
     console = console or Console()
-    sources = open_source(data_path, image_folder, allow_outside=allow_outside, allow_urls=allow_urls)
+    sources = open_source(data_path, image_folder, allow_outside=allow_outside, allow_urls=allow_urls, columns=columns)
     if preview and model is None:
         raise UserError("--preview shows what a model learns; give it with --model.")
     processor = None

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from hf_llava_ft.cli.application import JsonOption, app, write_json
+from hf_llava_ft.cli.application import ColumnsOption, JsonOption, app, write_json
 from hf_llava_ft.errors import UserError, exit_on_user_error
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def push(
     image_folder: Annotated[
         str | None, typer.Option("--image_folder", help="For data: the folder that its image paths are relative to.")
     ] = None,
+    columns: ColumnsOption = None,
     kinds: Annotated[list[str] | None, typer.Option("--kind", hidden=True, help="Nothing else is pushed.")] = None,
     json_file: JsonOption = None,
 ) -> None:
@@ -75,12 +76,13 @@ def push(
                 raise UserError(f"{wrong[0]} is for models, and {path} holds none: it has no config.json.")
             from hf_llava_ft.hub.push_dataset import push_data
 
-            data = push_data(path, repo_id, image_folder=image_folder, **common)
+            data = push_data(path, repo_id, image_folder=image_folder, columns=columns, **common)
             content: dict[str, Any] = {"kind": "dataset", "files": data.files}
             left_out, card, uploaded, checked = [], data.card, data.uploaded, "downloaded again and compared"
         else:
-            if image_folder is not None:
-                raise UserError(f"--image_folder is for data, and {path} holds a model.")
+            for name, value in {"--image_folder": image_folder, "--columns": columns}.items():
+                if value is not None:
+                    raise UserError(f"{name} is for data, and {path} holds a model.")
             from hf_llava_ft.hub import push as pushing
 
             pushed = pushing.push(

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from hf_llava_ft.cli.application import (
+    ColumnsOption,
     JsonOption,
     OutputDirOption,
     app,
@@ -103,6 +104,7 @@ def check(
         bool, typer.Option("--allow_images_outside", help="Allow image paths that leave the image folder.")
     ] = False,
     allow_image_urls: Annotated[bool, typer.Option("--allow_image_urls", help="Fetch images from the web.")] = False,
+    columns: ColumnsOption = None,
     num_proc: Annotated[
         int | None, typer.Option("--num_proc", min=1, help="Processes; default: one for each core.")
     ] = None,
@@ -132,6 +134,7 @@ def check(
             samples_per_second=samples_per_second,
             allow_outside=allow_images_outside,
             allow_urls=allow_image_urls,
+            columns=columns,
             num_proc=num_proc,
             preview=preview,
             report=report,

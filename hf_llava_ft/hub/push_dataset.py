@@ -13,7 +13,16 @@ from hf_llava_ft.errors import UserError, exit_on_user_error
 
 if TYPE_CHECKING:
     from hf_llava_ft.data.export import ExportedDataset
+    from hf_llava_ft.data.formats.columns import SaidOfColumns
     from hf_llava_ft.hub.upload import Uploaded
+
+ColumnsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--columns",
+        help="Of a table: image=img,prompt=question,response=answer; DATA:... for one of several; repeatable.",
+    ),
+]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 
@@ -49,6 +58,7 @@ def push_data(
     max_shard_size: str = "500MB",
     allow_outside: bool = False,
     allow_urls: bool = False,
+    columns: "SaidOfColumns" = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> PushedData:
     """
@@ -74,7 +84,7 @@ def push_data(
         raise UserError("a pull request is made on main: leave out --revision or --create_pr.")
     if repo_id is not None and not dry_run:
         check_login(repo_id)
-    sources = open_source(data_path, image_folder, allow_outside=allow_outside, allow_urls=allow_urls)
+    sources = open_source(data_path, image_folder, allow_outside=allow_outside, allow_urls=allow_urls, columns=columns)
     with tempfile.TemporaryDirectory() as temporary:
         folder = output_dir or Path(temporary, "dataset")
         exported = export_dataset(
@@ -115,6 +125,7 @@ def push_dataset(
     output_dir: Annotated[Path | None, typer.Option("--output_dir", help="Write the dataset here.")] = None,
     repo_id: Annotated[str | None, typer.Option("--repo_id", help="Upload it as user/name, in one commit.")] = None,
     private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
+    columns: ColumnsOption = None,
     max_shard_size: Annotated[str, typer.Option("--max_shard_size", help="Of a Parquet file.")] = "500MB",
     allow_image_urls: Annotated[bool, typer.Option("--allow_image_urls", help="Fetch images from the web.")] = False,
     allow_images_outside: Annotated[
@@ -133,6 +144,7 @@ def push_dataset(
             private=private,
             max_shard_size=max_shard_size,
             allow_outside=allow_images_outside,
+            columns=columns,
             allow_urls=allow_image_urls,
             tell=lambda text: typer.echo(text, err=True),
         )

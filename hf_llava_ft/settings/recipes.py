@@ -10,6 +10,8 @@ import yaml
 
 from hf_llava_ft.errors import UserError
 
+_NAMES_OF_COLUMNS = ("columns", "eval_columns")
+
 
 class _Loader(yaml.SafeLoader):
     """YAML's safe loader, which takes a key that stands there twice for a mistake."""
@@ -36,7 +38,8 @@ def read_recipe(path: str | Path, known: Collection[str]) -> dict[str, list[str]
         UserError: if the file cannot be read, is no mapping of names to values, or holds an unknown name.
     """
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+        text = Path(path).read_text(encoding="utf-8")
+        content, written = yaml.load(text, Loader=_Loader), yaml.load(text, Loader=yaml.BaseLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the recipe {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
     except yaml.YAMLError as error:
@@ -44,7 +47,7 @@ def read_recipe(path: str | Path, known: Collection[str]) -> dict[str, list[str]
         place = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"the recipe {path}{place}: {getattr(error, 'problem', None) or error}.") from error
     if content is None:
-        content = {}
+        content, written = {}, {}
     if not isinstance(content, dict):
         raise UserError(f"the recipe {path} holds a {type(content).__name__} and not lines of the form name: value.")
     for name in content:
@@ -52,14 +55,30 @@ def read_recipe(path: str | Path, known: Collection[str]) -> dict[str, list[str]
             close = difflib.get_close_matches(str(name), known, n=1)
             hint = f"did you mean {close[0]}?" if close else "llava-ft train --help lists all names."
             raise UserError(f"the recipe {path} holds {name!r}, which is not a setting: {hint}")
-    return {name: _words(name, value) for name, value in content.items() if value is not None}
+    return {name: _words(name, value, written.get(name)) for name, value in content.items() if value is not None}
 
 
-def _words(name: str, value: Any) -> list[str]:
-    if value is False and name.endswith("_strategy"):
-        return ["no"]  # which YAML takes for false
+def _words(name: str, value: Any, written: Any) -> list[str]:
+    """
+    Args:
+        value: as YAML takes it: `no` is false, `1.10` is 1.1, `2026-11-28` is a date.
+        written: the same with every scalar as the text that stands there.
+    """
     if isinstance(value, dict):
-        return [json.dumps(value)]
+        return [json.dumps(written if name in _NAMES_OF_COLUMNS else value)]
     if isinstance(value, list):
-        return [str(item) for item in value]
-    return [str(value)]
+        each = written if isinstance(written, list) else [None] * len(value)
+        return [word for item, text in zip(value, each, strict=True) for word in _words(name, item, text)]
+    return [_text(value, written)]
+
+
+def _text(value: Any, written: Any) -> str:
+    """What stands there, but where only YAML can read it: `on`, `.inf`, `0x10`."""
+    if not isinstance(written, str) or (isinstance(value, bool) and written.lower() in ("on", "off")):
+        return str(value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        try:
+            float(written)
+        except ValueError:
+            return str(value)
+    return written

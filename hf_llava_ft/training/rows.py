@@ -107,6 +107,9 @@ class OpenedRows:
             UserError: see `SoundRows.that_fit` and `held_out`.
         """
         output_dir, speaks = Path(str(self.args.output_dir)), self.args.process_index == 0
+        for source in self._sources if speaks else []:
+            if source.dialect.columns is not None:
+                tell(f"{source.where}: {source.dialect.columns.told()}.")
         train: Dataset | LlavaStream
         if isinstance(self.rows, LlavaStream):
             takes_longer = self.data_args.on_bad_row == "skip"
@@ -159,6 +162,7 @@ def _open_rows(data_args: DataArguments, args: LlavaTrainingArguments) -> SoundR
         allow_outside=data_args.allow_images_outside,
         allow_urls=data_args.allow_image_urls,
         seed=data_seed(args),
+        columns=data_args.columns,
     )
 
 
@@ -169,6 +173,7 @@ def _open_stream(data_args: DataArguments, args: LlavaTrainingArguments, started
         data_args.image_folder,
         allow_outside=data_args.allow_images_outside,
         allow_urls=data_args.allow_image_urls,
+        columns=data_args.columns,
     )
     return LlavaStream(
         sources,

@@ -335,7 +335,7 @@ def test_tables_with_two_columns_of_one_name(folder):
         ('image,caption\na.png,"A"B\n', "row 1 is not valid CSV"),
         ("image,caption\na.png," + "a" * 200_000 + "\n", "row 1 is not valid CSV (field larger than field limit"),
         ("image,caption\n", "has no rows"),
-        ("image,caption\na.png,\n", "row 1 has image; a row needs"),
+        ("image,caption\na.png,\n", "row 1: column 'caption' is empty; write the answer"),
         ("image,caption\na.png,A\na.png,\n", "row 2 has no caption"),
         ("image,caption\na.png,A\n,B\n", "row 2 has 0 images"),
         ("name,size\na,b\n", 'row 1 has name, size; a row needs "conversations"'),
