@@ -1,4 +1,4 @@
-"""`llava-ft quickstart | compose | train | check | estimate`: everything up to a trained model."""
+"""`llava-ft quickstart | compose | train | check | init | estimate`: everything up to a trained model."""
 
 from pathlib import Path
 from typing import Annotated
@@ -141,6 +141,35 @@ def check(
         )
         write_json(json_file, result.to_json())
         if not result.trainable:
+            raise typer.Exit(1)
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Pictures, with captions beside them.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", help="The file to write, which must be new; default: FOLDER/data.json.")
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", help="What is asked where there are only captions; default: Describe the picture."),
+    ] = None,
+    captions: Annotated[
+        str | None,
+        typer.Option("--captions", help="Where the captions are: a table, or txt; default: whichever is there."),
+    ] = None,
+    columns: ColumnsOption = None,
+) -> None:
+    """Make a data file of a folder of pictures with captions beside them, and check it.
+
+    A caption is a text file of the picture's name, or a row of a table (CSV, TSV, JSON Lines, Parquet).
+
+    Exit code: 0 if every row can be trained on, 1 if some can't, 2 if no file was written.
+    """
+    with exit_on_user_error():
+        from hf_llava_ft.checking.init_folder import run_init
+
+        if not run_init(folder, output, prompt=prompt, captions=captions, columns=columns).trainable:
             raise typer.Exit(1)
 
 

@@ -59,6 +59,8 @@ def push_data(
     allow_outside: bool = False,
     allow_urls: bool = False,
     columns: "SaidOfColumns" = None,
+    license: str | None = None,
+    language: list[str] | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> PushedData:
     """
@@ -67,6 +69,7 @@ def push_data(
     Args:
         repo_id (`str`, *optional*): `user/name`; without it nothing is uploaded.
         output_dir (`Path`, *optional*): where the dataset stays; by default it is written to a temporary folder.
+        license, language (*optional*): for the card; as the Hub names them.
         verify (`bool`): whether the commit is downloaded into an empty cache and compared, byte by byte.
         tell: is given a line on each step.
 
@@ -88,7 +91,10 @@ def push_data(
     with tempfile.TemporaryDirectory() as temporary:
         folder = output_dir or Path(temporary, "dataset")
         exported = export_dataset(
-            sources, folder, max_shard_size, card=partial(dataset_card, name=repo_id or folder.name)
+            sources,
+            folder,
+            max_shard_size,
+            card=partial(dataset_card, name=repo_id or folder.name, license=license, language=language),
         )
         for source in sources:
             tell(source.describe(exported.num_rows if len(sources) == 1 else None))
@@ -98,6 +104,8 @@ def push_data(
             f"{'1 file' if exported.num_shards == 1 else f'{exported.num_shards} files'} of "
             f"{exported.download_bytes / 2**20:,.1f} MiB in all."
         )
+        if not license:
+            tell("The card says that no license is stated; --license states it.")
         card, uploaded = (folder / "README.md").read_text(encoding="utf-8"), None
         if repo_id is not None and not dry_run:
             uploaded = Upload(
@@ -126,6 +134,10 @@ def push_dataset(
     repo_id: Annotated[str | None, typer.Option("--repo_id", help="Upload it as user/name, in one commit.")] = None,
     private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
     columns: ColumnsOption = None,
+    license: Annotated[str | None, typer.Option("--license", help="License, as the Hub names it: cc-by-4.0.")] = None,
+    language: Annotated[
+        list[str] | None, typer.Option("--language", help="Language, en, de, ...; may be repeated.")
+    ] = None,
     max_shard_size: Annotated[str, typer.Option("--max_shard_size", help="Of a Parquet file.")] = "500MB",
     allow_image_urls: Annotated[bool, typer.Option("--allow_image_urls", help="Fetch images from the web.")] = False,
     allow_images_outside: Annotated[
@@ -145,6 +157,8 @@ def push_dataset(
             max_shard_size=max_shard_size,
             allow_outside=allow_images_outside,
             columns=columns,
+            license=license,
+            language=language,
             allow_urls=allow_image_urls,
             tell=lambda text: typer.echo(text, err=True),
         )
