@@ -77,9 +77,7 @@ def push(
             from hf_llava_ft.hub.push_dataset import push_data
 
             of_card: dict[str, Any] = {"license": license, "language": language}
-            data = push_data(
-                path, repo_id, image_folder=image_folder, columns=columns, license=license, language=language, **common
-            )
+            data = push_data(path, repo_id, image_folder=image_folder, columns=columns, **of_card, **common)
             content: dict[str, Any] = {"kind": "dataset", "files": data.files}
             left_out, card, uploaded, checked = [], data.card, data.uploaded, "downloaded again and compared"
         else:
