@@ -22,6 +22,7 @@ import datasets
 import numpy as np
 
 from hf_llava_ft.checking.images import stored_sizes
+from hf_llava_ft.checking.kept_checks import known_counts
 from hf_llava_ft.checking.known_problems import problems_of
 from hf_llava_ft.data.formats.columns import SaidOfColumns
 from hf_llava_ft.data.formats.containers import Container
@@ -81,6 +82,7 @@ class SoundRows:
     Rows that can be read, with images that can be decoded. Made by [`sound_rows`].
 
     Args:
+        root (`Path`): of the cache.
         left_out (`list[Problem]`): rows that are not trained.
         cut (`list[Problem]`): rows that are trained up to the limit of their length.
     """
@@ -88,6 +90,7 @@ class SoundRows:
     parts: list[_Part]
     on_bad_row: OnBadRow
     seed: int
+    root: Path
     left_out: list[Problem] = field(default_factory=list)
     cut: list[Problem] = field(default_factory=list)
     _places: list[tuple[_Part, np.ndarray]] = field(default_factory=list)
@@ -126,7 +129,9 @@ class SoundRows:
             number -= min(number, len(rows))
 
     def _rows_that_fit(self, part: _Part, processor: LlavaProcessor, longest: int) -> np.ndarray:
-        counts = token_counts(part.dataset, processor)
+        counts = token_counts(
+            part.dataset, processor, known=lambda: known_counts(self.root, part.source, part.numbers, processor)
+        )
         too_long = set(np.flatnonzero(counts.num_tokens > longest).tolist())
         nothing = set(np.flatnonzero(counts.num_supervised == 0).tolist())
         fits = np.ones(len(part.dataset), dtype=bool)
@@ -183,7 +188,7 @@ def sound_rows(
         columns=columns,
     )
     root = Path(os.path.expanduser(cache_dir or datasets.config.HF_DATASETS_CACHE))
-    found = SoundRows([], on_bad_row, seed)
+    found = SoundRows([], on_bad_row, seed, root)
     for source in sources:
         try:
             dataset = load_source(source, root)

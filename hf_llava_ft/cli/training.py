@@ -108,6 +108,9 @@ def check(
     num_proc: Annotated[
         int | None, typer.Option("--num_proc", min=1, help="Processes; default: one for each core.")
     ] = None,
+    recheck: Annotated[
+        bool, typer.Option("--recheck", help="Check all of it again, though nothing has changed since the last time.")
+    ] = False,
     preview: Annotated[
         int, typer.Option("--preview", min=0, help="Print this many rows, with what is learned marked.")
     ] = 0,
@@ -136,6 +139,7 @@ def check(
             allow_urls=allow_image_urls,
             columns=columns,
             num_proc=num_proc,
+            recheck=recheck,
             preview=preview,
             report=report,
         )

@@ -139,7 +139,7 @@ def load_source(source: Source, cache_dir: str | os.PathLike) -> datasets.Datase
         except ImageAddressError:
             pass  # a later row holds a picture after all, or its sentence is for the store of images to say
     root = Path(cache_dir) / "llava_rows_states"
-    files = blake2b(_files_state(source).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    files = blake2b(files_state(source).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
     known = root / f"{files}.json"
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{known}.lock"):  # one process of many builds
@@ -182,7 +182,7 @@ def _only_names_files(source: Source) -> bool:
     return True
 
 
-def _files_state(source: Source) -> str:
+def files_state(source: Source) -> str:
     """What the cache of a source depends on, apart from the images: its files, and how it is read."""
     states: list[Any] = [source.container.fingerprint]
     for path in source.container.files:

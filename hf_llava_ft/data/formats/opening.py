@@ -112,7 +112,7 @@ def _open_folder(folder: str, split: str | None) -> Container:
     held = f"{len(others)} JSON files" if others else "no data file"
     raise UserError(
         f"{folder} holds {held}, no Parquet, no metadata.csv and nothing that save_to_disk wrote; "
-        "give the data file itself."
+        "give the data file itself, or make one with llava-ft init if these are pictures with captions."
     )
 
 
