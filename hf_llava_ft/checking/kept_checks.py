@@ -13,6 +13,7 @@ import base64
 import json
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,11 @@ class KeptCheck:
             return None
 
     def store(self, collected: Collected, result: CheckResult) -> None:
-        """Keeps the result, and of each source the token counts."""
+        """Keeps the result, and of each source the token counts, where there is room for it."""
+        with suppress(OSError):
+            self._store(collected, result)
+
+    def _store(self, collected: Collected, result: CheckResult) -> None:
         if self._files != [files_state(source) for source in self._sources]:
             return
         if collected.has_links or any(problem.kind in _NOT_AMONG_THE_FILES for problem in result.problems):
@@ -143,12 +148,15 @@ def _processor_key(processor: LlavaProcessor | None) -> Any:
 
 
 def _clock_of(folder: Path) -> int:
-    """Now, in nanoseconds, as the disk's clock has it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Now, in nanoseconds, as the disk's clock has it; 0, before which no file is, where nothing can be kept."""
     probe = folder / f".clock-{os.getpid()}"
-    probe.touch()
-    now = probe.stat().st_mtime_ns
-    probe.unlink()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        now = probe.stat().st_mtime_ns
+        probe.unlink()
+    except OSError:
+        return 0
     return now
 
 

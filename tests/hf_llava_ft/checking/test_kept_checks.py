@@ -144,6 +144,12 @@ def test_what_could_change_unseen_is_not_kept(folder, what, monkeypatch):
     assert not check(folder)[2] and not check(folder)[2]
 
 
+def test_a_cache_that_can_not_be_written_is_no_error(folder, monkeypatch):
+    (folder / "file").write_text("")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "file" / "cache")
+    assert not check(folder)[2] and not check(folder)[2]
+
+
 def test_a_damaged_file_is_no_result(folder):
     check(folder)
     (kept,) = (folder / "cache" / "llava_checks").glob("*.json")
