@@ -65,7 +65,7 @@ def captioned_folder(
         columns (*optional*): of the table; see `open_source`.
 
     Raises:
-        `UserError`: if there are no pictures or no captions, if there are two kinds of captions, or at the first
+        UserError: if there are no pictures or no captions, if there are two kinds of captions, or at the first
             caption that can't be trained on.
     """
     root = Path(folder)

@@ -116,7 +116,7 @@ class Columns(NamedTuple):
             number (`int`): the row's number from 1.
 
         Raises:
-            `UserError`: if it can't be trained on; the sentence names row and column.
+            UserError: if it can't be trained on; the sentence names row and column.
         """
         row_id, place = identify_row(row, where, number)
         refuse_other_media(row, place)
@@ -175,7 +175,7 @@ def parse_choice(columns: SaidOfColumns) -> ColumnChoice:
             of such; or a mapping, also as JSON. `image=left+right` are two pictures, and `image=` is none.
 
     Raises:
-        `UserError`: if it is not written so.
+        UserError: if it is not written so.
     """
     if columns is None or isinstance(columns, ColumnChoice):
         return columns or ColumnChoice()
@@ -266,7 +266,7 @@ def find_columns(names: Sequence[str], given: Given, where: str) -> Columns | No
         `Columns`, or None if no column has a name that says anything.
 
     Raises:
-        `UserError`: if a column is not there, or more than one could be meant.
+        UserError: if a column is not there, or more than one could be meant.
     """
     for role, chosen in given.items():
         for name in chosen:

@@ -86,7 +86,7 @@ class Source:
             `(number, raw)`, with numbers from 1; `raw` is plain data, images as bytes or paths.
 
         Raises:
-            `UserError`: where the file itself is broken.
+            UserError: where the file itself is broken.
         """
         return self.container.iter_raw()
 
@@ -103,7 +103,7 @@ class Source:
             number (`int`): its number from 1.
 
         Raises:
-            `UserError`: if it can't be trained on as it stands, with row number and id.
+            UserError: if it can't be trained on as it stands, with row number and id.
         """
         return self.dialect.parse(raw, self.where, number)
 
@@ -116,7 +116,7 @@ class Source:
             place (`str`): [`place`] of the row.
 
         Raises:
-            `UserError`: if it is missing, outside the image folder, or an address, with row number and id.
+            UserError: if it is missing, outside the image folder, or an address, with row number and id.
         """
         return self.images.locate(image, place)
 
@@ -157,7 +157,7 @@ def open_source(
             Of tables, which column is what: `image=img,prompt=question,response=answer` (`columns.py`).
 
     Raises:
-        `UserError`: if one can't be read, or its first rows are written in no known dialect.
+        UserError: if one can't be read, or its first rows are written in no known dialect.
     """
     choice = parse_choice(columns)
     sets = parse_data_path(data_path)
