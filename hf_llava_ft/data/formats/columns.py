@@ -200,7 +200,7 @@ def _said(word: Any) -> Iterable[tuple[str | None, str, Any]]:
         for name, value in word.items():
             if isinstance(value, Mapping):
                 yield from ((str(name), str(role), inner) for role, inner in value.items())
-            elif isinstance(value, str) and "=" in value:
+            elif name not in ROLES and isinstance(value, str) and "=" in value:
                 yield from _said(f"{name}:{value}")
             else:
                 yield None, str(name), value

@@ -167,18 +167,18 @@ def open_source(
         raise UserError(
             f"--columns speaks of {unknown!r}, and the data is {', '.join(paths)}; write the name as there."
         )
-    sources: list[Source] = []
-    is_used = not choice.everywhere or choice.is_inherited
-    for path, is_hub, split, weight in sets:
+    opened: list[tuple[Container, list[Any], list[str], Given]] = []
+    for path, is_hub, split, _ in sets:
         container = load_hub_dataset(path, split) if is_hub else open_container(path, split)
         rows = [row for _, row in islice(container.iter_raw(), _ROWS_LOOKED_AT)]
         names = container.column_names() or _keys_of(rows)
-        given = given_for(choice, path, names, len(sets) == 1)
-        is_used = is_used or bool(given)
+        opened.append((container, rows, names, given_for(choice, path, names, len(sets) == 1)))
+    if choice.everywhere and not choice.is_inherited and not any(given for *_, given in opened):
+        raise UserError(f"--columns: none of {', '.join(paths)} has all the columns that it names; correct it.")
+    sources = []
+    for (container, rows, names, given), (_, _, _, weight) in zip(opened, sets, strict=True):
         images = ImageStore(container.image_folder or image_folder, allow_outside, allow_urls, cache_dir)
         sources.append(Source(container, _dialect_of(container.where, rows, names, given), images, weight))
-    if not is_used:
-        raise UserError(f"--columns: none of {', '.join(paths)} has all the columns that it names; correct it.")
     return sources
 
 

@@ -134,7 +134,7 @@ def test_columns_are_part_of_it(folder):
 def test_what_could_change_unseen_is_not_kept(folder, what, monkeypatch):
     if what == "link":
         (folder / "images" / "link.png").symlink_to(folder / "images" / "0.png")
-    rows = [llava(1, "Q", "A", {"missing": "none.png", "link": "link.png"}.get(what, "0.png"))]
+    rows = [llava(1, "Q", "A", {"missing": "none.png", "link": "link.png"}.get(what, "0.png"))] * 40
     write(folder, rows)
     if what == "broken":
         (folder / "data.json").write_text(json.dumps(rows)[:-1] + ', {"')
@@ -167,7 +167,7 @@ def test_training_takes_the_token_counts_of_the_check(folder, tiny_checkpoint, t
     count, counted = lengths._count, []
     monkeypatch.setattr(lengths, "_count", lambda *args: counted.append(1) or count(*args))
 
-    def fitting(cache, processor=processor, longest=60):
+    def fitting(cache, processor=processor, longest=80):
         opened = sound_rows(str(folder / "data.json"), folder / "images", cache_dir=folder / cache, on_bad_row="skip")
         fit = opened.that_fit(processor, longest)
         return fit["id"][:], [problem.sentence for problem in opened.left_out + opened.cut]

@@ -282,8 +282,8 @@ def test_of_several_answers_the_most_frequent_is_learned_and_it_is_said(folder):
 
 
 def test_lists_of_questions_and_answers_are_turns(folder):
-    path = write_rows(folder, "jsonl", [{"img": "0.png", "questions": ["A?", "B?"], "answers": ["a", "b"]}])
-    (row,) = rows_of(path, folder)
+    path = write_rows(folder, "jsonl", [{"img": "0.png", "questions": ["A?", "B?"], "answers": ["a", "b"]}] * 2)
+    row, _ = rows_of(path, folder)
     texts = ["".join(part["text"] or "<image>" for part in message["content"]) for message in row["messages"]]
     assert texts == ["<image>\nA?", "a", "B?", "b"]
 

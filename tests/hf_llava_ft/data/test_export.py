@@ -160,7 +160,7 @@ def test_the_card_says_license_and_language_or_that_it_does_not_know(folder):
         dataset_card(exported, "user/cats", "cc-by-4.0", ["en", "no"]),
     )
     assert "- License: not stated. Ask" in unknown and "- Language: not stated." in unknown
-    assert "license" not in DatasetCard(unknown).data and "not recorded here" in unknown
+    assert DatasetCard(unknown).data.license is None and "not recorded here" in unknown
     page = html.unescape(known)
     assert "- License: cc-by-4.0, as stated" in page and "- Language: en, no." in page
     assert DatasetCard(known).data.license == "cc-by-4.0" and "not stated" not in page
@@ -173,7 +173,7 @@ def test_text_that_yaml_takes_for_something_else_stays_text_on_the_card(folder):
     """Norwegian is `no`, which YAML takes for false."""
     exported = write(folder)
     for text in OF_YAML:
-        assert yaml.safe_load(f"language: [{text}]")["language"] != [text], "or it would need no care"
+        assert yaml.safe_load(f"language:\n- {text}")["language"] != [text], "or it would need no care"
         header = re.match(r"---\n(.*?)\n---\n", dataset_card(exported, "user/cats", text, [text]), re.DOTALL)
         read = yaml.safe_load(header[1])
         assert (read["license"], read["language"]) == (text, [text])

@@ -385,9 +385,9 @@ def test_a_readme_that_names_files_elsewhere(folder):
 
 
 def test_rows_in_no_dialect(folder):
-    path = write(folder, [{"question": "?", "answer": "!"}], "lines")
-    (folder / "data").write_text('[{"question": "?", "answer": "!"}]')
-    assert 'data: row 1 has question, answer; a row needs "conversations", "messages", ' in refusal(folder, path)
+    path = write(folder, [{"what": "?", "why": "!"}], "lines")
+    (folder / "data").write_text('[{"what": "?", "why": "!"}]')
+    assert 'data: row 1 has what, why; a row needs "conversations", "messages", ' in refusal(folder, path)
     (folder / "data").write_text("[1, 2]")
     assert "data: row 1 is a number; a row needs" in refusal(folder, path)
 
