@@ -297,7 +297,7 @@ def _run(trainer: LlavaTrainer, checkpoint: str | None, interruption: Interrupti
 
 def _with_rows(settings: Settings) -> Settings:
     """With what follows from the number of rows, where they are quickly counted."""
-    values = {name: settings.by_name[name].value for name in ("data_path", "image_folder", "eval_split")}
+    values = {name: settings.by_name[name].value for name in ("data_path", "image_folder", "columns", "eval_split")}
     number = rows_at_a_glance(**values) if isinstance(values["data_path"], str) else None
     if not number:
         return settings

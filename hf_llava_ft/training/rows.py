@@ -11,6 +11,7 @@ from datasets import Dataset
 from hf_llava_ft.checking.bad_rows import SoundRows, sound_rows, told_of_skipped
 from hf_llava_ft.checking.preview import first_rows
 from hf_llava_ft.data.formats import Source, open_source
+from hf_llava_ft.data.formats.columns import SaidOfColumns
 from hf_llava_ft.data.skipped_rows import SKIPPED_FILE, told_of_rows_left_out
 from hf_llava_ft.data.streaming import LlavaStream
 from hf_llava_ft.data.streaming.loader import refuse_grouping
@@ -161,12 +162,14 @@ def open_all_rows(data_args: DataArguments, args: LlavaTrainingArguments, starte
     return OpenedRows(rows, open_eval_rows(data_args, args), data_args, args)
 
 
-def rows_at_a_glance(data_path: str, image_folder: str, eval_split: float | None = None) -> int | None:
+def rows_at_a_glance(
+    data_path: str, image_folder: str, columns: SaidOfColumns = None, eval_split: float | None = None
+) -> int | None:
     """How many rows a file or folder here would be trained on, unchecked; None where counting them takes long."""
     if not os.path.exists(data_path):
         return None
     try:
-        sources = open_source(data_path, image_folder, allow_outside=True)
+        sources = open_source(data_path, image_folder, allow_outside=True, columns=columns)
         files = [file for source in sources for file in source.container.files]
         if sum(os.path.getsize(file) for file in files) > _MAX_BYTES_AT_A_GLANCE:
             return None
