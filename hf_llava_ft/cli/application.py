@@ -44,6 +44,13 @@ RevisionOption = Annotated[
 ImagesOption = Annotated[list[str] | None, typer.Option("--image", help="Path or URL of a picture; may be repeated.")]
 AttentionOption = Annotated[str, typer.Option("--attn_implementation", help="sdpa, eager, flash_attention_2, ...")]
 AllowNanOption = Annotated[bool, typer.Option("--allow_nan", help="Take a model whose weights are NaN or infinite.")]
+ColumnsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--columns",
+        help="Of a table: image=img,prompt=question,response=answer; DATA:... for one of several; repeatable.",
+    ),
+]
 MaxNewTokensOption = Annotated[int, typer.Option("--max_new_tokens", min=1, help="Most tokens of an answer.")]
 TemperatureOption = Annotated[float, typer.Option("--temperature", min=0.0, help="Sampling temperature; 0: greedy.")]
 
