@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from accelerate import PartialState
@@ -24,6 +23,7 @@ from hf_llava_ft.checkpoints.starting.training_processor import processor_for_tr
 from hf_llava_ft.data.collator import LlavaCollator
 from hf_llava_ft.errors import exit_on_user_error
 from hf_llava_ft.noise import hide_noise
+from hf_llava_ft.reports.last_lines import last_lines
 from hf_llava_ft.settings.arguments import DataArguments, ModelArguments, TuningArguments
 from hf_llava_ft.settings.defaults import settled_arguments
 from hf_llava_ft.settings.machine import check_attention, has_bf16_gpu, is_first_process
@@ -32,7 +32,7 @@ from hf_llava_ft.settings.parsing import resolve
 from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.termination import exit_on_sigterm
 from hf_llava_ft.training.ending import evaluate_once, exit_on_early_end, save_result, write_facts
-from hf_llava_ft.training.eval_prompts import EvalAnswers, open_eval_prompts
+from hf_llava_ft.training.eval_prompts import EvalAnswers, held_out_prompts, open_eval_prompts
 from hf_llava_ft.training.evaluation import check_evaluation, tell_of_early_stop
 from hf_llava_ft.training.first_process import in_first_process
 from hf_llava_ft.training.guards.out_of_memory import advice, told_of_out_of_memory
@@ -44,7 +44,7 @@ from hf_llava_ft.training.resuming.interruption import Interruption, TrainingInt
 from hf_llava_ft.training.resuming.resume import Run, checkpoint_to_resume, opening_to_resume
 from hf_llava_ft.training.resuming.run_folder import compared_with_before, one_run_at_a_time, open_run_folder
 from hf_llava_ft.training.rows import TrainingRows, open_all_rows, tell_of_rows_left_out, with_counted_rows
-from hf_llava_ft.training.summary import settings_of, train_summary
+from hf_llava_ft.training.summary import described, settings_of, train_summary
 from hf_llava_ft.training.trainer import LlavaTrainer
 from hf_llava_ft.training.tuning import TrainedPart, table_of_parts, trained_parts, with_tuning
 
@@ -58,6 +58,7 @@ class TrainingResult:
         trained (`list[TrainedPart]`): what trained.
         seconds (`float`): of the training loop alone.
         summary (`dict`): the content of `train_summary.json`.
+        last_lines (`list[str]`): what the command says in the end: answers before and after, and what to do next.
     """
 
     adapter_dir: Path
@@ -65,6 +66,7 @@ class TrainingResult:
     trained: list[TrainedPart]
     seconds: float
     summary: dict[str, Any]
+    last_lines: list[str]
 
 
 def train(
@@ -129,6 +131,7 @@ def _train(
     model = start.load(processor, model_args, **loading_in_few_bits(tuning_args, training_args))
     longest = data_args.model_max_length or model.config.text_config.max_position_embeddings
     rows = opened.that_fit(processor, longest, is_new=run.resumed_from is None, tell=tell)
+    prompts = prompts or held_out_prompts(rows.evaluated, data_args.num_eval_answers)
     if data_args.preview > 0:
         print_preview(console, processor, rows.first(data_args.preview))
 
@@ -154,7 +157,12 @@ def _train(
     with told_of_out_of_memory(lambda: f"the model alone. {advice(model, training_args)}"):
         trainer, interruption = _trainer(model, training_args, rows, collator, answers, console)
     trainer.run = run
-    data = rows.facts(data) if trainer.is_world_process_zero() else {}
+    if trainer.is_world_process_zero():
+        data = rows.facts(data)
+        parts = described(trained, training_args)
+        trainer.known = {"settings": settings, "base": start.facts(model_args), "data": data, "trained": parts}
+    else:
+        data = {}
     console.print(table_of_parts(trained, training_args))
     tell(said_precision(model, training_args))
 
@@ -186,7 +194,24 @@ def _train(
         trainer.push_output_folder()
         tell(f"Pushed: {trainer.hub_model_id}")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return TrainingResult(Path(str(training_args.output_dir)), losses, trained, seconds, summary)
+    output_dir = Path(str(training_args.output_dir))
+    lines = last_lines(
+        output_dir,
+        answers.answers,
+        is_adapter=isinstance(model, PeftModel),
+        are_held_out=data_args.eval_prompts is None,
+        picture=answers.a_picture,
+    )
+    if trainer.is_world_process_zero() and carries_our_code(output_dir):
+        lines.append(note_on_code(output_dir))
+    return TrainingResult(output_dir, losses, trained, seconds, summary, lines)
+
+
+def tell_last_lines(result: TrainingResult, console: Console | None = None) -> None:
+    """Prints them, in one process."""
+    tell = _teller(console or Console(stderr=True, quiet=not PartialState().is_main_process))
+    for line in result.last_lines:
+        tell(line)
 
 
 def _teller(console: Console) -> Callable[[str], None]:
@@ -242,7 +267,7 @@ def _trainer(
     trainer.remove_callback(PrinterCallback)  # the bar shows the loss
     progress.throughput = answers.throughput = trainer.throughput
     trainer.longest_batch.tell = tell
-    answers.find_tensorboard(trainer.callback_handler.callbacks)
+    answers.logs.find(trainer.callback_handler.callbacks)
     return trainer, interruption
 
 
@@ -279,10 +304,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(note, file=sys.stderr)
         with exit_on_early_end():
             result = train(*settings.build())
-        tell = _teller(Console(stderr=True, quiet=not PartialState().is_main_process))
-        tell(f"The result is at {result.adapter_dir}. Ask it: llava-ft chat --model {quote(str(result.adapter_dir))}")
-        if carries_our_code(result.adapter_dir):
-            tell(note_on_code(result.adapter_dir))
+        tell_last_lines(result)
 
 
 if __name__ == "__main__":

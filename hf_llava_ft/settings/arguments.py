@@ -136,6 +136,13 @@ class DataArguments:
         default=None,
         metadata={"help": "JSON or JSONL of questions (prompt, and image or images) to answer at each evaluation."},
     )
+    num_eval_answers: int = field(
+        default=3,
+        metadata={
+            "help": "Without eval_prompts: so many of the evaluated rows are answered before training and at each "
+            "evaluation, beside the answer that the data has; 0: none."
+        },
+    )
     eval_max_new_tokens: int = field(default=128, metadata={"help": "Most tokens of such an answer."})
 
     @property

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Collection, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +64,17 @@ def read_recipe(path: str | Path, known: Collection[str]) -> dict[str, list[str]
             meant = meant_by(str(name), known)
             hint = f"did you mean {meant}?" if meant else "llava-ft train --help-all lists all names."
             raise UserError(f"the recipe {path} holds {name!r}, which is not a setting: {hint}")
-    return {name: _words(name, value) for name, value in content.items() if value is not None}
+    return {name: as_words(name, value) for name, value in content.items() if value is not None}
 
 
-def _words(name: str, value: Any) -> list[str]:
+def as_words(name: str, value: Any) -> list[str]:
+    """The words that would stand behind the flag of a setting, from its value in YAML or Python."""
     if value is False and name.endswith("_strategy"):
         return ["no"]  # which YAML takes for false
     if isinstance(value, dict):
         return [json.dumps(value)]
-    if isinstance(value, list):
-        return [str(item) for item in value]
+    if isinstance(value, (list, tuple)):
+        return [word for item in value for word in as_words(name, item)]
+    if isinstance(value, Enum):
+        value = value.value
     return [str(value)]
