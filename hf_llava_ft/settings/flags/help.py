@@ -84,7 +84,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("attn_implementation", "dtype", "allow_nan"),
     ),
     "the data": (
-        *("data_path", "image_folder", "model_max_length", "on_bad_row", "preview"),
+        *("data_path", "columns", "image_folder", "model_max_length", "on_bad_row", "preview"),
         *("allow_images_outside", "allow_image_urls", "streaming", "shuffle_buffer_size"),
     ),
     "what trains": (
@@ -105,7 +105,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("push_to_hub", "hub_model_id", "hub_private_repo"),
     ),
     "evaluation": (
-        *("eval_split", "eval_data_path", "eval_image_folder", "eval_strategy", "eval_steps"),
+        *("eval_split", "eval_data_path", "eval_columns", "eval_image_folder", "eval_strategy", "eval_steps"),
         *("per_device_eval_batch_size", "eval_prompts", "num_eval_answers", "eval_max_new_tokens"),
         "early_stopping_patience",
     ),
