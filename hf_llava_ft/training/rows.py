@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from hf_llava_ft.data.unchanged import RowsAsTheyWere
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.settings.arguments import DataArguments
+from hf_llava_ft.settings.by_what_trains import put_by_rows
+from hf_llava_ft.settings.resolved import Settings
 from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.training.evaluation import data_seed, eval_rows_that_fit, held_out, open_eval_rows
 from hf_llava_ft.training.summary import data_facts, row_counts
@@ -158,7 +160,17 @@ def open_all_rows(data_args: DataArguments, args: LlavaTrainingArguments, starte
     return OpenedRows(rows, open_eval_rows(data_args, args), data_args, args)
 
 
-def rows_at_a_glance(data_path: str, image_folder: str, eval_split: float | None = None) -> int | None:
+def with_counted_rows(settings: Settings) -> Settings:
+    """For a dry run: with what follows from the number of rows, where they are quickly counted."""
+    values = {name: settings.by_name[name].value for name in ("data_path", "image_folder", "eval_split")}
+    number = _rows_at_a_glance(**values) if isinstance(values["data_path"], str) else None
+    if not number:
+        return settings
+    devices = int(os.environ.get("WORLD_SIZE", "1"))
+    return replace(settings, by_name=put_by_rows(settings.by_name, number, devices))
+
+
+def _rows_at_a_glance(data_path: str, image_folder: str, eval_split: float | None = None) -> int | None:
     """How many rows a file or folder here would be trained on, unchecked; None where counting them takes long."""
     if not os.path.exists(data_path):
         return None
