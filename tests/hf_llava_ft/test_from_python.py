@@ -37,7 +37,7 @@ LLAVA = "liuhaotian/llava-v1.5-7b"
 @pytest.fixture
 def desk(tiny_checkpoint, llava_json, tmp_path, monkeypatch):
     """A current folder with data.json, images/ and a tiny LLaVA under README's name of one."""
-    llava_json(5)
+    llava_json(4)
     Path(tmp_path, LLAVA).parent.mkdir()
     Path(tmp_path, LLAVA).symlink_to(tiny_checkpoint, target_is_directory=True)
     monkeypatch.chdir(tmp_path)

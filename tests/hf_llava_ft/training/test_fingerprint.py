@@ -26,7 +26,9 @@ from tests.hf_llava_ft.training.test_trainer import make_trainer
 
 
 def arguments(**flags):
-    given = {"model_name_or_path": "m", "data_path": "d.json", "output_dir": "out", "use_cpu": True, **flags}
+    given = {"model_name_or_path": "m", "data_path": "d.json", "output_dir": "out", "use_cpu": True}
+    # What follows from others where it is not given.
+    given |= {"learning_rate": 1e-3, "lora_r": 8, "lora_alpha": 16} | flags
     argv = [word for name, value in given.items() for word in (f"--{name}", *str(value).split())]
     return resolve(argv).build()
 
