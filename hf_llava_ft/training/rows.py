@@ -11,7 +11,7 @@ from datasets import Dataset
 from hf_llava_ft.checking.bad_rows import SoundRows, sound_rows, told_of_skipped
 from hf_llava_ft.checking.preview import first_rows
 from hf_llava_ft.data.formats import Source, open_source
-from hf_llava_ft.data.formats.columns import SaidOfColumns
+from hf_llava_ft.data.formats.column_choice import SaidOfColumns
 from hf_llava_ft.data.skipped_rows import SKIPPED_FILE, told_of_rows_left_out
 from hf_llava_ft.data.streaming import LlavaStream
 from hf_llava_ft.data.streaming.loader import refuse_grouping
