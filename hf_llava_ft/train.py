@@ -277,6 +277,11 @@ def _run(trainer: LlavaTrainer, checkpoint: str | None, interruption: Interrupti
     return float(output.metrics["train_runtime"])
 
 
+def _checked_model(model_args: ModelArguments, tuning_args: TuningArguments) -> TuningArguments:
+    check_starting_point(model_args, tuning_args)
+    return settled_tuning(model_args, tuning_args)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses `argv`, trains, and prints where the adapter is; exits with 2 on bad input. With `--dry_run`, prints the
     settings as JSON instead."""
@@ -286,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings = resolve(sys.argv[1:] if argv is None else argv).with_chosen_precision(has_bf16_gpu())
         if settings.dry_run:
             if is_first_process():
-                print(with_counted_rows(settings).to_json(check_starting_point))
+                print(with_counted_rows(settings).to_json(_checked_model))
             return
         if is_first_process():
             for note in settings.notes:
