@@ -92,7 +92,7 @@ class OpenedRows:
         """Rows that an epoch trains on, unless some turn out too long; those that are held out are not among them."""
         if isinstance(self.rows, LlavaStream):
             return self.rows.num_rows
-        number = sum(round(len(part.dataset) * part.source.weight) for part in self.rows.parts)
+        number = sum(max(1, int(part.source.weight * len(part.dataset) + 0.5)) for part in self.rows.parts)
         share = self.data_args.eval_split
         return number if share is None else number - max(1, round(share * number))
 
