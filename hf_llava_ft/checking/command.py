@@ -11,8 +11,9 @@ from hf_llava_ft.checking.report import write_check_report
 from hf_llava_ft.checking.result import CheckResult
 from hf_llava_ft.checking.rows import Sample
 from hf_llava_ft.checking.summary import print_summary
-from hf_llava_ft.checkpoints.opening import inspect_checkpoint, load_config
-from hf_llava_ft.checkpoints.training_processor import processor_for_training
+from hf_llava_ft.checkpoints.inspection import inspect_checkpoint
+from hf_llava_ft.checkpoints.opening import load_config
+from hf_llava_ft.checkpoints.starting.training_processor import processor_for_training
 from hf_llava_ft.data.formats import Source, open_source
 from hf_llava_ft.data.pictures import decode_failure
 from hf_llava_ft.errors import UserError
@@ -26,7 +27,7 @@ def run_check(
     revision: str | None = None,
     version: str | None = None,
     model_max_length: int | None = None,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     samples_per_second: float | None = None,
     preview: int = 0,
     report: Path | None = None,
@@ -43,7 +44,7 @@ def run_check(
         model (`str`, *optional*): folder or Hub id; without it nothing is said of tokens.
         version (`str`, *optional*): chat template, instead of the model's.
         model_max_length (`int`, *optional*): tokens that a row may have; by default what the language model takes.
-        batch_size (`int`): rows in a forward pass.
+        batch_size (`int`, *optional*): rows in a forward pass; by default as in training.
         samples_per_second (`float`, *optional*): measured in a run before, for the time of an epoch.
         preview (`int`): rows to print with what is learned marked; the same number are in the report.
         report (`Path`, *optional*): HTML file to write.

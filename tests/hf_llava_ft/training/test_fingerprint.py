@@ -9,8 +9,9 @@ from PIL import Image
 from transformers import TrainingArguments, get_cosine_schedule_with_warmup
 
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.settings.arguments import DataArguments, LlavaTrainingArguments, ModelArguments, TuningArguments
+from hf_llava_ft.settings.arguments import DataArguments, ModelArguments, TuningArguments
 from hf_llava_ft.settings.parsing import resolve
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.train import train
 from hf_llava_ft.training.resuming.fingerprint import (
     FREE,
