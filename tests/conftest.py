@@ -39,10 +39,12 @@ def _warm_python(request):
 
 
 @pytest.fixture(autouse=True)
-def _new_python(request, monkeypatch):
-    if request.node.get_closest_marker("new_python"):
-        monkeypatch.setattr(warm_python, "ALWAYS_NEW", True)
-        monkeypatch.setattr(verify, "fresh_python", NEW_PYTHON)
+def _new_python(request):
+    with pytest.MonkeyPatch.context() as patch:
+        if request.node.get_closest_marker("new_python"):
+            patch.setattr(warm_python, "ALWAYS_NEW", True)
+            patch.setattr(verify, "fresh_python", NEW_PYTHON)
+        yield
 
 
 @pytest.fixture(scope="session")

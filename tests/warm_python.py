@@ -106,11 +106,15 @@ def _warm(of_hugging_face: bool) -> "_WarmProcess":
 
 class _WarmProcess:
     def __init__(self, modules: list[str]):
+        # Not where the test that happens to be first looks at what is printed.
+        self._log = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
             [sys.executable, "-I", __file__, *modules],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=self._log,
             text=True,
+            cwd=os.path.dirname(__file__),
             env=_FIRST_ENVIRONMENT,
         )
         atexit.register(self._end)
@@ -143,7 +147,9 @@ class _WarmProcess:
         self._process.stdin.write(json.dumps(question) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
-        assert answer, "the warm process has ended"
+        if not answer:
+            self._log.seek(0)
+            raise RuntimeError(f"the warm process has ended: {self._log.read()}")
         return int(answer)
 
 
@@ -162,6 +168,8 @@ def _serve(modules: list[str]) -> dict:
     for module in modules:
         with contextlib.suppress(ImportError):  # not installed, or elsewhere in this release
             importlib.import_module(module)
+    sys.stdout.flush()  # else each fork would print it
+    sys.stderr.flush()
     while line := asked.readline():
         question = json.loads(line)
         if "wait" in question:
@@ -216,7 +224,7 @@ def _take_on_modules_cache(folder: str | None) -> None:
     if folder is None:
         return
     for module in list(sys.modules.values()):
-        if _MODULES_CACHE in vars(module):
+        if _MODULES_CACHE in getattr(module, "__dict__", {}):
             setattr(module, _MODULES_CACHE, folder)
 
 
