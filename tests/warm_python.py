@@ -9,6 +9,7 @@ Python, and so do, always, the tests that are marked `new_python`.
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -168,7 +169,8 @@ def _serve(modules: list[str]) -> dict:
     for module in modules:
         with contextlib.suppress(ImportError):  # not installed, or elsewhere in this release
             importlib.import_module(module)
-    sys.stdout.flush()  # else each fork would print it
+    gc.freeze()  # else each fork would copy what its collector looks at
+    sys.stdout.flush()  # and print what has been printed here
     sys.stderr.flush()
     while line := asked.readline():
         question = json.loads(line)
@@ -228,5 +230,31 @@ def _take_on_modules_cache(folder: str | None) -> None:
             setattr(module, _MODULES_CACHE, folder)
 
 
+def _exit_code_of(question: dict) -> int:
+    """Of the program that is asked for, by the rules of Python."""
+    try:
+        _become(**question)
+    except SystemExit as stop:
+        if stop.code is None or isinstance(stop.code, int):
+            return stop.code or 0
+        print(stop.code, file=sys.stderr)
+        return 1
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        return 1
+    return 0
+
+
+def _end_at_once() -> None:
+    """To take the libraries apart again would need two seconds."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(exit_code)
+
+
 if __name__ == "__main__":
-    _become(**_serve(sys.argv[1:]))
+    exit_code = 0
+    atexit.register(_end_at_once)  # before others are registered, so that it comes last
+    exit_code = _exit_code_of(_serve(sys.argv[1:]))
+    sys.exit(exit_code)
