@@ -11,6 +11,7 @@ import contextlib
 import functools
 import gc
 import importlib
+import importlib.util
 import json
 import os
 import runpy
@@ -194,6 +195,7 @@ def _become(arguments: list[str], cwd: str, environment: dict[str, str], printed
     _take_on_modules_cache(environment.get(_MODULES_CACHE))
     os.environ.clear()
     os.environ.update(environment)
+    sys.orig_argv = [sys.executable, *arguments]
     is_isolated = arguments[0] == "-I"
     kind, *own = arguments[1:] if is_isolated else arguments
     if not is_isolated:
@@ -213,7 +215,15 @@ def _become(arguments: list[str], cwd: str, environment: dict[str, str], printed
         sys.argv = ["-m", *own]
         if not is_isolated:
             sys.path.insert(0, cwd)
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        # Not by runpy, which would put another `__main__` back before an error is told.
+        spec = importlib.util.find_spec(module)
+        if spec is not None and spec.submodule_search_locations is not None:
+            spec = importlib.util.find_spec(f"{module}.__main__")
+        if spec is None or spec.origin is None:
+            sys.exit(f"No module named {module}")
+        main = importlib.util.module_from_spec(spec)
+        main.__name__, sys.argv[0], sys.modules["__main__"] = "__main__", spec.origin, main
+        exec(compile(Path(spec.origin).read_bytes(), spec.origin, "exec"), main.__dict__)
     else:
         sys.argv = [kind, *own]
         if not is_isolated:

@@ -10,7 +10,6 @@ from hf_llava_ft.quickstart import command
 from hf_llava_ft.quickstart.command import DATA, MARK, QUESTION, QuickstartResult, _fresh, run_quickstart
 from tests import warm_python
 
-TRAINING_FLAGS = command._training_flags
 PLAIN = """
 import json, sys
 from PIL import Image
@@ -37,17 +36,11 @@ print(json.dumps(answers))
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
-    """With fewer steps than the command takes, and the beginnings of the answers before."""
+    """Of the answers before there is only the beginning."""
     output_dir = tmp_path_factory.mktemp("quickstart") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "_training_flags", lambda *args: [*TRAINING_FLAGS(*args), "--max_steps", "10"])
         patch.setattr(command, "MAX_NEW_TOKENS", 8)
         return run_quickstart(output_dir), output_dir
-
-
-@pytest.mark.slow
-def test_with_all_its_steps_it_passes(tmp_path):
-    assert run_quickstart(tmp_path / "run").passed
 
 
 @pytest.mark.timeout(1500)
