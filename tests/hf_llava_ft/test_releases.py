@@ -191,6 +191,7 @@ GENERATING = ("-m", "hf_llava_ft.cli", "generate", "--model", "nowhere", "--prom
         (GENERATING, "argument", "unexpected keyword argument"),
     ],
 )
+@pytest.mark.new_python  # what Python does before its first line is what is changed
 def test_a_command_ends_with_one_sentence(installed, words, change, error):
     folder = installed(transformers="99.1.0")
     done = run(folder, *words, change=change)
