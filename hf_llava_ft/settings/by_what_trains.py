@@ -52,7 +52,7 @@ def put_defaults(settings: dict[str, Setting]) -> None:
         if settings["use_rslora"].value:
             put("lora_alpha", ALPHA_OF_RSLORA, "with use_rslora")
         else:
-            put("lora_alpha", None if rank is None else alpha_of(rank, use_rslora=False), "twice lora_r")
+            put("lora_alpha", alpha_of(rank, use_rslora=False) if rank else None, "twice lora_r")
     put("num_train_epochs", None, _by_rows("num_epochs"))
     steps = _by_rows("rows_per_step", ROWS_PER_STEP_OF_STAGE_1 if train_type == "projector" else None)
     size, accumulation = (value(name) for name in OF_BATCH)

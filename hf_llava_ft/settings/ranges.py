@@ -47,6 +47,7 @@ _RANGES = {
     "mm_projector_lr": _NOT_NEGATIVE,
     "mm_vision_tower_lr": _NOT_NEGATIVE,
     "model_max_length": _COUNT,
+    "num_eval_answers": _NOT_NEGATIVE,
     "num_train_epochs": _Range(0, "more than 0", is_open=True),
     "per_device_eval_batch_size": _COUNT,
     "per_device_train_batch_size": _COUNT,

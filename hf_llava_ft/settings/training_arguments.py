@@ -115,12 +115,9 @@ class LlavaTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "Must stay False: the collator reads all columns."}
     )
 
-    # Names of the settings above that nobody said.
-    unsaid: frozenset[str] = field(default=frozenset(), init=False, repr=False)
-
     def leave_open(self, names: Iterable[str]) -> None:
         """Says that the values of `names` are nobody's, and may be replaced; not of what DeepSpeed has read."""
-        self.unsaid = frozenset(names) - self._read_by_deepspeed()
+        self.unsaid: frozenset[str] = frozenset(names) - self._read_by_deepspeed()
 
     def _read_by_deepspeed(self) -> set[str]:
         if self.deepspeed_plugin is None:

@@ -12,8 +12,11 @@ from transformers import CONFIG_NAME, IntervalStrategy
 
 from hf_llava_ft.checkpoints.artifact import staged_files, told_of_a_full_disk
 from hf_llava_ft.checkpoints.inspection import ADAPTER_CONFIG
+from hf_llava_ft.checkpoints.remote_code import carries_our_code, note_on_code
+from hf_llava_ft.checkpoints.training_facts import training_facts
 from hf_llava_ft.errors import EXIT_CODE_FAILURE
-from hf_llava_ft.reports.run_report import write_run_report
+from hf_llava_ft.reports.last_lines import last_lines
+from hf_llava_ft.reports.run_report import PLOT_FILE, write_run_report
 from hf_llava_ft.training.eval_prompts import EvalAnswers
 from hf_llava_ft.training.guards.finite import NotFinite
 from hf_llava_ft.training.guards.moved_weights import WrongWeightsMoved
@@ -45,7 +48,7 @@ def evaluate_once(trainer: LlavaTrainer, answers: EvalAnswers) -> None:
 
 
 def write_facts(summary: dict[str, Any], trainer: LlavaTrainer, answers: EvalAnswers) -> None:
-    """`train_summary.json`, `report.html` and `loss.png`."""
+    """`train_summary.json`, `report.html`, `loss.png`, and the card of an adapter."""
     output_dir = Path(str(trainer.args.output_dir))
     trained = [(p["part"], p["num_trainable"], p["num_total"], p["learning_rate"]) for p in summary["trained"]]
     with told_of_a_full_disk(output_dir):
@@ -53,6 +56,24 @@ def write_facts(summary: dict[str, Any], trainer: LlavaTrainer, answers: EvalAns
         write_run_report(
             output_dir, summary, trainer.state.log_history, trained, answers.answers, answers.thumbnails()
         )
+        if isinstance(trainer.model, PeftModel):
+            plot = PLOT_FILE if summary["loss"] else None
+            trainer.write_own_card(output_dir, training_facts(output_dir), plot)
+
+
+def lines_of_result(trainer: LlavaTrainer, answers: EvalAnswers, *, are_held_out: bool) -> list[str]:
+    """What the command says in the end; see `last_lines`."""
+    output_dir = Path(str(trainer.args.output_dir))
+    lines = last_lines(
+        output_dir,
+        answers.answers,
+        is_adapter=isinstance(trainer.model, PeftModel),
+        are_held_out=are_held_out,
+        picture=answers.a_picture,
+    )
+    if trainer.is_world_process_zero() and carries_our_code(output_dir):
+        lines.append(note_on_code(output_dir))
+    return lines
 
 
 @contextmanager

@@ -68,6 +68,12 @@ class LlavaTrainer(CheckpointingTrainer):
         own = [StreamPosition(), self.longest_batch, self.finite, MovedWeights(), ChangedSettings(self)]
         kwargs["callbacks"] = [*own, *(kwargs.get("callbacks") or [])]
         args = args or LlavaTrainingArguments()
+        if isinstance(model, LlavaForCausalLM) and all(each.requires_grad for each in model.parameters()):
+            # Of a model that was tuned, be it as a whole, the tower's last layers are frozen.
+            logger.warning(
+                "All weights of the model will be trained, its vision tower among them: "
+                "hf_llava_ft.with_tuning(model, TuningArguments()) chooses, by default LoRA and the projector."
+            )
         if model is not None and args.unsaid:
             args = training_with_defaults(args, what_trains(model), _num_rows(kwargs.get("train_dataset")))
         if model is not None and args.deepspeed_plugin is None:

@@ -20,6 +20,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_llava_ft.checkpoints.adapters import with_adapter
 from hf_llava_ft.checkpoints.files import name_for_anywhere
+from hf_llava_ft.checkpoints.training_facts import hub_commit
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
 from hf_llava_ft.modeling.part_names_llava import (
@@ -117,6 +118,7 @@ def with_lora(
 
 
 def _new_lora(model: LlavaForCausalLM, arguments: TuningArguments, revision: str | None) -> LoraConfig:
+    assert arguments.lora_r is not None and arguments.lora_alpha is not None  # of `tuning_with_defaults`
     return LoraConfig(
         r=arguments.lora_r,
         lora_alpha=arguments.lora_alpha,
@@ -156,8 +158,8 @@ FROZEN_BACKBONE: tuple[str, ...] = (LANGUAGE_MODEL, OTHER)
 
 def with_tuning(
     model: LlavaForCausalLM,
-    arguments: TuningArguments,
-    base: str,
+    arguments: TuningArguments | None = None,
+    base: str | None = None,
     revision: str | None = None,
     adapter: tuple[str, str | None] | None = None,
     *,
@@ -167,11 +169,23 @@ def with_tuning(
     """
     `model` with exactly those weights trainable that `arguments` name, in float32; for LoRA see [`with_lora`].
 
+        model = with_tuning(load_model(name, processor), TuningArguments(train_type="lora", lora_r=16))
+
+    LoRA's first weights are drawn here: `transformers.set_seed` before it makes them those of a seed.
+
     Args:
+        arguments (`TuningArguments`, *optional*): by default LoRA on the language model, and the projector.
+        base (`str`, *optional*): what an adapter will name as its base; by default where `model` was loaded from.
+        revision (`str`, *optional*): of `base`: the one that `load_model` was given; without one, the commit of its
+            main branch that is in the cache.
+        adapter (*optional*): name and revision of one that is trained further, instead of a new one.
         num_rows (`int`, *optional*): that are trained on, by which LoRA's rank is chosen where `arguments` have none.
         float32_masters (`bool`): false where an engine keeps float32 copies of its own of a whole model.
     """
-    arguments = tuning_with_defaults(arguments, num_rows)
+    arguments = tuning_with_defaults(arguments or TuningArguments(), num_rows)
+    if base is None:
+        base = model.name_or_path
+        revision = revision or hub_commit(base, None)
     if arguments.is_lora:
         tuned: LlavaForCausalLM | PeftModel = with_lora(model, arguments, base, revision, adapter)
     else:
