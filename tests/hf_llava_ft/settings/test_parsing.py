@@ -5,8 +5,6 @@ import importlib.util
 import json
 import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ import yaml
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.settings.parsing import parse_arguments, resolve
 from hf_llava_ft.train import main as train_main
+from tests import warm_python
 
 MINIMAL = ["--model_name_or_path", "m", "--data_path", "d.json", "--output_dir", "o"]
 
@@ -222,8 +221,8 @@ def test_secrets_are_not_shown():
 
 def test_a_dry_run_prints_json_alone_and_leaves_nothing(tmp_path, recipe):
     path = recipe("lora_r: 5\n")
-    command = [sys.executable, "-m", "hf_llava_ft.cli", "train", path, *MINIMAL, "--dry_run", "--lora_enable"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"RANK": "0"})
+    command = ["-m", "hf_llava_ft.cli", "train", path, *MINIMAL, "--dry_run", "--lora_enable"]
+    done = warm_python.run(command, cwd=tmp_path, env=os.environ | {"RANK": "0"})
     assert done.returncode == 0, done.stderr
     shown = json.loads(done.stdout)
     assert shown["settings"]["lora_r"] == {"value": 5, "from": f"recipe {path}"}
