@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.settings.parsing import parse_arguments, resolve
@@ -124,6 +125,17 @@ def test_a_wrong_command_line_is_refused_in_a_sentence(argv, sentence):
     with pytest.raises(UserError, match=sentence) as caught:
         resolve(argv).to_json()
     assert "\n" not in str(caught.value)
+
+
+def test_what_yaml_takes_for_something_else_reaches_its_setting_as_it_stands(recipe):
+    """`no` is false to YAML, 1.10 is 1.1, 1:30 is 90 and a date is a date."""
+    for text in ("no", "1.10", "1:30", "2026-11-28", "1_0", "0123"):
+        assert str(yaml.safe_load(text)) != text or text == "2026-11-28", "or it would need no care"
+        values = resolve([recipe(f"run_name: {text}\nlora_target_modules: [{text}, q_proj]\n"), *MINIMAL]).by_name
+        assert (values["run_name"].value, values["lora_target_modules"].value) == (text, [text, "q_proj"])
+    # What only YAML can read stays what YAML says.
+    values = resolve([recipe("seed: 0x10\nbf16: on\nmax_grad_norm: .inf\n"), *MINIMAL]).by_name
+    assert (values["seed"].value, values["bf16"].value, values["max_grad_norm"].value) == (16, True, float("inf"))
 
 
 @pytest.mark.parametrize(
