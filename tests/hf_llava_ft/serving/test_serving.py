@@ -52,7 +52,8 @@ def adapter(tiny_checkpoint, tmp_path_factory):
 def test_an_adapter_becomes_a_whole_folder_for_vllm(adapter, tmp_path):
     done = export_for_serving(str(adapter), tmp_path / "served", "vllm")
     assert done.logit_difference < 1e-4 and done.commands == ["vllm serve ."]
-    merged, pictures = done.notes
+    merged, rounding, pictures = done.notes
+    assert rounding.startswith("Of what was learned, float32 keeps all but ")
     assert merged == "The adapter is merged into tiny: the folder is whole."
     assert pictures.startswith("vLLM paints transparent pixels white")
     model = load_model(str(adapter), load_processor(str(adapter))).merge_and_unload()
