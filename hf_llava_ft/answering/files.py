@@ -25,6 +25,7 @@ from hf_llava_ft.checkpoints.artifact import check_writable_file, told_of_a_full
 from hf_llava_ft.checkpoints.folder_lock import locked_folder
 from hf_llava_ft.checkpoints.opening import load_processor
 from hf_llava_ft.data.formats import Source
+from hf_llava_ft.data.formats.column_choice import SaidOfColumns
 
 # Sorted by length among each other; so many are held at once.
 _BATCHES_SORTED = 32
@@ -51,7 +52,7 @@ def answer_file(
     system: str | None = None,
     batch_size: int = 16,
     loading: dict[str, Any] | None = None,
-    columns: str | None = None,
+    columns: SaidOfColumns = None,
     access: dict[str, bool] | None = None,
     console: Console | None = None,
     **generation: Any,
