@@ -10,6 +10,7 @@ from hf_llava_ft.cli.application import (
     AttentionOption,
     BaseOption,
     BitsOption,
+    ColumnsOption,
     DeviceOption,
     DtypeOption,
     ImagesOption,
@@ -38,6 +39,7 @@ def generate(
     image_folder: Annotated[str, typer.Option("--image_folder", help="Folder that their image paths start from.")] = (
         "."
     ),
+    columns: ColumnsOption = None,
     output: Annotated[
         Path | None, typer.Option("--output", help="JSON Lines with the answers to --data_path; goes on if begun.")
     ] = None,
@@ -84,6 +86,7 @@ def generate(
             system=system,
             batch_size=batch_size,
             loading=loading,
+            columns=columns,
             access={"allow_outside": allow_images_outside, "allow_urls": allow_image_urls},
             **generation,
         )
