@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from transformers.modeling_utils import set_zero3_state
 
 from hf_llava_ft.checkpoints.checked.folder import INDEXES, UNREADABLE, reason_of, shards_named_by
 from hf_llava_ft.checkpoints.files import local_file, refuse_what_is_no_file
@@ -37,7 +38,8 @@ def check_weights(path: str, config: LlavaConfig, revision: str | None = None) -
                 f"{max(found) + 1}: it is damaged, or was not saved whole."
             )
     try:
-        with torch.device("meta"):
+        # As if it were divided among processes already: under ZeRO-3 it would be, and there is nothing to divide.
+        with torch.device("meta"), set_zero3_state():
             expected = {name: list(each.shape) for name, each in LlavaForCausalLM(config).state_dict().items()}
     except UNREADABLE as error:
         raise UserError(f"{path}: no model can be made by its config.json: {reason_of(error)}") from error
@@ -102,7 +104,7 @@ def refuse_no_numbers(model: torch.nn.Module, path: str) -> None:
         UserError: if weights of the model are NaN or infinite.
     """
     for name, parameter in model.named_parameters():
-        weights = parameter.detach()
+        weights = getattr(parameter, "ds_tensor", parameter).detach()  # under ZeRO-3 the part that is here
         if weights.device.type == "meta" or not weights.is_floating_point() or not weights.numel():
             continue
         # A sum is one pass without a copy; it may overflow where every number is finite.
