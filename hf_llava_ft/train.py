@@ -16,7 +16,7 @@ from transformers import CONFIG_NAME, EarlyStoppingCallback, IntervalStrategy, P
 
 from hf_llava_ft.checking.preview import print_preview
 from hf_llava_ft.checkpoints.adapters import check_resumed_adapter
-from hf_llava_ft.checkpoints.artifact import staged_files, told_of_a_full_disk
+from hf_llava_ft.checkpoints.artifact import told_of_a_full_disk
 from hf_llava_ft.checkpoints.checked.resume_state import check_resume_state
 from hf_llava_ft.checkpoints.opening import ADAPTER_CONFIG, load_model
 from hf_llava_ft.checkpoints.remote_code import carries_our_code, note_on_code
@@ -41,8 +41,8 @@ from hf_llava_ft.termination import exit_on_sigterm
 from hf_llava_ft.training.eval_prompts import EvalAnswers, open_eval_prompts
 from hf_llava_ft.training.evaluation import check_evaluation, tell_of_early_stop
 from hf_llava_ft.training.finite import NotFinite
-from hf_llava_ft.training.first_process import in_first_process
-from hf_llava_ft.training.masters import said_precision
+from hf_llava_ft.training.first_process import in_first_process, staged_in_first_process
+from hf_llava_ft.training.masters import keeps_own_masters, said_precision
 from hf_llava_ft.training.moved_weights import WrongWeightsMoved
 from hf_llava_ft.training.out_of_memory import advice, told_of_out_of_memory
 from hf_llava_ft.training.progress import LiveProgress
@@ -131,7 +131,7 @@ def _train(
     # An adapter names the commit of its base, so that it loads on the same weights when main has moved on.
     commit = hub_commit(start.name, start.revision) or start.revision
     adapter = None if start.adapter is None else (start.adapter, start.adapter_revision)
-    float32_masters = training_args.deepspeed_plugin is None
+    float32_masters = not keeps_own_masters(training_args)
     model = with_tuning(model, tuning_args, start.name, commit, adapter, float32_masters=float32_masters)
     if run.resumed_from is not None and isinstance(model, PeftModel):
         check_resumed_adapter(model, run.resumed_from)
@@ -274,7 +274,8 @@ def _save(trainer: LlavaTrainer, tell: Callable[[str], None]) -> None:
     if not is_adapter:
         trainer.model.config.use_cache = True  # type: ignore[union-attr]  # the Trainer has switched it off
     last = ADAPTER_CONFIG if is_adapter else CONFIG_NAME
-    with told_of_a_full_disk(output_dir), staged_files(output_dir, last=last) as staged:
+    staging = staged_in_first_process(trainer.args, output_dir, last)
+    with told_of_a_full_disk(output_dir), staging as staged:
         trainer.save_model(str(staged), _internal_call=True)  # pushed when all that its card tells is there
     if trainer.rounded is not None:
         tell(f"Note: {trainer.rounded}")

@@ -31,7 +31,7 @@ from hf_llava_ft.modeling.part_names_llava import (
     part_of,
 )
 from hf_llava_ft.settings.arguments import LlavaTrainingArguments, TuningArguments
-from hf_llava_ft.training.masters import with_float32_masters
+from hf_llava_ft.training.masters import remember_dtype, with_float32_masters
 from hf_llava_ft.training.quantization import is_quantized, prepare_quantized
 
 
@@ -173,6 +173,7 @@ def with_tuning(
     for name, parameter in tuned.named_parameters():
         if part_of(name) in frozen:
             parameter.requires_grad_(False)
+    remember_dtype(model)
     return with_float32_masters(tuned) if float32_masters else tuned
 
 
