@@ -18,7 +18,7 @@ from hf_llava_ft.checking.preview import print_preview
 from hf_llava_ft.checkpoints.adapters import check_resumed_adapter
 from hf_llava_ft.checkpoints.artifact import told_of_a_full_disk
 from hf_llava_ft.checkpoints.checked.resume_state import check_resume_state
-from hf_llava_ft.checkpoints.opening import ADAPTER_CONFIG, load_model
+from hf_llava_ft.checkpoints.opening import ADAPTER_CONFIG, load_config, load_model
 from hf_llava_ft.checkpoints.remote_code import carries_our_code, note_on_code
 from hf_llava_ft.checkpoints.starting_point import (
     StartingPoint,
@@ -47,7 +47,7 @@ from hf_llava_ft.training.moved_weights import WrongWeightsMoved
 from hf_llava_ft.training.out_of_memory import advice, told_of_out_of_memory
 from hf_llava_ft.training.progress import LiveProgress
 from hf_llava_ft.training.quantization import loading_in_few_bits
-from hf_llava_ft.training.resuming.fingerprint import base_digest, course_of
+from hf_llava_ft.training.resuming.fingerprint import COMPOSED_BASE, base_digest, course_of
 from hf_llava_ft.training.resuming.interruption import Interruption, TrainingInterrupted
 from hf_llava_ft.training.resuming.resume import Run, checkpoint_to_resume, opening_to_resume
 from hf_llava_ft.training.resuming.run_folder import compared_with_before, one_run_at_a_time, open_run_folder
@@ -112,9 +112,11 @@ def _train(
     )
     opened = open_all_rows(data_args, training_args, run.started)
     as_they_were, data = opened.as_they_were(), in_first_process(training_args, opened.facts)
+    longest = data_args.model_max_length or _longest_of(start)
     course = course_of(
         *(model_args, data_args, tuning_args, training_args),
-        base=base_digest(start.name, hub_commit(start.name, start.revision)) if start.composed is None else "composed",
+        base=base_digest(start.name, hub_commit(start.name, start.revision)) if start.composed is None else COMPOSED_BASE,
+        longest=longest,
         processor=processor,
         data=data,
         images=None if as_they_were is None else as_they_were.facts,
@@ -122,7 +124,6 @@ def _train(
     run = compared_with_before(run, course, training_args, tell)
     prompts = open_eval_prompts(data_args)
     model = _loaded_model(start, processor, model_args, tuning_args, training_args)
-    longest = data_args.model_max_length or model.config.text_config.max_position_embeddings
     rows = opened.that_fit(processor, longest, is_new=run.resumed_from is None, tell=tell)
     if data_args.preview > 0:
         print_preview(console, processor, rows.first(data_args.preview))
@@ -178,6 +179,11 @@ def _train(
         tell(f"Pushed: {trainer.hub_model_id}")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return TrainingResult(Path(str(training_args.output_dir)), losses, trained, seconds, summary)
+
+
+def _longest_of(start: StartingPoint) -> int:
+    """The most tokens that the language model takes."""
+    return int(load_config(start.name, start.revision).text_config.max_position_embeddings)
 
 
 def _checked_first(

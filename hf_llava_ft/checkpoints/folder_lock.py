@@ -23,10 +23,13 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def locked_folder(folder: str | Path) -> Iterator[bool]:
+def locked_folder(folder: str | Path, for_reading: bool = False) -> Iterator[bool]:
     """
     Holds the lock of `folder`, which need not be there yet; the folder that it lies in has to. Gives false where the
     file system has no locks.
+
+    Args:
+        for_reading (`bool`): so that nobody writes it meanwhile. Where no lock can be put, none is needed.
 
     Raises:
         UserError: if another process, or this one, is writing it; with process, host, command and since when.
@@ -38,11 +41,12 @@ def locked_folder(folder: str | Path) -> Iterator[bool]:
         lock.acquire()
     except Timeout:
         raise UserError(
-            f"{folder} is being written by {_holder(holder_file)}: wait until it is done, or choose another output "
-            "folder."
+            f"{folder} is being {'written' if not for_reading else 'used'} by {_holder(holder_file)}: wait until it is "
+            f"done{'' if for_reading else ', or choose another output folder'}."
         ) from None
     except (NotImplementedError, OSError) as error:  # file systems without locks: ENOLCK, ENOSYS, ENOTSUP
-        logger.warning("%s is written without a lock, which its file system does not have: %s", folder, error)
+        if not for_reading:
+            logger.warning("%s is written without a lock, which its file system does not have: %s", folder, error)
         yield False
         return
     try:

@@ -22,6 +22,7 @@ from transformers.integrations import set_hf_deepspeed_config, unset_hf_deepspee
 
 from hf_llava_ft.checkpoints.adapters import tuning_of_adapter
 from hf_llava_ft.checkpoints.artifact import staged_folder
+from hf_llava_ft.checkpoints.checked.folder import UNREADABLE, check_settings, reason_of
 from hf_llava_ft.checkpoints.compose import compose_llava
 from hf_llava_ft.checkpoints.files import read_json
 from hf_llava_ft.checkpoints.opening import ADAPTER_CONFIG, inspect_checkpoint, is_language_model, load_config
@@ -200,8 +201,8 @@ def _compose(model_args: ModelArguments, projector: dict[str, torch.Tensor] | No
             (staged / _FINGERPRINT).write_text(fingerprint, encoding="utf-8")
     except UserError:
         raise
-    except (OSError, ValueError) as error:
-        raise UserError(f"{' and '.join(parts)} cannot be made into a LLaVA: {str(error).splitlines()[0]}") from error
+    except UNREADABLE as error:
+        raise UserError(f"{' and '.join(parts)} cannot be made into a LLaVA: {reason_of(error)}") from error
 
 
 def read_projector_of(path: str) -> dict[str, torch.Tensor]:
@@ -297,9 +298,10 @@ def _is_another_tower(name: str, config: LlavaConfig) -> bool:
     own_name = config.vision_tower_name
     if own_name and Path(own_name).name == Path(name).name:
         return False
+    check_settings(name)
     try:
         tower = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError):
+    except UNREADABLE:
         return bool(own_name)  # nothing to compare but names
     tower, own = getattr(tower, "vision_config", tower), config.vision_config
     compared = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")

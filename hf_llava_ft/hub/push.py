@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import HfApi
 
 from hf_llava_ft.checkpoints.files import read_json
+from hf_llava_ft.checkpoints.folder_lock import locked_folder
 from hf_llava_ft.checkpoints.opening import (
     ADAPTER_CONFIG,
     Checkpoint,
@@ -125,7 +126,11 @@ def push(
         check_login(repo_id)
     public_base, base_revision = _public_base(checkpoint, base)
 
-    with tempfile.TemporaryDirectory(prefix="llava-ft-push-") as scratch:
+    # What is staged are links into the folder, which nobody may write until they are uploaded.
+    with (
+        locked_folder(source, for_reading=True),
+        tempfile.TemporaryDirectory(prefix="llava-ft-push-") as scratch,
+    ):
         staged = Path(scratch, "staged")
         staged.mkdir()
         left_out = stage(source, checkpoint.kind, staged, public_base, base_revision).left_out

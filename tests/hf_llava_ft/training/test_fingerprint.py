@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from transformers import TrainingArguments, get_cosine_schedule_with_warmup
 
+from hf_llava_ft.checkpoints.opening import load_config
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.settings.arguments import DataArguments, LlavaTrainingArguments, ModelArguments, TuningArguments
 from hf_llava_ft.settings.parsing import resolve
@@ -223,6 +224,17 @@ def test_a_run_with_other_data_or_settings_is_refused_before_the_model_is_loaded
     assert "From step 2 on this is not the run that it was: the images" in printed
     # It is the run that it is now.
     run(resume_from_checkpoint=True)
+
+
+def test_what_a_default_means_may_be_written_out(run, tiny_checkpoint, tmp_path, capsys):
+    run()
+    longest = load_config(str(tiny_checkpoint)).text_config.max_position_embeddings
+    written_out = {"model_max_length": longest, "picture_opening": "upright", "mm_vision_select_layer": -2}
+    written_out |= {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "patch", "data_seed": 42}
+    run(resume_from_checkpoint=tmp_path / "out/checkpoint-2", **written_out)
+    assert "From step 2 on" not in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(UserError, match=f"another: --model_max_length was {longest} and is {longest - 1}. Set"):
+        run(resume_from_checkpoint=tmp_path / "out/checkpoint-2", model_max_length=longest - 1)
 
 
 def test_what_is_changed_on_purpose_takes_effect(run, tmp_path, capsys):
