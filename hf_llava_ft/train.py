@@ -115,7 +115,7 @@ def _train(
     longest = data_args.model_max_length or _longest_of(start)
     course = course_of(
         *(model_args, data_args, tuning_args, training_args),
-        base=base_digest(start.name, hub_commit(start.name, start.revision)) if start.composed is None else COMPOSED_BASE,
+        base=COMPOSED_BASE if start.composed else base_digest(start.name, hub_commit(start.name, start.revision)),
         longest=longest,
         processor=processor,
         data=data,

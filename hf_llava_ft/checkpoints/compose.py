@@ -110,9 +110,7 @@ def _loaded(flag: str, name: str, load: Callable[[], Any]) -> Any:
     except Exception as error:
         if not isinstance(error, UNREADABLE) and type(error) is not Exception:  # the second: tokenizers
             raise
-        raise UserError(
-            f"{flag} {name} cannot be loaded: {hub_refusal(error, name) or reason_of(error)}"
-        ) from error
+        raise UserError(f"{flag} {name} cannot be loaded: {hub_refusal(error, name) or reason_of(error)}") from error
 
 
 def compose_from_parts(

@@ -40,9 +40,9 @@ def locked_folder(folder: str | Path, for_reading: bool = False) -> Iterator[boo
     try:
         lock.acquire()
     except Timeout:
+        doing, instead = ("used", "") if for_reading else ("written", ", or choose another output folder")
         raise UserError(
-            f"{folder} is being {'written' if not for_reading else 'used'} by {_holder(holder_file)}: wait until it is "
-            f"done{'' if for_reading else ', or choose another output folder'}."
+            f"{folder} is being {doing} by {_holder(holder_file)}: wait until it is done{instead}."
         ) from None
     except (NotImplementedError, OSError) as error:  # file systems without locks: ENOLCK, ENOSYS, ENOTSUP
         if not for_reading:

@@ -79,8 +79,8 @@ def check_part_weights(path: str, config: Any, kind: Any, revision: str | None =
     # transformers puts several of a file into one, of experts say: then the names of both are others.
     if lacking and all(name.endswith((*_COMPUTED, *_TIED)) for name in strange):
         raise UserError(
-            f"{path}: its files lack {len(lacking)} of the weights, {lacking[0]} among them: it is damaged, or was not "
-            f"saved whole."
+            f"{path}: its files lack {len(lacking)} of the weights, {lacking[0]} among them: it is damaged, or was "
+            f"not saved whole."
         )
 
 

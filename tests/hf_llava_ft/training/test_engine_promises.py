@@ -1,5 +1,5 @@
-"""What a run promises holds under DDP, DeepSpeed and FSDP2 as in one process: float32 masters, an end at the first number
-that is none, and no other course on resume."""
+"""What a run promises holds under DDP, DeepSpeed and FSDP2 as in one process: float32 masters, an end at the first
+number that is none, and no other course on resume."""
 
 from pathlib import Path
 
