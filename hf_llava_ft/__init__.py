@@ -28,7 +28,7 @@ _PUBLIC = {
     "LlavaForCausalLM": "modeling.modeling_llava",
     "LlavaProcessor": "processing.processing_llava",
     "LlavaTrainer": "training.trainer",
-    "LlavaTrainingArguments": "settings.arguments",
+    "LlavaTrainingArguments": "settings.training_arguments",
     "LlavaCollator": "data.collator",
     "LlavaConversations": "data.builder",
     "UserError": "errors",

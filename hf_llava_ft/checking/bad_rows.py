@@ -100,7 +100,7 @@ class SoundRows:
             longest (`int`): tokens that a row may have, images included.
 
         Raises:
-            `UserError`: under `raise`, at the first row that can't be encoded, has nothing to learn or is too long;
+            UserError: under `raise`, at the first row that can't be encoded, has nothing to learn or is too long;
                 under `skip`, if no row is left.
         """
         kept = []
@@ -170,7 +170,7 @@ def sound_rows(
         on_bad_row (`"raise"` or `"skip"`): what a row does that can't be read, or whose image can't be decoded.
 
     Raises:
-        `UserError`: under `raise`, at the first such row; under both, if a file is no dataset.
+        UserError: under `raise`, at the first such row; under both, if a file is no dataset.
     """
     sources = open_source(
         data_path, image_folder, allow_outside=allow_outside, allow_urls=allow_urls, cache_dir=cache_dir

@@ -54,7 +54,7 @@ def check_data(
         console (`rich.console.Console`, *optional*): where the bars are drawn, if it is a terminal.
 
     Raises:
-        `UserError`: if a process is killed for want of memory. What is wrong with the data is in the result.
+        UserError: if a process is killed for want of memory. What is wrong with the data is in the result.
     """
     console = console or Console(stderr=True)
     collected = Collected(sources)

@@ -11,8 +11,9 @@ from hf_llava_ft.checking.report import write_check_report
 from hf_llava_ft.checking.result import CheckResult
 from hf_llava_ft.checking.rows import Sample
 from hf_llava_ft.checking.summary import print_summary
-from hf_llava_ft.checkpoints.opening import inspect_checkpoint, load_config
-from hf_llava_ft.checkpoints.training_processor import processor_for_training
+from hf_llava_ft.checkpoints.inspection import inspect_checkpoint
+from hf_llava_ft.checkpoints.opening import load_config
+from hf_llava_ft.checkpoints.starting.training_processor import processor_for_training
 from hf_llava_ft.data.formats import Source, open_source
 from hf_llava_ft.data.pictures import decode_failure
 from hf_llava_ft.errors import UserError

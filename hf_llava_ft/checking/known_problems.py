@@ -25,7 +25,7 @@ def problems_of(source: Source, root: Path, error: UserError, is_remembered: boo
         `list[Problem]`: all that is wrong with the rows.
 
     Raises:
-        `UserError`: `error`, if it is not about rows.
+        UserError: `error`, if it is not about rows.
     """
     kept = _kept_at(source, root)
     kept.parent.mkdir(parents=True, exist_ok=True)

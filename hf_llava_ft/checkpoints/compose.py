@@ -11,13 +11,13 @@ from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoModelForCausa
 
 from hf_llava_ft.checkpoints.artifact import staged_folder
 from hf_llava_ft.checkpoints.checked.folder import UNREADABLE, check_settings, reason_of
+from hf_llava_ft.checkpoints.checked.read_as_written import check_generation_config
 from hf_llava_ft.checkpoints.checked.template import check_templates
 from hf_llava_ft.checkpoints.checked.weights import check_part_weights, refuse_no_numbers
 from hf_llava_ft.checkpoints.embeddings import fill_rows, grow_embeddings
 from hf_llava_ft.checkpoints.files import hub_refusal
 from hf_llava_ft.checkpoints.opening import fit_to_processor
 from hf_llava_ft.checkpoints.original_folders import load_projector
-from hf_llava_ft.checkpoints.read_as_written import check_generation_config
 from hf_llava_ft.checkpoints.training_facts import TrainingFacts, base_facts
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.modeling.configuration_llava import LlavaConfig

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_llava_ft.checkpoints.opening import Checkpoint, inspect_checkpoint
-from hf_llava_ft.checkpoints.read_as_written import is_in_few_bits
+from hf_llava_ft.checkpoints.checked.read_as_written import is_in_few_bits
+from hf_llava_ft.checkpoints.inspection import Checkpoint, inspect_checkpoint
 from hf_llava_ft.checkpoints.rewriting import rewriting, save_for_others
 from hf_llava_ft.checkpoints.verify import Probe, Verification
 from hf_llava_ft.errors import UserError

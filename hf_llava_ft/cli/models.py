@@ -162,18 +162,10 @@ def generate(
 ) -> None:
     """Answer one question about any number of pictures, as a stream."""
     with exit_on_user_error():
-        from hf_llava_ft.answering.conversation import Conversation, load_for_answering, open_image
-        from hf_llava_ft.checkpoints.opening import load_processor
+        from hf_llava_ft.answering.conversation import Conversation
 
-        processor = load_processor(model, revision, base=base)
-        images = [open_image(source, processor.picture_opening) for source in image or []]
-        parts = load_for_answering(
-            model,
-            base=base,
-            revision=revision,
-            attn_implementation=attn_implementation,
-            processor=processor,
-            allow_nan=allow_nan,
+        parts, images = _opened(
+            model, image, base=base, revision=revision, attn_implementation=attn_implementation, allow_nan=allow_nan
         )
         answer = _print_stream(
             Conversation(*parts), prompt, images, max_new_tokens=max_new_tokens, temperature=temperature
@@ -194,18 +186,10 @@ def chat(
 ) -> None:
     """Chat with a model about pictures. In the chat: /image PATH_OR_URL, /new, /quit."""
     with exit_on_user_error():
-        from hf_llava_ft.answering.conversation import Conversation, load_for_answering, open_image
-        from hf_llava_ft.checkpoints.opening import load_processor
+        from hf_llava_ft.answering.conversation import Conversation, open_image
 
-        processor = load_processor(model, revision, base=base)
-        pending = [open_image(source, processor.picture_opening) for source in image or []]
-        parts = load_for_answering(
-            model,
-            base=base,
-            revision=revision,
-            attn_implementation=attn_implementation,
-            processor=processor,
-            allow_nan=allow_nan,
+        parts, pending = _opened(
+            model, image, base=base, revision=revision, attn_implementation=attn_implementation, allow_nan=allow_nan
         )
         conversation = Conversation(*parts)
         typer.echo("/image PATH_OR_URL adds a picture, /new starts over, /quit ends.", err=True)
@@ -222,13 +206,25 @@ def chat(
             elif line.startswith("/image"):
                 try:
                     source = line.removeprefix("/image").strip()
-                    pending.append(open_image(source, processor.picture_opening))
+                    pending.append(open_image(source, parts[1].picture_opening))
                 except UserError as error:
                     typer.echo(f"error: {error.sentence}", err=True)
             elif line:
                 typer.echo("model: ", nl=False)
                 _print_stream(conversation, line, pending, max_new_tokens=max_new_tokens, temperature=temperature)
                 pending = []
+
+
+def _opened(
+    model: str, images: list[str] | None, *, base: str | None, revision: str | None, **loading: Any
+) -> tuple[tuple[Any, Any], list[Any]]:
+    """Model and processor, and the pictures, which are opened first: what is wrong with one is said at once."""
+    from hf_llava_ft.answering.conversation import load_for_answering, open_image
+    from hf_llava_ft.checkpoints.opening import load_processor
+
+    processor = load_processor(model, revision, base=base)
+    opened = [open_image(source, processor.picture_opening) for source in images or []]
+    return load_for_answering(model, base=base, revision=revision, processor=processor, **loading), opened
 
 
 def _print_notes(notes: list[str]) -> None:

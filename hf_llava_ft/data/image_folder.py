@@ -27,7 +27,7 @@ class ImageFolder:
         folder (`str`, *optional*): None if the data has no images.
 
     Raises:
-        `UserError`: if it is given and is no folder.
+        UserError: if it is given and is no folder.
     """
 
     def __init__(self, folder: str | None):
@@ -50,7 +50,7 @@ class ImageFolder:
             `str`: absolute, free of links.
 
         Raises:
-            `UserError`: if there is no such file, or it lies outside the folder.
+            UserError: if there is no such file, or it lies outside the folder.
         """
         image = f"{place}: image {name!r}"
         if "://" in name or name.startswith("data:"):

@@ -93,7 +93,7 @@ def token_lengths(
         `int64[N]`, for each row what `processor.num_tokens` gives.
 
     Raises:
-        `UserError`: naming the first row that can't be encoded.
+        UserError: naming the first row that can't be encoded.
     """
     counts = token_counts(dataset, processor, num_proc)
     for index, reason in counts.refused.items():

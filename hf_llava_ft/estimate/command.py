@@ -12,7 +12,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from hf_llava_ft.checkpoints.opening import inspect_checkpoint, load_config
+from hf_llava_ft.checkpoints.inspection import inspect_checkpoint
+from hf_llava_ft.checkpoints.opening import load_config
 from hf_llava_ft.errors import UserError, exit_on_user_error
 from hf_llava_ft.estimate.memory import DEFAULT_BUCKET, DEFAULT_LIVE, Engine
 from hf_llava_ft.estimate.pictures import parsed_size, picture_of, worst_picture

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from hf_llava_ft.checkpoints.files import find_file, read_json
-from hf_llava_ft.checkpoints.opening import ADAPTER_CONFIG, Kind
+from hf_llava_ft.checkpoints.inspection import ADAPTER_CONFIG, Kind
 from hf_llava_ft.checkpoints.reload import Loader
 from hf_llava_ft.checkpoints.training_facts import TrainingFacts, hub_id, training_facts
 from hf_llava_ft.checkpoints.verify import Verification, loader_for

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_llava_ft.checkpoints.opening import Kind
+from hf_llava_ft.checkpoints.inspection import Kind
 from hf_llava_ft.checkpoints.original_folders import PROJECTOR_FILE
 from hf_llava_ft.checkpoints.reload import Loader
 from hf_llava_ft.checkpoints.training_facts import TrainingFacts

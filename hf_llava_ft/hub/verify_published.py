@@ -6,7 +6,8 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from hf_llava_ft.checkpoints.files import hub_refusal
-from hf_llava_ft.checkpoints.opening import inspect_checkpoint, load_model, load_processor
+from hf_llava_ft.checkpoints.inspection import inspect_checkpoint
+from hf_llava_ft.checkpoints.opening import load_model, load_processor
 from hf_llava_ft.checkpoints.verify import Probe, Verification, reference_outputs, verify
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.library_differences import HTTPError

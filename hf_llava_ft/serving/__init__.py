@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_llava_ft.checkpoints.inspection import Checkpoint, inspect_checkpoint
 from hf_llava_ft.checkpoints.merge import refuse_base_in_few_bits
-from hf_llava_ft.checkpoints.opening import Checkpoint, fit_to_processor, inspect_checkpoint, load_config
+from hf_llava_ft.checkpoints.opening import fit_to_processor, load_config
 from hf_llava_ft.checkpoints.remote_code import ENDPOINT_HANDLER
 from hf_llava_ft.checkpoints.rewriting import rewriting, save_for_others
 from hf_llava_ft.checkpoints.verify import LOGIT_TOLERANCE, Probe

@@ -1,9 +1,9 @@
 """The flags of the original LLaVA's train.py, translated to those of `llava-ft train`.
 
 Source: haotian-liu/LLaVA c121f04, `llava/train/train.py`, and the TrainingArguments of the transformers 4.37 that it
-runs on. A flag that means the same here and there is an argument of ours (arguments.py) and needs no translation. The
-others have a new name, decide together which parameters train, or have no meaning here: those are dropped with a note
-where that changes nothing, and refused where it would.
+runs on. A flag that means the same here and there is an argument of ours (`arguments.py`) and needs no translation.
+The others have a new name, decide together which parameters train, or have no meaning here: those are dropped with a
+note where that changes nothing, and refused where it would.
 
 The original's defaults are part of what a command line means. So a command line with its flags, without `--train_type`
 and `--preset`, gets them.

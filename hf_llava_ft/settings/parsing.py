@@ -15,7 +15,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.settings.arguments import DataArguments, LlavaTrainingArguments, ModelArguments, TuningArguments
+from hf_llava_ft.settings.arguments import DataArguments, ModelArguments, TuningArguments
 from hf_llava_ft.settings.machine import has_bf16_gpu
 from hf_llava_ft.settings.original_flags import (
     MARKERS,
@@ -29,6 +29,7 @@ from hf_llava_ft.settings.original_flags import (
 from hf_llava_ft.settings.presets import PRESETS, preset_flags
 from hf_llava_ft.settings.recipes import read_recipe
 from hf_llava_ft.settings.resolved import ARGUMENT_CLASSES, DEFAULT, Setting, Settings, default_of
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 
 FLAG, ORIGINAL_DEFAULT = "flag", "default of the original"
 

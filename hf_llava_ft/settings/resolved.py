@@ -14,9 +14,10 @@ import torch
 
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.processing.chat_templates_llava import CHAT_TEMPLATES
-from hf_llava_ft.settings.arguments import DataArguments, LlavaTrainingArguments, ModelArguments, TuningArguments
+from hf_llava_ft.settings.arguments import DataArguments, ModelArguments, TuningArguments
 from hf_llava_ft.settings.machine import follows_bf16, machine_problems, without_missing_tf32
 from hf_llava_ft.settings.ranges import check_ranges
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 
 ARGUMENT_CLASSES: tuple[Any, ...] = (ModelArguments, DataArguments, TuningArguments, LlavaTrainingArguments)
 DEFAULT = "default"  # the origin of what nobody said

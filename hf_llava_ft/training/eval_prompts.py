@@ -22,7 +22,7 @@ from hf_llava_ft.data.schema import row_place
 from hf_llava_ft.data.values import row_images
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.processing.picture_opening_llava import PictureOpening
-from hf_llava_ft.reports.page import THUMBNAIL_PIXELS
+from hf_llava_ft.reports.page import THUMBNAIL_PIXELS, write_atomically
 from hf_llava_ft.settings.arguments import DataArguments
 from hf_llava_ft.training.evaluation import untouched_rng
 from hf_llava_ft.training.fsdp import uses_fsdp
@@ -228,10 +228,8 @@ class EvalAnswers(TrainerCallback):
         return ("".join(up_to(stop, [text])) if stop else text).strip()
 
     def _write(self, path: Path) -> None:
-        unfinished = path.with_name(f".{path.name}.incomplete")
-        lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in self.answers)
-        unfinished.write_text("".join(lines), encoding="utf-8", errors="replace")
-        unfinished.replace(path)
+        lines = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in self.answers)
+        write_atomically(path, lambda temporary: temporary.write_text(lines, encoding="utf-8", errors="replace"))
 
     def _show(self, said: list[str], step: int) -> None:
         writer = getattr(self.tensorboard, "tb_writer", None)

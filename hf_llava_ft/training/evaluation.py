@@ -12,7 +12,8 @@ from transformers import IntervalStrategy, TrainerState
 from hf_llava_ft.checking.bad_rows import SoundRows, sound_rows
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
-from hf_llava_ft.settings.arguments import DataArguments, LlavaTrainingArguments
+from hf_llava_ft.settings.arguments import DataArguments
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 
 
 def check_evaluation(data_args: DataArguments, args: LlavaTrainingArguments) -> None:

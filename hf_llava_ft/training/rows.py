@@ -10,13 +10,14 @@ from datasets import Dataset
 from hf_llava_ft.checking.bad_rows import SoundRows, sound_rows, told_of_skipped
 from hf_llava_ft.checking.preview import first_rows
 from hf_llava_ft.data.formats import Source, open_source
-from hf_llava_ft.data.skipped_rows import SKIPPED_FILE
-from hf_llava_ft.data.stream_loader import refuse_grouping
-from hf_llava_ft.data.streaming import LlavaStream, told_of_rows_left_out
+from hf_llava_ft.data.skipped_rows import SKIPPED_FILE, told_of_rows_left_out
+from hf_llava_ft.data.streaming import LlavaStream
+from hf_llava_ft.data.streaming.loader import refuse_grouping
 from hf_llava_ft.data.token_limit import TokenLimit
 from hf_llava_ft.data.unchanged import RowsAsTheyWere
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
-from hf_llava_ft.settings.arguments import DataArguments, LlavaTrainingArguments
+from hf_llava_ft.settings.arguments import DataArguments
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.training.evaluation import data_seed, eval_rows_that_fit, held_out, open_eval_rows
 from hf_llava_ft.training.summary import data_facts, row_counts
 

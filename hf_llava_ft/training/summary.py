@@ -19,8 +19,8 @@ from transformers import TrainerState, TrainingArguments
 from hf_llava_ft.checkpoints.run_files import SUMMARY_FILE
 from hf_llava_ft.data.formats import Source
 from hf_llava_ft.reports.page import write_atomically
-from hf_llava_ft.settings.arguments import LlavaTrainingArguments
 from hf_llava_ft.settings.resolved import SECRET, default_of
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.training.throughput import Counts
 from hf_llava_ft.training.tuning import TrainedPart, learning_rate_of
 
@@ -46,7 +46,7 @@ def settings_of(*arguments: Any) -> dict[str, Any]:
     Secrets are hidden and the home folder is `~`.
 
     Args:
-        arguments: objects of the four classes of `arguments.py`, as they were parsed.
+        arguments: objects of the four classes of arguments, as they were parsed.
     """
     theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
     found = {}

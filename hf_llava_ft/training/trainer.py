@@ -17,27 +17,27 @@ from torch.utils.data import DataLoader
 from hf_llava_ft.data.builder import modality_lengths
 from hf_llava_ft.data.collator import LlavaCollator
 from hf_llava_ft.data.sampler import ModalityLengthSampler, OriginalOrderSampler
-from hf_llava_ft.data.stream_loader import StreamPosition, refuse_grouping, stream_dataloader
 from hf_llava_ft.data.streaming import LlavaStream
+from hf_llava_ft.data.streaming.loader import StreamPosition, refuse_grouping, stream_dataloader
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
 from hf_llava_ft.modeling.part_names_llava import PROJECTOR, VISION_TOWER, part_of
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.processing.uint8_pixels_llava import can_hand_over_uint8, normalize_pixels
-from hf_llava_ft.settings.arguments import LlavaTrainingArguments
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.training.evaluation import row_losses, untouched_rng
-from hf_llava_ft.training.finite import FiniteTraining
 from hf_llava_ft.training.fsdp import check_fsdp, share_out_by_layers
-from hf_llava_ft.training.longest_batch import LongestBatch
+from hf_llava_ft.training.guards.finite import FiniteTraining
+from hf_llava_ft.training.guards.longest_batch import LongestBatch
+from hf_llava_ft.training.guards.moved_weights import MovedWeights
+from hf_llava_ft.training.guards.out_of_memory import advice, advice_for_evaluation, told_of_out_of_memory
 from hf_llava_ft.training.loss import LossOverTokens
-from hf_llava_ft.training.masters import (
+from hf_llava_ft.training.precision.masters import (
     keeps_own_masters,
     remember_dtype,
     with_float32_masters,
     without_float16_on_cpu,
 )
-from hf_llava_ft.training.moved_weights import MovedWeights
-from hf_llava_ft.training.out_of_memory import advice, advice_for_evaluation, told_of_out_of_memory
 from hf_llava_ft.training.resuming.changed_settings import ChangedSettings, settings_of_groups
 from hf_llava_ft.training.resuming.resume import checkpoint_to_resume
 from hf_llava_ft.training.throughput import Throughput

@@ -26,11 +26,11 @@ from hf_llava_ft.checkpoints.run_files import (
 )
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
 from hf_llava_ft.modeling.weight_names_llava import name_in_memory
-from hf_llava_ft.settings.arguments import LlavaTrainingArguments
-from hf_llava_ft.training.finite import FiniteTraining
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.training.fsdp import whole_state_dict
-from hf_llava_ft.training.masters import dtype_of_result
-from hf_llava_ft.training.one_dtype import Rounded, in_one_dtype, name_dtype
+from hf_llava_ft.training.guards.finite import FiniteTraining
+from hf_llava_ft.training.precision.masters import dtype_of_result
+from hf_llava_ft.training.precision.one_dtype import Rounded, in_one_dtype, name_dtype
 from hf_llava_ft.training.resuming.fingerprint import refuse_another_course, settings_course
 from hf_llava_ft.training.resuming.resume import Run, begin, remove_older, seal
 from hf_llava_ft.training.trainer_push import PushingTrainer

@@ -30,9 +30,10 @@ from hf_llava_ft.modeling.part_names_llava import (
     VISION_TOWER,
     part_of,
 )
-from hf_llava_ft.settings.arguments import LlavaTrainingArguments, TuningArguments
-from hf_llava_ft.training.masters import remember_dtype, with_float32_masters
-from hf_llava_ft.training.quantization import is_quantized, prepare_quantized
+from hf_llava_ft.settings.arguments import TuningArguments
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
+from hf_llava_ft.training.precision.masters import remember_dtype, with_float32_masters
+from hf_llava_ft.training.precision.quantization import is_quantized, prepare_quantized
 
 
 def lora_target_pattern(model: LlavaForCausalLM, names: list[str] | None = None, *, vision_tower: bool = False) -> str:

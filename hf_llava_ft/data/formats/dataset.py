@@ -59,7 +59,7 @@ class SourceRows(datasets.GeneratorBasedBuilder):
         kwargs: for `datasets.DatasetBuilder`.
 
     Raises:
-        `UserError`: from `download_and_prepare`, at the first row or image that is wrong; no cache is left then.
+        UserError: from `download_and_prepare`, at the first row or image that is wrong; no cache is left then.
     """
 
     VERSION = datasets.Version("1.0.0")  # raise it when the same files give other rows
@@ -109,7 +109,7 @@ def load_data(
         mixture follow one another in the order given, rows in the order of their files.
 
     Raises:
-        `UserError`: at the first thing that is wrong. `bad_rows.sound_rows` opens a set without its wrong rows.
+        UserError: at the first thing that is wrong. `bad_rows.sound_rows` opens a set without its wrong rows.
     """
     sources = open_source(
         data_path, image_folder, allow_outside=allow_outside, allow_urls=allow_urls, cache_dir=cache_dir

@@ -82,7 +82,7 @@ def parse_messages_row(row: Any, where: str, number: int = 1) -> Row:
         number (`int`): the row's number from 1.
 
     Raises:
-        `UserError`: if the row can't be trained on; the sentence names row and turn.
+        UserError: if the row can't be trained on; the sentence names row and turn.
     """
     row_id, place = identify_row(row, where, number)
     return _row_of_messages(row_id, row, _messages(row.get("messages"), f'{place}: "messages"'), place)
@@ -93,7 +93,7 @@ def parse_prompt_completion_row(row: Any, where: str, number: int = 1) -> Row:
     Translate a row of `prompt` and `completion`, each text or a list of messages, with `image` or `images`.
 
     Raises:
-        `UserError`: if the row can't be trained on; also if the prompt holds answers, which would be learned too.
+        UserError: if the row can't be trained on; also if the prompt holds answers, which would be learned too.
     """
     row_id, place = identify_row(row, where, number)
     for key in ("prompt", "completion"):
@@ -122,7 +122,7 @@ def parse_image_caption_row(row: Any, where: str, number: int = 1) -> Row:
         row (`dict`): `{"file_name" or "image": image, "text" or "caption": str}`.
 
     Raises:
-        `UserError`: if image or caption is missing.
+        UserError: if image or caption is missing.
     """
     row_id, place = identify_row(row, where, number)
     refuse_other_media(row, place)

@@ -50,7 +50,7 @@ class ImageStore:
         cache_dir (`str`, *optional*): where fetched pictures are kept; the cache of `datasets` by default.
 
     Raises:
-        `UserError`: if the folder is given and is none.
+        UserError: if the folder is given and is none.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class ImageStore:
             place (`str`): the row, for messages.
 
         Raises:
-            `UserError`: if it is missing, not allowed, or not to be had.
+            UserError: if it is missing, not allowed, or not to be had.
         """
         if not isinstance(image, str):
             return self._embedded(image, place)

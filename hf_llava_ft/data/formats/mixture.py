@@ -48,7 +48,7 @@ def parse_data_path(data_path: str | os.PathLike | Sequence[str | os.PathLike]) 
             is taken as it stands, whatever commas and colons its name has.
 
     Raises:
-        `UserError`: if one leads nowhere, or a weight is none.
+        UserError: if one leads nowhere, or a weight is none.
     """
     if isinstance(data_path, os.PathLike):
         data_path = [data_path]

@@ -33,7 +33,7 @@ def open_container(path: str, split: str | None = None) -> Container:
         split (`str`, *optional*): of a folder with several; `train` if there is one by default.
 
     Raises:
-        `UserError`: if it holds nothing that can be read as rows.
+        UserError: if it holds nothing that can be read as rows.
     """
     if os.path.isdir(path):
         return _open_folder(path, split)

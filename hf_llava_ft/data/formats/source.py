@@ -61,7 +61,7 @@ class Source:
             `(number, raw)`, with numbers from 1; `raw` is plain data, images as bytes or paths.
 
         Raises:
-            `UserError`: where the file itself is broken.
+            UserError: where the file itself is broken.
         """
         return self.container.iter_raw()
 
@@ -78,7 +78,7 @@ class Source:
             number (`int`): its number from 1.
 
         Raises:
-            `UserError`: if it can't be trained on as it stands, with row number and id.
+            UserError: if it can't be trained on as it stands, with row number and id.
         """
         return self.dialect.parse(raw, self.where, number)
 
@@ -91,7 +91,7 @@ class Source:
             place (`str`): [`place`] of the row.
 
         Raises:
-            `UserError`: if it is missing, outside the image folder, or an address, with row number and id.
+            UserError: if it is missing, outside the image folder, or an address, with row number and id.
         """
         return self.images.locate(image, place)
 
@@ -129,7 +129,7 @@ def open_source(
             Where fetched images are kept; the cache of `datasets` by default.
 
     Raises:
-        `UserError`: if one can't be read, or its first rows are written in no known dialect.
+        UserError: if one can't be read, or its first rows are written in no known dialect.
     """
     sources = []
     for path, is_hub, split, weight in parse_data_path(data_path):

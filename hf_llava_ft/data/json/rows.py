@@ -37,7 +37,7 @@ def iter_json_rows(path: str) -> Iterator[tuple[int, Any]]:
         `(number, value)`.
 
     Raises:
-        `UserError`: if the file can't be read, isn't JSON (with line and column), isn't a list of rows, or has none.
+        UserError: if the file can't be read, isn't JSON (with line and column), isn't a list of rows, or has none.
     """
     number = 0
     try:

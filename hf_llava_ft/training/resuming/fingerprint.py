@@ -15,8 +15,9 @@ from typing import Any
 
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
-from hf_llava_ft.settings.arguments import DataArguments, LlavaTrainingArguments, ModelArguments, TuningArguments
+from hf_llava_ft.settings.arguments import DataArguments, ModelArguments, TuningArguments
 from hf_llava_ft.settings.resolved import SECRET
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.training.summary import plain
 
 # They may be changed on resume, and the rest of the run follows them (`changed_settings.py`).
@@ -43,7 +44,7 @@ FREE = frozenset(
     + ("save_steps", "save_on_each_node", "save_total_limit", "enable_jit_checkpoint", "push_to_hub", "hub_token")
     + ("hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision")
     + ("restore_callback_states_from_checkpoint", "ignore_data_skip")
-    # How fast, and in how much memory. Of a stream, the number of workers is part of the order (`stream_loader.py`).
+    # How fast, and in how much memory. Of a stream, the number of workers is part of the order (data/streaming).
     + ("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers")
     + ("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataloader_in_order")
     + ("activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing")

@@ -45,7 +45,8 @@ from hf_llava_ft.checkpoints.opening import load_model, load_processor
 from hf_llava_ft.checkpoints.verify import default_image
 from hf_llava_ft.modeling.part_names_llava import PROJECTOR, part_of
 from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
-from hf_llava_ft.settings.arguments import LlavaTrainingArguments, TuningArguments
+from hf_llava_ft.settings.arguments import TuningArguments
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.training.tuning import with_lora
 
 SIZES = {

@@ -43,7 +43,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 import hf_llava_ft
 from hf_llava_ft import LlavaForCausalLM
-from hf_llava_ft.checkpoints.opening import fit_to_processor, inspect_checkpoint, load_config
+from hf_llava_ft.checkpoints.inspection import inspect_checkpoint
+from hf_llava_ft.checkpoints.opening import fit_to_processor, load_config
 from hf_llava_ft.checkpoints.opening import load_model, load_processor
 from hf_llava_ft.checkpoints.verify import Probe, reference_outputs
 

@@ -19,7 +19,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from hf_llava_ft.answering.conversation import Conversation, load_for_answering, open_image
-from hf_llava_ft.checkpoints.starting_point import check_starting_point, read_projector_of
+from hf_llava_ft.checkpoints.starting.starting_point import check_starting_point, read_projector_of
 from hf_llava_ft.checkpoints.training_facts import TrainingFacts
 from hf_llava_ft.checkpoints.verify import Verification
 from hf_llava_ft.errors import UserError

@@ -6,9 +6,9 @@ import shlex
 import pytest
 
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.settings.arguments import LlavaTrainingArguments
 from hf_llava_ft.settings.original_flags import FLAGS, MARKERS, NoMeaning, translate
 from hf_llava_ft.settings.parsing import resolve
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.train import main as train_main
 
 # As haotian-liu/LLaVA c121f04 has them in scripts/, without the program's name and with its variables filled in.

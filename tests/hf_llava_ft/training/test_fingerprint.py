@@ -10,8 +10,9 @@ from transformers import TrainingArguments, get_cosine_schedule_with_warmup
 
 from hf_llava_ft.checkpoints.opening import load_config
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.settings.arguments import DataArguments, LlavaTrainingArguments, ModelArguments, TuningArguments
+from hf_llava_ft.settings.arguments import DataArguments, ModelArguments, TuningArguments
 from hf_llava_ft.settings.parsing import resolve
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.train import train
 from hf_llava_ft.training.resuming.fingerprint import (
     FREE,

@@ -10,8 +10,9 @@ import time
 import pytest
 
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.settings.arguments import LlavaTrainingArguments
+from hf_llava_ft.reports.page import write_atomically
 from hf_llava_ft.settings.parsing import resolve
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.train import train
 from hf_llava_ft.training.resuming.resume import SEAL, Run, begin, checkpoint_to_resume, remove_older, run_id_of, seal
 from hf_llava_ft.training.resuming.run_folder import compared_with_before, open_run_folder
@@ -96,6 +97,18 @@ def test_logs_and_what_a_run_left_are_not_in_the_way(folder):
     opened(folder)
     (folder / "notes.txt").touch()
     with pytest.raises(UserError, match="holds notes.txt"):
+        opened(folder)
+
+
+def test_what_a_killed_run_left_of_a_file_is_not_in_the_way(folder, tmp_path):
+    opened(folder)
+    names = []
+    write_atomically(tmp_path / "report.html", lambda half: (names.append(half.name), half.touch()))
+    for name in names:
+        (folder / name).touch()
+    opened(folder)
+    (folder / "report.html.tmp").touch()
+    with pytest.raises(UserError, match="holds report.html.tmp"):
         opened(folder)
 
 

@@ -12,7 +12,8 @@ from transformers import TrainerCallback, set_seed
 
 import hf_llava_ft
 from hf_llava_ft.checkpoints.opening import load_model, load_processor
-from hf_llava_ft.settings.arguments import LlavaTrainingArguments, TuningArguments
+from hf_llava_ft.settings.arguments import TuningArguments
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.training.tuning import (
     PROJECTOR,
     VISION_TOWER,

@@ -14,7 +14,8 @@ from transformers import BitsAndBytesConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.settings.arguments import LlavaTrainingArguments, TuningArguments
+from hf_llava_ft.settings.arguments import TuningArguments
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.training.fsdp import uses_fsdp
 
 # Matched from the start of the full path or as a suffix: a bare `vision_tower` would skip nothing.
