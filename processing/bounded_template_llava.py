@@ -67,7 +67,6 @@ def _limited_by_a_thread() -> Iterator[None]:
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), raised)
 
     timer = threading.Timer(MAX_SECONDS, stop)
-    timer.daemon = True
     timer.start()
     try:
         try:

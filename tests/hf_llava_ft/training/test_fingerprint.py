@@ -230,8 +230,7 @@ def test_a_run_with_other_data_or_settings_is_refused_before_the_model_is_loaded
 def test_what_a_default_means_may_be_written_out(run, tiny_checkpoint, tmp_path, capsys):
     run()
     longest = load_config(str(tiny_checkpoint)).text_config.max_position_embeddings
-    written_out = {"model_max_length": longest, "picture_opening": "upright", "mm_vision_select_layer": -2}
-    written_out |= {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "patch", "data_seed": 42}
+    written_out = {"model_max_length": longest, "picture_opening": "upright", "data_seed": 42}
     run(resume_from_checkpoint=tmp_path / "out/checkpoint-2", **written_out)
     assert "From step 2 on" not in " ".join(capsys.readouterr().err.split())
     with pytest.raises(UserError, match=f"another: --model_max_length was {longest} and is {longest - 1}. Set"):
