@@ -153,10 +153,10 @@ def load_model(
         refuse_no_numbers(model, checkpoint.base)
     if processor is not None:
         fit_to_processor(model, processor)
-    if checkpoint.kind == "original_lora":
-        return with_original_lora(model, folder)
-    if checkpoint.kind == "adapter":
+    if checkpoint.is_adapter:
         try:
+            if checkpoint.kind == "original_lora":
+                return with_original_lora(model, folder)
             return with_adapter(model, path, revision)
         except UserError:
             raise

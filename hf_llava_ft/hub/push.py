@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi
 
+from hf_llava_ft.checkpoints.checked.folder import check_settings
 from hf_llava_ft.checkpoints.files import read_json
 from hf_llava_ft.checkpoints.folder_lock import locked_folder
 from hf_llava_ft.checkpoints.inspection import ADAPTER_CONFIG, Checkpoint, Kind, inspect_checkpoint
@@ -109,6 +110,7 @@ def push(
         raise UserError(f"{path} is not a folder: name the one that holds the adapter, the model or the projector.")
     if create_pr and revision not in (None, "main"):
         raise UserError("a pull request is made on main: leave out --revision or --create_pr.")
+    check_settings(str(source))
     checkpoint = _inspect(source, base)
     name = KIND_NAMES[checkpoint.kind]
     if kinds is not None and checkpoint.kind not in kinds:

@@ -284,6 +284,57 @@ def test_a_broken_adapter_is_one_sentence(adapter, tmp_path, name, capfd):
     assert "code of the folder" not in capfd.readouterr().out
 
 
+def without(name):
+    def change(folder):
+        settings = json.loads((folder / "adapter_config.json").read_text())
+        del settings[name]
+        (folder / "adapter_config.json").write_text(json.dumps(settings))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (without("target_modules"), "target_modules"),
+        (without("r"), "does not say r"),
+        (changed("adapter_config.json", target_modules=5), ""),
+        (changed("adapter_config.json", r=3), ""),
+        (changed("adapter_config.json", bias="some"), "some"),
+        (weights(lambda tensors: tensors[first(tensors, "lora_B")].fill_(float("nan")), ADAPTER), "NaN"),
+        (weights(lambda tensors: tensors.pop(first(tensors, "lora_A")), ADAPTER), "in one of them only"),
+        (written(ADAPTER, b"<html>proxy</html>"), ""),
+        (written("non_lora_trainables.bin", b"PK"), ""),
+    ],
+)
+def test_a_broken_lora_folder_of_the_original_is_one_sentence(golden, tmp_path, monkeypatch, change, said):
+    monkeypatch.chdir(golden)  # its base and its tower are named from there
+    shutil.copytree("f_lora/llava-tiny-lora", tmp_path / "broken")
+    binary = tmp_path / "broken/adapter_model.bin"
+    if binary.exists():
+        save_file(torch.load(binary, weights_only=True), tmp_path / "broken" / ADAPTER)
+        binary.unlink()
+    change(tmp_path / "broken")
+    with pytest.raises(UserError) as refused:
+        load_model(str(tmp_path / "broken"))
+    assert said in refused.value.sentence and "\n" not in refused.value.sentence
+
+
+@pytest.mark.parametrize(
+    "name", ["text_config null", "rope without a kind", "activation unknown", "config.json nested deeply"]
+)
+def test_what_loads_no_weights_says_it_too(llava_ft, tiny_checkpoint, llava_json, tmp_path, name):
+    """`estimate` makes the model without them, and `push --no_verify` reads the settings alone."""
+    shutil.copytree(tiny_checkpoint, tmp_path / "broken")
+    BROKEN[name][0](tmp_path / "broken")
+    (data, images), model = llava_json(1), tmp_path / "broken"
+    words = ["estimate", "--model_name_or_path", model, "--data_path", data, "--image_folder", images]
+    code, _, err = llava_ft(*words, "--output_dir", tmp_path / "out")
+    assert code == 2 and err.count("error: ") == 1
+    code, _, err = llava_ft("push", model, "--repo_id", "user/name", "--dry_run", "--no_verify")
+    assert code == (0 if name in ("rope without a kind", "activation unknown") else 2)
+
+
 @pytest.mark.parametrize("name", ["10^7 layers", "NaN", "template that talks"])
 def test_the_command_line_says_it_and_exits_with_2(tiny_checkpoint, tmp_path, name):
     shutil.copytree(tiny_checkpoint, tmp_path / "broken")
@@ -298,3 +349,13 @@ def test_the_command_line_says_it_and_exits_with_2(tiny_checkpoint, tmp_path, na
     if name == "NaN":
         taken = subprocess.run([*command, "--allow_nan"], capture_output=True, text=True, check=False, timeout=300)
         assert taken.returncode == 0
+
+
+@pytest.mark.parametrize("name", ["targets a number", "another rank", "rank a text", "damaged"])
+def test_a_broken_adapter_is_not_trained_further(llava_ft, adapter, llava_json, tmp_path, name):
+    shutil.copytree(adapter, tmp_path / "broken")
+    BROKEN_ADAPTERS[name][0](tmp_path / "broken")
+    data, images = llava_json(1)
+    words = ["train", "--model_name_or_path", tmp_path / "broken", "--data_path", data, "--image_folder", images]
+    code, _, err = llava_ft(*words, "--output_dir", tmp_path / "out", "--use_cpu", "True", "--max_steps", "1")
+    assert code == 2 and err.count("error: ") == 1 and str(tmp_path / "broken") in " ".join(err.split())
