@@ -103,12 +103,15 @@ def _train(
 
     # The model that it starts from, still on disk, its processor, and all rows.
     start = starting_point(model_args, tuning_args, training_args)
+    # What nobody said is no wish that could contradict a run that goes on.
+    was_said = run.resumed_from is None or "picture_opening" not in model_args.assumed
+    opening = model_args.picture_opening if was_said else None
     processor = processor_for_training(
         start.adapter or start.name,
         start.adapter_revision if start.adapter else start.revision,
         model_args.version,
         image_aspect_ratio=model_args.image_aspect_ratio,
-        picture_opening=opening_to_resume(model_args.picture_opening, run.resumed_from),
+        picture_opening=opening_to_resume(opening, run.resumed_from),
     )
     opened = open_all_rows(data_args, training_args, run.started)
 

@@ -87,6 +87,8 @@ def settings_course(*arguments: Any) -> dict[str, Any]:
                 course[field.name] = plain(getattr(part, field.name))
         if isinstance(part, TuningArguments) and not part.is_lora:
             course = {name: value for name, value in course.items() if name not in _OF_LORA}
+        elif isinstance(part, TuningArguments) and part.lora_target_modules is not None:
+            course["lora_target_modules"] = sorted(part.lora_target_modules)  # in any order the same
         if isinstance(part, LlavaTrainingArguments):
             course["data_seed"] = part.seed if part.data_seed is None else part.data_seed
             course |= {"processes": part.world_size, "engine": _engine(part), "use_cpu": part.device.type == "cpu"}
@@ -205,6 +207,8 @@ def changes_between(was: dict[str, Any], now: dict[str, Any], begins_epoch_anew:
             changes.pop(name, None)
     elif "version" in changes or "image_aspect_ratio" in changes:
         changes.pop("processor")
+    if was.get("max_steps", -1) > 0 and now.get("max_steps", -1) > 0:
+        changes.pop("num_train_epochs", None)  # the steps decide, before and after
     return changes
 
 

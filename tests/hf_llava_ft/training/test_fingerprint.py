@@ -73,6 +73,13 @@ def test_what_decides_the_course_is_named_from_what_to_what(name, was, now):
     assert note is not None and f"From step 3 on this is not the run that it was: --{name} was" in note
 
 
+def test_epochs_are_no_change_where_steps_decide():
+    changed = [
+        changes_between(course(num_train_epochs=1, max_steps=a), course(max_steps=b)) for a, b in ((9, 9), (9, -1))
+    ]
+    assert [sorted(each) for each in changed] == [[], ["max_steps", "num_train_epochs"]]
+
+
 def test_what_does_not_decide_the_course_may_change():
     now = {"output_dir": "elsewhere", "logging_steps": 7, "save_steps": 3, "save_total_limit": 2, "run_name": "other"}
     now |= {
