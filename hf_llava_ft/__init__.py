@@ -29,6 +29,9 @@ _PUBLIC = {
     "LlavaProcessor": "processing.processing_llava",
     "LlavaTrainer": "training.trainer",
     "LlavaTrainingArguments": "settings.training_arguments",
+    "ModelArguments": "settings.arguments",
+    "DataArguments": "settings.arguments",
+    "TuningArguments": "settings.arguments",
     "LlavaCollator": "data.collator",
     "LlavaConversations": "data.builder",
     "UserError": "errors",
@@ -38,6 +41,8 @@ _PUBLIC = {
     "load_processor": "checkpoints.opening",
     "compose_llava": "checkpoints.compose",
     "merge_adapter": "checkpoints.merge",
+    "with_tuning": "training.tuning",
+    "fine_tune": "from_python",
 }
 
 __all__ = list(_PUBLIC)
@@ -47,6 +52,10 @@ def __getattr__(name: str):
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})
 
 
 # `python -m hf_llava_ft.train`, by a launcher too. Until Python has found the module, "-m" stands for it.

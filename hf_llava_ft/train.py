@@ -1,12 +1,12 @@
 """The entry point of training: `llava-ft train`, `python -m hf_llava_ft.train`, `accelerate launch -m
 hf_llava_ft.train`."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from accelerate import PartialState
@@ -30,14 +30,18 @@ from hf_llava_ft.checkpoints.starting.training_processor import processor_for_tr
 from hf_llava_ft.data.collator import LlavaCollator
 from hf_llava_ft.errors import exit_on_user_error
 from hf_llava_ft.noise import hide_noise
+from hf_llava_ft.reports.last_lines import last_lines
 from hf_llava_ft.settings.arguments import DataArguments, ModelArguments, TuningArguments
+from hf_llava_ft.settings.by_what_trains import put_by_rows
+from hf_llava_ft.settings.defaults import settled_arguments
 from hf_llava_ft.settings.machine import check_attention, has_bf16_gpu, is_first_process
 from hf_llava_ft.settings.parsing import parse_arguments as parse_arguments
 from hf_llava_ft.settings.parsing import resolve
+from hf_llava_ft.settings.resolved import Settings
 from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.termination import exit_on_sigterm
 from hf_llava_ft.training.ending import evaluate_once, exit_on_early_end, save_result, write_facts
-from hf_llava_ft.training.eval_prompts import EvalAnswers, open_eval_prompts
+from hf_llava_ft.training.eval_prompts import EvalAnswers, held_out_prompts, open_eval_prompts
 from hf_llava_ft.training.evaluation import check_evaluation, tell_of_early_stop
 from hf_llava_ft.training.first_process import in_first_process
 from hf_llava_ft.training.guards.out_of_memory import advice, told_of_out_of_memory
@@ -48,8 +52,8 @@ from hf_llava_ft.training.resuming.fingerprint import COMPOSED_BASE, base_digest
 from hf_llava_ft.training.resuming.interruption import Interruption, TrainingInterrupted
 from hf_llava_ft.training.resuming.resume import Run, checkpoint_to_resume, opening_to_resume
 from hf_llava_ft.training.resuming.run_folder import compared_with_before, one_run_at_a_time, open_run_folder
-from hf_llava_ft.training.rows import TrainingRows, open_all_rows, tell_of_rows_left_out
-from hf_llava_ft.training.summary import settings_of, train_summary
+from hf_llava_ft.training.rows import TrainingRows, open_all_rows, rows_at_a_glance, tell_of_rows_left_out
+from hf_llava_ft.training.summary import described, settings_of, train_summary
 from hf_llava_ft.training.trainer import LlavaTrainer
 from hf_llava_ft.training.tuning import TrainedPart, table_of_parts, trained_parts, with_tuning
 
@@ -63,6 +67,7 @@ class TrainingResult:
         trained (`list[TrainedPart]`): what trained.
         seconds (`float`): of the training loop alone.
         summary (`dict`): the content of `train_summary.json`.
+        last_lines (`list[str]`): what the command says in the end: answers before and after, and what to do next.
     """
 
     adapter_dir: Path
@@ -70,6 +75,7 @@ class TrainingResult:
     trained: list[TrainedPart]
     seconds: float
     summary: dict[str, Any]
+    last_lines: list[str]
 
 
 def train(
@@ -96,7 +102,6 @@ def _train(
 
     # What is asked for, and whether it can be done here.
     tuning_args = settled_tuning(model_args, tuning_args)
-    settings = settings_of(model_args, data_args, tuning_args, training_args)
     run = _checked_first(model_args, data_args, training_args, tell)
     # Before anything is initialised: LoRA's matrices and the order of the data follow from --seed alone.
     set_seed(training_args.seed)
@@ -114,6 +119,13 @@ def _train(
         picture_opening=opening_to_resume(opening, run.resumed_from),
     )
     opened = open_all_rows(data_args, training_args, run.started)
+    # What nobody said follows from what trains and from the rows; a run that goes on keeps its own.
+    tuning_args, training_args, chosen = settled_arguments(
+        model_args, tuning_args, training_args, opened.num_rows, run.course
+    )
+    if chosen is not None:
+        tell(chosen)
+    settings = settings_of(model_args, data_args, tuning_args, training_args)
 
     # A run that goes on is the run that it was.
     as_they_were, data = opened.as_they_were(), in_first_process(training_args, opened.facts)
@@ -132,6 +144,7 @@ def _train(
     prompts = open_eval_prompts(data_args)
     model = start.load(processor, model_args, **loading_in_few_bits(tuning_args, training_args))
     rows = opened.that_fit(processor, longest, is_new=run.resumed_from is None, tell=tell)
+    prompts = prompts or held_out_prompts(rows.evaluated, data_args.num_eval_answers)
     if data_args.preview > 0:
         print_preview(console, processor, rows.first(data_args.preview))
 
@@ -157,7 +170,12 @@ def _train(
     with told_of_out_of_memory(lambda: f"the model alone. {advice(model, training_args)}"):
         trainer, interruption = _trainer(model, training_args, rows, collator, answers, console)
     trainer.run = run
-    data = rows.facts(data) if trainer.is_world_process_zero() else {}
+    if trainer.is_world_process_zero():
+        data = rows.facts(data)
+        parts = described(trained, training_args)
+        trainer.known = {"settings": settings, "base": start.facts(model_args), "data": data, "trained": parts}
+    else:
+        data = {}
     console.print(table_of_parts(trained, training_args))
     tell(said_precision(model, training_args))
 
@@ -189,7 +207,24 @@ def _train(
         trainer.push_output_folder()
         tell(f"Pushed: {trainer.hub_model_id}")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return TrainingResult(Path(str(training_args.output_dir)), losses, trained, seconds, summary)
+    output_dir = Path(str(training_args.output_dir))
+    lines = last_lines(
+        output_dir,
+        answers.answers,
+        is_adapter=isinstance(model, PeftModel),
+        are_held_out=data_args.eval_prompts is None,
+        picture=answers.a_picture,
+    )
+    if trainer.is_world_process_zero() and carries_our_code(output_dir):
+        lines.append(note_on_code(output_dir))
+    return TrainingResult(output_dir, losses, trained, seconds, summary, lines)
+
+
+def tell_last_lines(result: TrainingResult, console: Console | None = None) -> None:
+    """Prints them, in one process."""
+    tell = _teller(console or Console(stderr=True, quiet=not PartialState().is_main_process))
+    for line in result.last_lines:
+        tell(line)
 
 
 def _longest_of(start: StartingPoint) -> int:
@@ -250,7 +285,7 @@ def _trainer(
     trainer.remove_callback(PrinterCallback)  # the bar shows the loss
     progress.throughput = answers.throughput = trainer.throughput
     trainer.longest_batch.tell = tell
-    answers.find_tensorboard(trainer.callback_handler.callbacks)
+    answers.logs.find(trainer.callback_handler.callbacks)
     return trainer, interruption
 
 
@@ -271,6 +306,16 @@ def _run(trainer: LlavaTrainer, checkpoint: str | None, interruption: Interrupti
     return float(output.metrics["train_runtime"])
 
 
+def _with_rows(settings: Settings) -> Settings:
+    """With what follows from the number of rows, where they are quickly counted."""
+    values = {name: settings.by_name[name].value for name in ("data_path", "image_folder", "eval_split")}
+    number = rows_at_a_glance(**values) if isinstance(values["data_path"], str) else None
+    if not number:
+        return settings
+    devices = int(os.environ.get("WORLD_SIZE", "1"))
+    return replace(settings, by_name=put_by_rows(settings.by_name, number, devices))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses `argv`, trains, and prints where the adapter is; exits with 2 on bad input. With `--dry_run`, prints the
     settings as JSON instead."""
@@ -280,17 +325,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings = resolve(sys.argv[1:] if argv is None else argv).with_chosen_precision(has_bf16_gpu())
         if settings.dry_run:
             if is_first_process():
-                print(settings.to_json(check_starting_point))
+                print(_with_rows(settings).to_json(check_starting_point))
             return
         if is_first_process():
             for note in settings.notes:
                 print(note, file=sys.stderr)
         with exit_on_early_end():
             result = train(*settings.build())
-        tell = _teller(Console(stderr=True, quiet=not PartialState().is_main_process))
-        tell(f"The result is at {result.adapter_dir}. Ask it: llava-ft chat --model {quote(str(result.adapter_dir))}")
-        if carries_our_code(result.adapter_dir):
-            tell(note_on_code(result.adapter_dir))
+        tell_last_lines(result)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ WINGS = (
     *("releases", "errors", "library_differences", "noise", "termination"),
     *("modeling", "processing"),
     *("settings", "reports", "checkpoints", "data", "checking", "answering", "hub", "training"),
-    *("estimate", "serving", "train", "quickstart", "cli"),
+    *("estimate", "serving", "train", "from_python", "quickstart", "cli"),
 )
 # Files that import within a function, and why not at their top.
 IMPORTS_LATE = {

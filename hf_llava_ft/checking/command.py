@@ -29,7 +29,7 @@ def run_check(
     version: str | None = None,
     picture_opening: PictureOpening | None = None,
     model_max_length: int | None = None,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     samples_per_second: float | None = None,
     preview: int = 0,
     report: Path | None = None,
@@ -47,7 +47,7 @@ def run_check(
         version (`str`, *optional*): chat template, instead of the model's.
         picture_opening (`str`, *optional*): `upright` or `original`, instead of the model's.
         model_max_length (`int`, *optional*): tokens that a row may have; by default what the language model takes.
-        batch_size (`int`): rows in a forward pass.
+        batch_size (`int`, *optional*): rows in a forward pass; by default as in training.
         samples_per_second (`float`, *optional*): measured in a run before, for the time of an epoch.
         preview (`int`): rows to print with what is learned marked; the same number are in the report.
         report (`Path`, *optional*): HTML file to write.

@@ -109,6 +109,7 @@ def _write_native(model: Any, processor: LlavaProcessor, checkpoint: Checkpoint,
     model.peft_config["default"].base_model_name_or_path = name_for_anywhere(checkpoint.base)
     model.peft_config["default"].revision = checkpoint.revision
     model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's, which says nothing; `push` writes one
     processor.save_pretrained(folder)
 
 

@@ -54,6 +54,20 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class AgainstAdapter:
+    """
+    How far a merged model is from the adapter that it was made of, unmerged and in float32.
+
+    Args:
+        logit_difference (`float`): largest difference of two logits, relative to the largest logit.
+        lost_share (`float`): norm of what the weights differ by, over the norm of what the adapter changes.
+    """
+
+    logit_difference: float
+    lost_share: float
+
+
+@dataclass(frozen=True)
 class Verification:
     """
     Args:
@@ -63,6 +77,7 @@ class Verification:
         loader (`Loader`): what loaded the folder: plain `"transformers"`; transformers and the folder's own code,
             `"trust_remote_code"`; or `"hf_llava_ft"`. But for the last, this package could not be imported.
         notes (`list[str]`): sentences on what is to be known though all else was the same.
+        against_adapter (`AgainstAdapter`, *optional*): where an adapter was named to compare with.
     """
 
     differences: list[str]
@@ -70,6 +85,7 @@ class Verification:
     answer: str
     loader: Loader
     notes: list[str] = field(default_factory=list)
+    against_adapter: AgainstAdapter | None = None
 
     @property
     def ok(self) -> bool:

@@ -1,5 +1,6 @@
 """`llava-ft merge | convert | export | verify | generate | chat`: what is done with a model or an adapter."""
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -42,10 +43,13 @@ def merge(
     with exit_on_user_error():
         from hf_llava_ft.checkpoints.merge import merge_adapter
 
-        found = merge_adapter(adapter, output_dir, base=base, revision=revision, dtype=dtype).verification
+        done = merge_adapter(adapter, output_dir, base=base, revision=revision, dtype=dtype)
+        found, rounding = done.verification, done.rounding
         _print_verified("Merged", output_dir, found.logit_difference)
+        typer.echo(rounding.sentence, err=True)
         _print_notes(found.notes)
         result = {"output_dir": str(output_dir), "verified": True, "loader": found.loader}
+        result |= {"dtype": str(rounding.dtype).removeprefix("torch."), "lost_share": rounding.lost_share}
         write_json(json_file, result | {"logit_difference": found.logit_difference})
 
 
@@ -119,6 +123,12 @@ def verify(
     model: ModelOption,
     base: BaseOption = None,
     revision: RevisionOption = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            "--adapter", help="The adapter that was merged into it: compare with it too, unmerged and in float32."
+        ),
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Load a model or an adapter as others would, in a fresh process, and compare it with what this package loads.
@@ -128,7 +138,7 @@ def verify(
     with exit_on_user_error():
         from hf_llava_ft.hub.verify_published import verify_for_others
 
-        found = verify_for_others(model, base=base, revision=revision)
+        found = verify_for_others(model, base=base, revision=revision, adapter=adapter)
         by = {
             "transformers": "transformers",
             "trust_remote_code": "transformers with trust_remote_code=True",
@@ -139,9 +149,18 @@ def verify(
             typer.echo(f"Verified: {model} loads with {by} and answers the same ({difference}).", err=True)
         else:
             typer.echo(f"Not the same: {model}, loaded with {by}: {'; '.join(found.differences)}.", err=True)
+        against = found.against_adapter
+        if against is not None:
+            typer.echo(
+                f"Against {adapter}, unmerged and in float32: largest logit difference "
+                f"{against.logit_difference:.1e}; of what was learned, {100 * against.lost_share:.3g} % is lost.",
+                err=True,
+            )
         _print_notes(found.notes)
         typer.echo(f"Asked what is in a test picture, it says: {found.answer!r}")
-        result = {"ok": found.ok, "loader": found.loader, "differences": found.differences}
+        result: dict[str, Any] = {"ok": found.ok, "loader": found.loader, "differences": found.differences}
+        if against is not None:
+            result["against_adapter"] = dataclasses.asdict(against)
         write_json(json_file, result | {"logit_difference": found.logit_difference, "answer": found.answer})
         if not found.ok:
             raise typer.Exit(1)

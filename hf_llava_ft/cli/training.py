@@ -73,6 +73,11 @@ def compose(
 def train(context: typer.Context) -> None:
     """Fine-tune a LLaVA, with a recipe (YAML), flags, and those of the original LLaVA and of transformers' Trainer."""
     with exit_on_user_error():
+        from hf_llava_ft.settings.flags.first_look import first_look
+
+        if (page := first_look(context.args)) is not None:
+            typer.echo(page, nl=False)
+            return
         from hf_llava_ft.train import main as train_main
 
         train_main(context.args)
@@ -97,8 +102,11 @@ def check(
         typer.Option("--model_max_length", min=1, help="Most tokens of a row; default: the model's own limit."),
     ] = None,
     batch_size: Annotated[
-        int, typer.Option("--batch_size", min=1, help="Rows per forward pass, to compute padding and steps.")
-    ] = 16,
+        int | None,
+        typer.Option(
+            "--batch_size", "--per_device_train_batch_size", min=1, help="Rows on a device at once; default: as train."
+        ),
+    ] = None,
     samples_per_second: Annotated[
         float | None,
         typer.Option("--samples_per_second", min=1e-9, help="Speed of an earlier run, for the time of an epoch."),

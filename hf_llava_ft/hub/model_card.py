@@ -6,6 +6,7 @@ from a user or a model is escaped, and what is not known is left out.
 
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,58 @@ def write_card(
     card = card_of(ModelCard, data, "model_card.md", values, loading="model_card_loading.md")
     card.save(staged / CARD_FILE)
     return card
+
+
+@dataclass(frozen=True)
+class BaseOnCard:
+    """
+    What a card says of the base of an adapter, which may have to be asked of the Hub; once is enough for a run.
+
+    Args:
+        loader (`Loader`): what it takes to load both.
+        license (`dict[str, str]`): that of the base.
+    """
+
+    loader: Loader
+    license: dict[str, str]
+
+    @classmethod
+    def of(cls, folder: Path, facts: TrainingFacts | None) -> "BaseOnCard":
+        bases = _bases(folder, "adapter", None, None, facts)
+        return cls(_loader(folder, "adapter", bases), _license_of(bases))
+
+
+def write_local_card(
+    folder: Path, name: str, facts: TrainingFacts | None, base: BaseOnCard, plot: str | None = None
+) -> None:
+    """
+    Writes `README.md` of an adapter that stays here, in place of PEFT's. Nothing is checked, and nothing of this
+    machine is in it.
+
+    Args:
+        name (`str`): of the adapter; one that the Hub would not take is not shown.
+        plot (`str`, *optional*): file of the loss curve in the folder.
+    """
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        name = "adapter"
+    bases, evaluated = _bases(folder, "adapter", None, None, facts), _evaluated(facts)
+    values = model_card_values(
+        "adapter",
+        name,
+        base.loader,
+        bases,
+        vision_tower=None,
+        facts=facts,
+        evaluated=evaluated,
+        samples=[],
+        verification=None,
+        has_license=bool(base.license),
+        plot=plot,
+    )
+    data = _metadata("adapter", name, base.loader, bases, facts, evaluated, dict(base.license))
+    card_of(ModelCard, data, "model_card.md", values, loading="model_card_loading.md").save(folder / CARD_FILE)
 
 
 def _check_name(name: str, revision: str | None) -> None:

@@ -68,7 +68,18 @@ class ModelArguments:
         default=None, metadata={"help": "LLaVA-1.6: how the features of the crops become one sequence."}
     )
     image_grid_pinpoints: str | None = field(
-        default=None, metadata={"help": "LLaVA-1.6: the sizes that a picture is fitted into, '[(336, 672), ...]'."}
+        default=None,
+        metadata={
+            "help": "LLaVA-1.6: the sizes that a picture is fitted into, '[(336, 672), ...]'; or LLaVA-NeXT's grids "
+            "of tiles, '(1x1),...,(2x2)'."
+        },
+    )
+    anyres_max: int | None = field(
+        default=None,
+        metadata={
+            "help": "The N of LLaVA-NeXT's --image_aspect_ratio anyres_max_N: most tiles of a picture before its "
+            "features are shrunk, which is not done here."
+        },
     )
     # Names of the settings above that are defaults of the original's: they hold for a new LLaVA, and a LLaVA that is
     # given may differ.
@@ -125,6 +136,13 @@ class DataArguments:
         default=None,
         metadata={"help": "JSON or JSONL of questions (prompt, and image or images) to answer at each evaluation."},
     )
+    num_eval_answers: int = field(
+        default=3,
+        metadata={
+            "help": "Without eval_prompts: so many of the evaluated rows are answered before training and at each "
+            "evaluation, beside the answer that the data has; 0: none."
+        },
+    )
     eval_max_new_tokens: int = field(default=128, metadata={"help": "Most tokens of such an answer."})
 
     @property
@@ -164,8 +182,8 @@ class TuningArguments:
     freeze_mm_mlp_adapter: bool = field(
         default=False, metadata={"help": "With lora, freeze_vision or full: freeze the projector."}
     )
-    lora_r: int = field(default=128, metadata={"help": "LoRA rank."})
-    lora_alpha: int = field(default=256, metadata={"help": "LoRA scaling numerator."})
+    lora_r: int | None = field(default=None, metadata={"help": "LoRA rank; default: by the number of rows."})
+    lora_alpha: int | None = field(default=None, metadata={"help": "LoRA scaling numerator; default: twice the rank."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the LoRA layers."})
     lora_bias: Literal["none", "all", "lora_only"] = field(
         default="none",

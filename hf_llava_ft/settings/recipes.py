@@ -1,14 +1,16 @@
 """A recipe: the settings of a run in a YAML file, under the names of the command line's flags."""
 
-import difflib
 import json
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from hf_llava_ft.errors import UserError
+from hf_llava_ft.settings.flags.wrong_names import meant_by
 
 
 class _Loader(yaml.SafeLoader):
@@ -22,6 +24,16 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands there twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def split_recipe(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The recipe, if the first word is none of the flags, and the other words."""
+    words = list(argv)
+    for index, word in enumerate(words):
+        if re.match(r"--local[_-]rank=", word):
+            continue  # the launcher of DeepSpeed puts it in front
+        return (None, words) if word.startswith("-") else (word, words[:index] + words[index + 1 :])
+    return None, words
 
 
 def read_recipe(path: str | Path, known: Collection[str]) -> dict[str, list[str]]:
@@ -49,17 +61,20 @@ def read_recipe(path: str | Path, known: Collection[str]) -> dict[str, list[str]
         raise UserError(f"the recipe {path} holds a {type(content).__name__} and not lines of the form name: value.")
     for name in content:
         if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {close[0]}?" if close else "llava-ft train --help lists all names."
+            meant = meant_by(str(name), known)
+            hint = f"did you mean {meant}?" if meant else "llava-ft train --help-all lists all names."
             raise UserError(f"the recipe {path} holds {name!r}, which is not a setting: {hint}")
-    return {name: _words(name, value) for name, value in content.items() if value is not None}
+    return {name: as_words(name, value) for name, value in content.items() if value is not None}
 
 
-def _words(name: str, value: Any) -> list[str]:
+def as_words(name: str, value: Any) -> list[str]:
+    """The words that would stand behind the flag of a setting, from its value in YAML or Python."""
     if value is False and name.endswith("_strategy"):
         return ["no"]  # which YAML takes for false
     if isinstance(value, dict):
         return [json.dumps(value)]
-    if isinstance(value, list):
-        return [str(item) for item in value]
+    if isinstance(value, (list, tuple)):
+        return [word for item in value for word in as_words(name, item)]
+    if isinstance(value, Enum):
+        value = value.value
     return [str(value)]

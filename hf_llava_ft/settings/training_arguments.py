@@ -1,11 +1,14 @@
 """How a run trains: the Trainer's own arguments, with LLaVA's defaults and additions."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
 from transformers import TrainingArguments
 
+from hf_llava_ft.settings.defaults import OF_BATCH, UNTIL_KNOWN
+from hf_llava_ft.settings.machine import has_bf16_gpu, settles_precision
 from hf_llava_ft.settings.refused import check_not_refused
 
 
@@ -16,9 +19,9 @@ class LlavaTrainingArguments(TrainingArguments):
 
     Args:
         mm_projector_lr (`float`, *optional*):
-            Learning rate of the projector; by default `learning_rate`.
+            Learning rate of the projector; by default `learning_rate`, where that is given.
         mm_vision_tower_lr (`float`, *optional*):
-            Learning rate of what trains in the vision tower; by default `learning_rate`.
+            Learning rate of what trains in the vision tower; by default `learning_rate`, where that is given.
         group_by_modality_length (`bool`):
             Batches of rows with images or without, each of similar length (LLaVA-1.5).
         sampler_order (`"default"` or `"original"`):
@@ -37,19 +40,49 @@ class LlavaTrainingArguments(TrainingArguments):
             Resume although data or settings are not what the checkpoint's run had.
         overwrite_output_dir (`bool`):
             Move what is in the output folder to one beside it, where a new run would be refused.
-        learning_rate, lr_scheduler_type, warmup_steps, logging_steps, per_device_train_batch_size:
+        lr_scheduler_type, logging_steps:
             the same arguments with LLaVA's defaults.
+        learning_rate, num_train_epochs, per_device_train_batch_size, gradient_accumulation_steps, warmup_steps:
+            the same arguments; what is not given follows from what trains and from the number of rows, when the
+            [`LlavaTrainer`] knows them (`defaults.py`). Until then they have the values of `UNTIL_KNOWN`.
+        bf16 (`bool`, *optional*):
+            by default True on a GPU that computes in bfloat16, unless `fp16`, `use_cpu` or the launcher say otherwise.
     """
 
     # transformers parses strings of these fields as JSON or numbers; a subclass has to repeat the list.
-    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate."})
+    # None is what nobody said.
+    learning_rate: float = field(
+        default=None,  # type: ignore[assignment]
+        metadata={"help": "Peak learning rate; default: by what trains."},
+    )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
     warmup_steps: float = field(
-        default=0.03, metadata={"help": "Warmup steps, or, if below 1, their share of all steps."}
+        default=None,  # type: ignore[assignment]
+        metadata={"help": "Warmup steps; below 1 their share of all; default: 0.03, and none in a short run."},
+    )
+    num_train_epochs: float = field(
+        default=None,  # type: ignore[assignment]
+        metadata={"help": "How often each row is seen; default: by the number of rows."},
+    )
+    per_device_train_batch_size: int = field(
+        default=None,  # type: ignore[assignment]
+        metadata={"help": "Rows on a device at once; default: by the number of rows, 8 at most."},
+    )
+    gradient_accumulation_steps: int = field(
+        default=None,  # type: ignore[assignment]
+        metadata={"help": "Batches to a step; default: by the number of rows, or 1 beside a batch size."},
+    )
+    bf16: bool = field(
+        default=None,  # type: ignore[assignment]
+        metadata={"help": "Compute in bfloat16; default: where the GPU has it."},
     )
     logging_steps: float = field(default=1, metadata={"help": "Steps between two logs."})
-    mm_projector_lr: float | None = field(default=None, metadata={"help": "Learning rate of the projector."})
-    mm_vision_tower_lr: float | None = field(default=None, metadata={"help": "Learning rate of the vision tower."})
+    mm_projector_lr: float | None = field(
+        default=None, metadata={"help": "Learning rate of the projector; default: by what trains."}
+    )
+    mm_vision_tower_lr: float | None = field(
+        default=None, metadata={"help": "Learning rate of the vision tower; default: by what trains."}
+    )
     group_by_modality_length: bool = field(
         default=False, metadata={"help": "Batches of one modality and similar length."}
     )
@@ -82,7 +115,23 @@ class LlavaTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "Must stay False: the collator reads all columns."}
     )
 
+    def leave_open(self, names: Iterable[str]) -> None:
+        """Says that the values of `names` are nobody's, and may be replaced; not of what DeepSpeed has read."""
+        self.unsaid: frozenset[str] = frozenset(names) - self._read_by_deepspeed()
+
+    def _read_by_deepspeed(self) -> set[str]:
+        if self.deepspeed_plugin is None:
+            return set()
+        settings = self.deepspeed_plugin.hf_ds_config
+        has_rate = any(settings.get_value(name) is not None for name in ("optimizer", "scheduler"))
+        return {*OF_BATCH, *(("learning_rate",) if has_rate else ())}
+
     def __post_init__(self):
+        unsaid = {name for name in UNTIL_KNOWN if getattr(self, name) is None}
+        for name in unsaid:
+            setattr(self, name, UNTIL_KNOWN[name])
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not settles_precision(self.use_cpu, self.deepspeed) and has_bf16_gpu()
         self.try_longest_batch = str(self.try_longest_batch).lower()
         if self.try_longest_batch not in ("auto", "true", "false"):
             raise ValueError(f"try_longest_batch {self.try_longest_batch} is none of auto, true and false.")
@@ -115,5 +164,11 @@ class LlavaTrainingArguments(TrainingArguments):
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # nothing to pin for, and PyTorch warns about it
         check_not_refused(self)
+        if "learning_rate" in unsaid & self._read_by_deepspeed():
+            raise ValueError(
+                "learning_rate has to be given, since DeepSpeed's settings have an optimizer or a scheduler that take "
+                "it over before it is known what trains: 2e-5 for whole parts, 2e-4 for LoRA."
+            )
+        self.leave_open(unsaid)
         if self.fp16:  # whose scaler skips such steps, and whose log would be NaN from then on
             self.logging_nan_inf_filter = True

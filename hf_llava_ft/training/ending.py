@@ -12,8 +12,9 @@ from transformers import CONFIG_NAME, IntervalStrategy
 
 from hf_llava_ft.checkpoints.artifact import told_of_a_full_disk
 from hf_llava_ft.checkpoints.inspection import ADAPTER_CONFIG
+from hf_llava_ft.checkpoints.training_facts import training_facts
 from hf_llava_ft.errors import EXIT_CODE_FAILURE
-from hf_llava_ft.reports.run_report import write_run_report
+from hf_llava_ft.reports.run_report import PLOT_FILE, write_run_report
 from hf_llava_ft.training.eval_prompts import EvalAnswers
 from hf_llava_ft.training.first_process import staged_in_first_process
 from hf_llava_ft.training.guards.finite import NotFinite
@@ -47,7 +48,7 @@ def evaluate_once(trainer: LlavaTrainer, answers: EvalAnswers) -> None:
 
 
 def write_facts(summary: dict[str, Any], trainer: LlavaTrainer, answers: EvalAnswers) -> None:
-    """`train_summary.json`, `report.html` and `loss.png`."""
+    """`train_summary.json`, `report.html`, `loss.png`, and the card of an adapter."""
     output_dir = Path(str(trainer.args.output_dir))
     trained = [(p["part"], p["num_trainable"], p["num_total"], p["learning_rate"]) for p in summary["trained"]]
     with told_of_a_full_disk(output_dir):
@@ -55,6 +56,9 @@ def write_facts(summary: dict[str, Any], trainer: LlavaTrainer, answers: EvalAns
         write_run_report(
             output_dir, summary, trainer.state.log_history, trained, answers.answers, answers.thumbnails()
         )
+        if isinstance(trainer.model, PeftModel):
+            plot = PLOT_FILE if summary["loss"] else None
+            trainer.write_own_card(output_dir, training_facts(output_dir), plot)
 
 
 @contextmanager

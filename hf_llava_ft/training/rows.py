@@ -1,5 +1,6 @@
 """The rows that a run trains on and those that it is evaluated on, opened as its settings say."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,14 @@ from hf_llava_ft.data.streaming import LlavaStream
 from hf_llava_ft.data.streaming.loader import refuse_grouping
 from hf_llava_ft.data.token_limit import TokenLimit
 from hf_llava_ft.data.unchanged import RowsAsTheyWere
+from hf_llava_ft.errors import UserError
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.settings.arguments import DataArguments
 from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.training.evaluation import data_seed, eval_rows_that_fit, held_out, open_eval_rows
 from hf_llava_ft.training.summary import data_facts, row_counts
+
+_MAX_BYTES_AT_A_GLANCE = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,15 @@ class OpenedRows:
     def _sources(self) -> list[Source]:
         rows = self.rows
         return rows.sources if isinstance(rows, LlavaStream) else [part.source for part in rows.parts]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that an epoch trains on, unless some turn out too long; those that are held out are not among them."""
+        if isinstance(self.rows, LlavaStream):
+            return self.rows.num_rows
+        number = sum(round(len(part.dataset) * part.source.weight) for part in self.rows.parts)
+        share = self.data_args.eval_split
+        return number if share is None else number - max(1, round(share * number))
 
     def facts(self) -> dict[str, Any]:
         """[`data_facts`] of the files, in which no row is counted."""
@@ -143,6 +156,21 @@ def open_all_rows(data_args: DataArguments, args: LlavaTrainingArguments, starte
     """
     rows = _open_stream(data_args, args, started) if data_args.streaming else _open_rows(data_args, args)
     return OpenedRows(rows, open_eval_rows(data_args, args), data_args, args)
+
+
+def rows_at_a_glance(data_path: str, image_folder: str, eval_split: float | None = None) -> int | None:
+    """How many rows a file or folder here would be trained on, unchecked; None where counting them takes long."""
+    if not os.path.exists(data_path):
+        return None
+    try:
+        sources = open_source(data_path, image_folder, allow_outside=True)
+        files = [file for source in sources for file in source.container.files]
+        if sum(os.path.getsize(file) for file in files) > _MAX_BYTES_AT_A_GLANCE:
+            return None
+        number = sum(sum(1 for _ in source.iter_raw()) for source in sources)
+    except (UserError, OSError):
+        return None  # of which a run will speak
+    return number if eval_split is None else number - max(1, round(eval_split * number))
 
 
 def tell_of_rows_left_out(rows: TrainingRows, output_dir: Path, tell: Callable[[str], None]) -> None:

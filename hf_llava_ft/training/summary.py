@@ -223,11 +223,16 @@ def train_summary(
         "device": device,
         "num_processes": args.world_size,
         "base": base,
-        "trained": [{**dataclasses.asdict(part), "learning_rate": learning_rate_of(part, args)} for part in trained],
+        "trained": described(trained, args),
         "data": data,
         "settings": settings,
         "versions": versions(),
     }
+
+
+def described(trained: list[TrainedPart], args: LlavaTrainingArguments) -> list[dict[str, Any]]:
+    """The parts as plain data, each with its peak learning rate as text."""
+    return [{**dataclasses.asdict(part), "learning_rate": learning_rate_of(part, args)} for part in trained]
 
 
 def write_summary(summary: dict[str, Any], output_dir: str | Path) -> None:

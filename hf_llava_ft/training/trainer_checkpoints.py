@@ -117,6 +117,8 @@ class CheckpointingTrainer(PushingTrainer):
         super()._save(output_dir, state_dict)
         if self._in_one_dtype and isinstance(model, LlavaForCausalLM):
             name_dtype(Path(output_dir or str(self.args.output_dir)), dtype_of_result(model))
+        if isinstance(model, PeftModel):
+            self.write_own_card(Path(output_dir or str(self.args.output_dir)))
 
     def _load_best_model(self) -> None:
         """A checkpoint of the whole model has the names of the native layout; transformers would load none of it."""

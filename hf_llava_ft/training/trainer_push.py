@@ -18,14 +18,16 @@ from peft import PeftModel
 from transformers import Trainer
 
 from hf_llava_ft.checkpoints.inspection import Kind
+from hf_llava_ft.checkpoints.training_facts import TrainingFacts
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.hub.model_card import ASSETS_FOLDER, CARD_FILE, write_card
+from hf_llava_ft.hub.model_card import ASSETS_FOLDER, CARD_FILE, BaseOnCard, write_card, write_local_card
 from hf_llava_ft.hub.private_text import check_nothing_private
 from hf_llava_ft.hub.refusals import push_refusal
 from hf_llava_ft.hub.staging import hub_name, replaced_by, stage
 from hf_llava_ft.hub.upload import Upload, Uploaded, patiently
 from hf_llava_ft.library_differences import HTTPError
 from hf_llava_ft.training.push_folder import PushFolder, stage_state
+from hf_llava_ft.training.summary import settings_of
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +35,16 @@ LAST_CHECKPOINT = "last-checkpoint"
 
 
 class PushingTrainer(Trainer):
-    """As `transformers.Trainer`; what differs is what a push holds."""
+    """
+    As `transformers.Trainer`; what differs is what a push holds.
+
+    Attributes:
+        known (`dict`, *optional*): what a card can tell of the run before it is over, in the form of
+            `train_summary.json`.
+    """
+
+    known: dict[str, Any] | None = None
+    _base_on_card: BaseOnCard | None = None
 
     # Of checkpoints; transformers' own `push_in_progress` stays empty.
     _running_pushes: Sequence[Future[CommitInfo]] = ()
@@ -190,6 +201,23 @@ class PushingTrainer(Trainer):
     @property
     def _kind(self) -> Kind:
         return "adapter" if isinstance(self.model, PeftModel) else "model"
+
+    def write_own_card(self, folder: Path, facts: TrainingFacts | None = None, plot: str | None = None) -> None:
+        """
+        The card of an adapter that was saved to `folder`, in place of PEFT's.
+
+        Args:
+            facts (`TrainingFacts`, *optional*): by default what is known so far.
+            plot (`str`, *optional*): file of the loss curve in the folder.
+        """
+        if facts is None:
+            known = self.known or {"settings": settings_of(self.args)}
+            numbers = {"steps": self.state.global_step, "epochs": self.state.epoch}
+            facts = TrainingFacts.of_run(known | numbers, self.state.log_history)
+        if self._base_on_card is None:
+            self._base_on_card = BaseOnCard.of(folder, facts)
+        name = self.args.hub_model_id or Path(str(self.args.output_dir)).name
+        write_local_card(folder, name, facts, self._base_on_card, plot)
 
     def _write_card(self, staged: Path, run: Path | None, *, tags=None, datasets=None, **facts: Any) -> None:
         name = self.hub_model_id or self.args.hub_model_id or Path(str(self.args.output_dir)).name

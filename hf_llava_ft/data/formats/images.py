@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 import datasets
 from filelock import FileLock
 
-from hf_llava_ft.data.image_folder import ImageFolder, MissingImageError
+from hf_llava_ft.data.image_folder import ImageFolder, MissingImageError, what_to_do_about_missing
 from hf_llava_ft.data.pictures import decode_failure
 from hf_llava_ft.data.values import EmbeddedImage, ImageRef
 from hf_llava_ft.errors import UserError
@@ -94,7 +94,9 @@ class ImageStore:
             return self._files.resolve(name, place)
         path = os.path.realpath(os.path.join(self.folder or os.getcwd(), name))
         if not os.path.isfile(path):
-            raise MissingImageError(f"{place}: image {_short(name)} is no file; add the file or remove the row.")
+            raise MissingImageError(
+                f"{place}: image {_short(name)} is no file; {what_to_do_about_missing(self.folder)}."
+            )
         return path
 
     @staticmethod
