@@ -141,7 +141,7 @@ BROKEN = {
     "text_config null": (config(text_config=None), "text_config"),
     "vision_config a list": (config(vision_config=[]), "vision_config"),
     "rms_norm_eps a text": (config(text_config__rms_norm_eps="small"), "rms_norm_eps"),
-    "rope a text": (config(text_config__rope_parameters="yes"), ""),
+    "rope a text": (config(text_config__rope_parameters="yes"), "rope_parameters"),
     "rope without a kind": (config(text_config__rope_parameters={"rope_type": "none"}), ""),
     "layer -99": (config(vision_feature_layer=-99), "vision_feature_layer"),
     "layer a text": (config(vision_feature_layer="last"), "vision_feature_layer"),
@@ -349,6 +349,15 @@ def test_the_command_line_says_it_and_exits_with_2(tiny_checkpoint, tmp_path, na
     if name == "NaN":
         taken = subprocess.run([*command, "--allow_nan"], capture_output=True, text=True, check=False, timeout=300)
         assert taken.returncode == 0
+
+
+def test_a_base_that_is_broken_is_not_merged_into(llava_ft, tiny_checkpoint, adapter, tmp_path):
+    shutil.copytree(tiny_checkpoint, tmp_path / "base")
+    BROKEN["text_config a text"][0](tmp_path / "base")
+    shutil.copytree(adapter, tmp_path / "adapter")
+    changed("adapter_config.json", base_model_name_or_path=str(tmp_path / "base"))(tmp_path / "adapter")
+    code, _, err = llava_ft("merge", "--adapter", tmp_path / "adapter", "--output_dir", tmp_path / "merged")
+    assert code == 2 and err.count("error: ") == 1 and "text_config" in err
 
 
 @pytest.mark.parametrize("name", ["targets a number", "another rank", "rank a text", "damaged"])
