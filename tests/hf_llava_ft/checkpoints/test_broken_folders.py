@@ -351,6 +351,15 @@ def test_the_command_line_says_it_and_exits_with_2(tiny_checkpoint, tmp_path, na
         assert taken.returncode == 0
 
 
+@pytest.mark.parametrize("command", ["merge --adapter", "export --for vllm --model", "estimate --model_name_or_path"])
+def test_a_base_that_is_no_text_is_refused_by_every_command(llava_ft, adapter, tmp_path, command):
+    shutil.copytree(adapter, tmp_path / "broken")
+    BROKEN_ADAPTERS["base a number"][0](tmp_path / "broken")
+    words = [*command.split(), tmp_path / "broken", "--output_dir", tmp_path / "out"]
+    code, _, err = llava_ft(*words, *(["--data_path", "d.json"] if "estimate" in command else []))
+    assert code == 2 and "base_model_name_or_path" in err
+
+
 def test_a_base_that_is_broken_is_not_merged_into(llava_ft, tiny_checkpoint, adapter, tmp_path):
     shutil.copytree(tiny_checkpoint, tmp_path / "base")
     BROKEN["text_config a text"][0](tmp_path / "base")
