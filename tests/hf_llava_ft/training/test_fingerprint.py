@@ -77,7 +77,7 @@ def test_epochs_are_no_change_where_steps_decide():
     changed = [
         changes_between(course(num_train_epochs=1, max_steps=a), course(max_steps=b)) for a, b in ((9, 9), (9, -1))
     ]
-    assert [sorted(each) for each in changed] == [[], ["max_steps", "num_train_epochs"]]
+    assert ["num_train_epochs" in each for each in changed] == [False, True]
 
 
 def test_what_does_not_decide_the_course_may_change():
