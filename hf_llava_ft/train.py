@@ -1,10 +1,9 @@
 """The entry point of training: `llava-ft train`, `python -m hf_llava_ft.train`, `accelerate launch -m
 hf_llava_ft.train`."""
 
-import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,12 +31,10 @@ from hf_llava_ft.errors import exit_on_user_error
 from hf_llava_ft.noise import hide_noise
 from hf_llava_ft.reports.last_lines import last_lines
 from hf_llava_ft.settings.arguments import DataArguments, ModelArguments, TuningArguments
-from hf_llava_ft.settings.by_what_trains import put_by_rows
 from hf_llava_ft.settings.defaults import settled_arguments
 from hf_llava_ft.settings.machine import check_attention, has_bf16_gpu, is_first_process
 from hf_llava_ft.settings.parsing import parse_arguments as parse_arguments
 from hf_llava_ft.settings.parsing import resolve
-from hf_llava_ft.settings.resolved import Settings
 from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.termination import exit_on_sigterm
 from hf_llava_ft.training.ending import evaluate_once, exit_on_early_end, save_result, write_facts
@@ -52,7 +49,7 @@ from hf_llava_ft.training.resuming.fingerprint import COMPOSED_BASE, base_digest
 from hf_llava_ft.training.resuming.interruption import Interruption, TrainingInterrupted
 from hf_llava_ft.training.resuming.resume import Run, checkpoint_to_resume, opening_to_resume
 from hf_llava_ft.training.resuming.run_folder import compared_with_before, one_run_at_a_time, open_run_folder
-from hf_llava_ft.training.rows import TrainingRows, open_all_rows, rows_at_a_glance, tell_of_rows_left_out
+from hf_llava_ft.training.rows import TrainingRows, open_all_rows, tell_of_rows_left_out, with_counted_rows
 from hf_llava_ft.training.summary import described, settings_of, train_summary
 from hf_llava_ft.training.trainer import LlavaTrainer
 from hf_llava_ft.training.tuning import TrainedPart, table_of_parts, trained_parts, with_tuning
@@ -306,16 +303,6 @@ def _run(trainer: LlavaTrainer, checkpoint: str | None, interruption: Interrupti
     return float(output.metrics["train_runtime"])
 
 
-def _with_rows(settings: Settings) -> Settings:
-    """With what follows from the number of rows, where they are quickly counted."""
-    values = {name: settings.by_name[name].value for name in ("data_path", "image_folder", "eval_split")}
-    number = rows_at_a_glance(**values) if isinstance(values["data_path"], str) else None
-    if not number:
-        return settings
-    devices = int(os.environ.get("WORLD_SIZE", "1"))
-    return replace(settings, by_name=put_by_rows(settings.by_name, number, devices))
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses `argv`, trains, and prints where the adapter is; exits with 2 on bad input. With `--dry_run`, prints the
     settings as JSON instead."""
@@ -325,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings = resolve(sys.argv[1:] if argv is None else argv).with_chosen_precision(has_bf16_gpu())
         if settings.dry_run:
             if is_first_process():
-                print(_with_rows(settings).to_json(check_starting_point))
+                print(with_counted_rows(settings).to_json(check_starting_point))
             return
         if is_first_process():
             for note in settings.notes:

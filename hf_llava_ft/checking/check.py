@@ -16,6 +16,7 @@ from rich.console import Console
 
 from hf_llava_ft.checking.collected import Collected, name_duplicates, name_rows_of_images
 from hf_llava_ft.checking.images import image_facts
+from hf_llava_ft.checking.kept_checks import KeptCheck
 from hf_llava_ft.checking.progress import checking_bar, estimated_rows
 from hf_llava_ft.checking.result import CheckResult
 from hf_llava_ft.checking.rows import RowChecker, row_kind
@@ -41,6 +42,7 @@ def check_data(
     seed: int = 42,
     num_proc: int | None = None,
     console: Console | None = None,
+    kept: KeptCheck | None = None,
 ) -> CheckResult:
     """
     Check all of some sources.
@@ -53,6 +55,7 @@ def check_data(
         seed (`int`): of a mixture, as in training.
         num_proc (`int`, *optional*): processes; by default one for each core.
         console (`rich.console.Console`, *optional*): where the bars are drawn, if it is a terminal.
+        kept (`KeptCheck`, *optional*): where the result is kept for the next time.
 
     Raises:
         UserError: if a process is killed for want of memory. What is wrong with the data is in the result.
@@ -82,6 +85,8 @@ def check_data(
     order = {source.where: index for index, source in enumerate(sources)}
     for found in (result.problems, result.warnings):
         found.sort(key=lambda problem: (order[problem.file], problem.row or 0))
+    if kept is not None:
+        kept.store(collected, result)
     return result
 
 

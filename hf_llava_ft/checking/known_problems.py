@@ -50,7 +50,7 @@ def _kept_at(source: Source, root: Path) -> Path:
     files = [[one.st_size, one.st_mtime_ns, one.st_ctime_ns, one.st_ino] for one in status]
     images = source.images
     options = [images.folder, images.allow_outside, images.allow_urls]
-    identity = [source.where, source.container.files, source.format, files, options]
+    identity = [source.where, source.container.files, source.reading, files, options]
     digest = blake2b(json.dumps(identity).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
     return root / "llava_bad_rows" / f"{digest}.json"
 

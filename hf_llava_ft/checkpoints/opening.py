@@ -9,6 +9,7 @@ from transformers import MODEL_MAPPING, AutoConfig, AutoModel
 
 from hf_llava_ft.checkpoints.adapters import with_adapter
 from hf_llava_ft.checkpoints.checked.folder import UNREADABLE, check_config, check_settings, reason_of
+from hf_llava_ft.checkpoints.checked.kind import refuse_other_kinds
 from hf_llava_ft.checkpoints.checked.read_as_written import (
     check_generation_config,
     is_in_few_bits,
@@ -37,8 +38,16 @@ from hf_llava_ft.registration import register
 from hf_llava_ft.settings.machine import check_attention
 
 
-def load_config(path: str, revision: str | None = None) -> LlavaConfig:
-    """The configuration at `path` in our form, whichever dialect it is written in."""
+def load_config(path: str, revision: str | None = None, *, adapter: str | None = None) -> LlavaConfig:
+    """
+    The configuration at `path` in our form, whichever dialect it is written in.
+
+    Args:
+        adapter (`str`, *optional*): what was asked for, where `path` is its base, for messages.
+
+    Raises:
+        UserError: if it is that of no LLaVA, or cannot be read.
+    """
     register()
     if read_json(path, "config.json", revision) is None and not Path(path).is_dir():
         raise UserError(not_here(path, revision))
@@ -46,6 +55,7 @@ def load_config(path: str, revision: str | None = None) -> LlavaConfig:
     tower = (read_json(path, "config.json", revision) or {}).get("mm_vision_tower")
     if isinstance(tower, str):
         check_settings(tower)
+    refuse_other_kinds(path, revision, adapter)
     try:
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
         if not isinstance(config, LlavaConfig):
@@ -78,6 +88,8 @@ def load_processor(
     for place in dict.fromkeys(((path, revision), (checkpoint.base, checkpoint.revision))):
         check_settings(*place)
         check_templates(*place)
+    if checkpoint.kind in ("model", "adapter"):  # the others' base may be a bare language model
+        refuse_other_kinds(checkpoint.base, checkpoint.revision, None if checkpoint.kind == "model" else path)
     processor = _processor(checkpoint, path, revision, has_own)
     if with_template:
         check_rendering(processor, path)
@@ -180,7 +192,8 @@ def _load_whole(checkpoint: Checkpoint, folder: Path, revision: str | None, **kw
         num_tokens = config.text_config.vocab_size
         config.text_config.vocab_size = _vocab_size(checkpoint)
     else:
-        config = load_config(checkpoint.base, checkpoint.revision)
+        adapter = checkpoint.path if checkpoint.is_adapter else None
+        config = load_config(checkpoint.base, checkpoint.revision, adapter=adapter)
     check_weights(checkpoint.base, config, checkpoint.revision)
     if config.original_config and Path(config.vision_tower_name or "").is_dir():
         check_part_weights(str(config.vision_tower_name), config.vision_config, AutoModel)

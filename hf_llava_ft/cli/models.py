@@ -1,4 +1,4 @@
-"""`llava-ft merge | convert | export | verify | generate | chat`: what is done with a model or an adapter."""
+"""`llava-ft merge | convert | export | verify`: what is done with a model or an adapter."""
 
 import dataclasses
 from pathlib import Path
@@ -7,17 +7,12 @@ from typing import Annotated, Any, cast
 import typer
 
 from hf_llava_ft.cli.application import (
-    AllowNanOption,
-    AttentionOption,
     BaseOption,
     DtypeOption,
-    ImagesOption,
     JsonOption,
-    MaxNewTokensOption,
     ModelOption,
     OutputDirOption,
     RevisionOption,
-    TemperatureOption,
     app,
     print_note_on_code,
     write_json,
@@ -166,95 +161,6 @@ def verify(
             raise typer.Exit(1)
 
 
-@app.command()
-def generate(
-    model: ModelOption,
-    prompt: Annotated[str, typer.Option("--prompt", help="The question.")],
-    image: ImagesOption = None,
-    base: BaseOption = None,
-    revision: RevisionOption = None,
-    max_new_tokens: MaxNewTokensOption = 256,
-    temperature: TemperatureOption = 0.0,
-    attn_implementation: AttentionOption = "sdpa",
-    allow_nan: AllowNanOption = False,
-    json_file: JsonOption = None,
-) -> None:
-    """Answer one question about any number of pictures, as a stream."""
-    with exit_on_user_error():
-        from hf_llava_ft.answering.conversation import Conversation
-
-        parts, images = _opened(
-            model, image, base=base, revision=revision, attn_implementation=attn_implementation, allow_nan=allow_nan
-        )
-        answer = _print_stream(
-            Conversation(*parts), prompt, images, max_new_tokens=max_new_tokens, temperature=temperature
-        )
-        write_json(json_file, {"prompt": prompt, "images": image or [], "answer": answer})
-
-
-@app.command()
-def chat(
-    model: ModelOption,
-    image: ImagesOption = None,
-    base: BaseOption = None,
-    revision: RevisionOption = None,
-    max_new_tokens: MaxNewTokensOption = 256,
-    temperature: TemperatureOption = 0.0,
-    attn_implementation: AttentionOption = "sdpa",
-    allow_nan: AllowNanOption = False,
-) -> None:
-    """Chat with a model about pictures. In the chat: /image PATH_OR_URL, /new, /quit."""
-    with exit_on_user_error():
-        from hf_llava_ft.answering.conversation import Conversation, open_image
-
-        parts, pending = _opened(
-            model, image, base=base, revision=revision, attn_implementation=attn_implementation, allow_nan=allow_nan
-        )
-        conversation = Conversation(*parts)
-        typer.echo("/image PATH_OR_URL adds a picture, /new starts over, /quit ends.", err=True)
-        while True:
-            try:
-                line = input("you: ").strip()
-            except (EOFError, KeyboardInterrupt):
-                typer.echo("")
-                return
-            if line == "/quit":
-                return
-            if line == "/new":
-                conversation, pending = Conversation(*parts), []
-            elif line.startswith("/image"):
-                try:
-                    source = line.removeprefix("/image").strip()
-                    pending.append(open_image(source, parts[1].picture_opening))
-                except UserError as error:
-                    typer.echo(f"error: {error.sentence}", err=True)
-            elif line:
-                typer.echo("model: ", nl=False)
-                _print_stream(conversation, line, pending, max_new_tokens=max_new_tokens, temperature=temperature)
-                pending = []
-
-
-def _opened(
-    model: str, images: list[str] | None, *, base: str | None, revision: str | None, **loading: Any
-) -> tuple[tuple[Any, Any], list[Any]]:
-    """Model and processor, and the pictures, which are opened first: what is wrong with one is said at once."""
-    from hf_llava_ft.answering.conversation import load_for_answering, open_image
-    from hf_llava_ft.checkpoints.opening import load_processor
-
-    processor = load_processor(model, revision, base=base)
-    opened = [open_image(source, processor.picture_opening) for source in images or []]
-    return load_for_answering(model, base=base, revision=revision, processor=processor, **loading), opened
-
-
 def _print_notes(notes: list[str]) -> None:
     for note in notes:
         typer.echo(f"Note: {note}", err=True)
-
-
-def _print_stream(conversation, question: str, images: list, **generation) -> str:
-    answer = ""
-    for piece in conversation.stream(question, images, **generation):
-        answer += piece
-        typer.echo(piece, nl=False)
-    typer.echo("")
-    return answer.strip()

@@ -90,7 +90,8 @@ def _estimate(own: argparse.Namespace, settings: dict[str, Any]) -> Estimate:
         raise UserError("--tflops, --utilization and --fit have to be above 0.")
     checkpoint = inspect_checkpoint(name, settings["revision"])
     is_adapter = checkpoint.kind == "adapter"
-    config = load_config(*((checkpoint.base, checkpoint.revision) if is_adapter else (name, settings["revision"])))
+    place = (checkpoint.base, checkpoint.revision) if is_adapter else (name, settings["revision"])
+    config = load_config(*place, adapter=name if is_adapter else None)
     try:
         size = worst_picture(config).size if own.picture_size == "worst" else parsed_size(own.picture_size)
         tuning = tuning_with_defaults(

@@ -7,6 +7,7 @@ from a user or a model is escaped, and what is not known is left out.
 import re
 import shutil
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,9 @@ def write_card(
         evaluated=evaluated,
         samples=shown,
         verification=verification,
-        has_license=bool(stated),
+        license=stated.get("license_name", stated.get("license")),
+        is_license_of_base=not license,
+        languages=[language] if isinstance(language, str) else language or [],
         plot=_write_plot(staged, facts),
     )
     data = _metadata(kind, repo_id, loader, bases, facts, evaluated, {**stated, "language": language})
@@ -187,7 +190,12 @@ def _license_on_card(name: str, revision: str | None) -> dict[str, str]:
         data: Any = ModelCard.load(file, ignore_metadata_errors=True).data if file else {}
     except (UserError, OSError, ValueError):  # a model that is gone, or a card that is no YAML
         return {}
-    return {field: value for field in _LICENSE_FIELDS if isinstance(value := data.get(field), str)}
+    return {field: str(value) for field in _LICENSE_FIELDS if _is_written(value := data.get(field))}
+
+
+def _is_written(value: Any) -> bool:
+    """A version or a year was text before YAML took it for a number or a date."""
+    return isinstance(value, (str, int, float, date)) and not isinstance(value, bool)
 
 
 def _loader(staged: Path, kind: Kind, bases: Bases) -> Loader:

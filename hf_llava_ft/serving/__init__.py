@@ -135,7 +135,8 @@ def _config_of(checkpoint: Checkpoint, revision: str | None) -> Any:
     """The configuration of the whole model; that of a part, where the original wrote one with it."""
     if checkpoint.kind in ("original_lora", "projector"):
         return load_config(checkpoint.path, revision)
-    return load_config(checkpoint.base, checkpoint.revision)
+    adapter = checkpoint.path if checkpoint.is_adapter else None
+    return load_config(checkpoint.base, checkpoint.revision, adapter=adapter)
 
 
 def _shown(base: str) -> str:

@@ -96,6 +96,13 @@ class DataArguments:
     image_folder: str = field(
         default=".", metadata={"help": "Folder that the image paths in the data are relative to."}
     )
+    columns: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Of a table: image=img,prompt=question,response=answer; what is not named is found by its usual "
+            "name. Of one dataset of several: DATA:image=img,... ."
+        },
+    )
     model_max_length: int | None = field(
         default=None,
         metadata={"help": "Most tokens of a row, images included; default: the language model's own limit."},
@@ -128,6 +135,9 @@ class DataArguments:
         default=None, metadata={"help": "Rows to evaluate on, as data_path; when --eval_strategy says, or at the end."}
     )
     eval_image_folder: str | None = field(default=None, metadata={"help": "Their images; default: image_folder."})
+    eval_columns: list[str] | None = field(
+        default=None, metadata={"help": "The same of eval_data_path; default: columns, where they fit."}
+    )
     eval_split: float | None = field(
         default=None,
         metadata={"help": "Or the share of the rows to hold out for evaluation, 0.05; drawn with the seed."},

@@ -14,7 +14,7 @@ from rich.console import Console
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from hf_llava_ft.answering.conversation import encode_prompt, stop_options, up_to
+from hf_llava_ft.answering.batches import Question, answer_all
 from hf_llava_ft.checkpoints.run_files import ANSWERS_FILE, PICTURES_FOLDER
 from hf_llava_ft.data.collator import open_picture
 from hf_llava_ft.data.formats.images import ImageStore, StoredImage
@@ -182,7 +182,7 @@ class EvalAnswers(TrainerCallback):
     answer together; else the first one does, and the others wait.
 
     Args:
-        prompts (`list[EvalPrompt]`): asked one by one.
+        prompts (`list[EvalPrompt]`): asked in batches of `per_device_eval_batch_size`.
         processor (`LlavaProcessor`): of the model.
         max_new_tokens (`int`): longest answer.
         console (`rich.console.Console`): where to print.
@@ -227,7 +227,7 @@ class EvalAnswers(TrainerCallback):
         model.eval()
         try:
             with untouched_rng():
-                said = [self._answer(model, prompt, args) for prompt in self.prompts]
+                said = self._answers(model, args)
         finally:
             model.train(was_training)
         if not is_first:
@@ -273,23 +273,17 @@ class EvalAnswers(TrainerCallback):
             for number, picture in enumerate(pictures):
                 picture.save(folder / f"{index}-{number}.jpg", quality=90)
 
-    def _answer(self, model: Any, prompt: EvalPrompt, args: Any) -> str:
-        pictures = prompt.pictures(self.processor.picture_opening)
-        inputs = encode_prompt(model, self.processor, prompt.conversation(), pictures)
+    def _answers(self, model: Any, args: Any) -> list[str]:
+        questions = [
+            Question(prompt.conversation(), [dict(image) for image in prompt.stored], self._longest_answer(prompt))
+            for prompt in self.prompts
+        ]
         dtype = torch.float16 if args.fp16 else torch.bfloat16
         # Neither inference mode, whose tensors a backward pass refuses, nor the cache that checkpointing has off.
         with torch.no_grad(), torch.autocast(args.device.type, dtype, enabled=bool(args.fp16 or args.bf16)):
-            ids = model.generate(
-                **inputs,
-                do_sample=False,
-                use_cache=True,
-                max_new_tokens=self._longest_answer(prompt),
-                **stop_options(self.processor),
-            )
-        new = ids[0, inputs["input_ids"].shape[1] :]
-        text = self.processor.tokenizer.decode(new, skip_special_tokens=True)
-        stop = self.processor.stop_string
-        return ("".join(up_to(stop, [text])) if stop else text).strip()
+            said = answer_all(model, self.processor, questions, batch_size=args.per_device_eval_batch_size)
+            found = dict(said)
+        return [found[place].text or found[place].error for place in range(len(questions))]
 
     def _longest_answer(self, prompt: EvalPrompt) -> int:
         """Of a row of the data, twice its answer and a little: who asked for nothing shall not wait for rambling."""

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from datasets import Dataset
 from hf_llava_ft.checking.bad_rows import SoundRows, sound_rows, told_of_skipped
 from hf_llava_ft.checking.preview import first_rows
 from hf_llava_ft.data.formats import Source, open_source
+from hf_llava_ft.data.formats.columns import SaidOfColumns
 from hf_llava_ft.data.skipped_rows import SKIPPED_FILE, told_of_rows_left_out
 from hf_llava_ft.data.streaming import LlavaStream
 from hf_llava_ft.data.streaming.loader import refuse_grouping
@@ -19,6 +20,8 @@ from hf_llava_ft.data.unchanged import RowsAsTheyWere
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.settings.arguments import DataArguments
+from hf_llava_ft.settings.by_what_trains import put_by_rows
+from hf_llava_ft.settings.resolved import Settings
 from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.training.evaluation import data_seed, eval_rows_that_fit, held_out, open_eval_rows
 from hf_llava_ft.training.summary import data_facts, row_counts
@@ -121,6 +124,9 @@ class OpenedRows:
             UserError: see `SoundRows.that_fit` and `held_out`.
         """
         output_dir, speaks = Path(str(self.args.output_dir)), self.args.process_index == 0
+        for source in self._sources if speaks else []:
+            if source.dialect.columns is not None:
+                tell(f"{source.where}: {source.dialect.columns.told()}.")
         train: Dataset | LlavaStream
         if isinstance(self.rows, LlavaStream):
             takes_longer = self.data_args.on_bad_row == "skip"
@@ -158,12 +164,24 @@ def open_all_rows(data_args: DataArguments, args: LlavaTrainingArguments, starte
     return OpenedRows(rows, open_eval_rows(data_args, args), data_args, args)
 
 
-def rows_at_a_glance(data_path: str, image_folder: str, eval_split: float | None = None) -> int | None:
+def with_counted_rows(settings: Settings) -> Settings:
+    """For a dry run: with what follows from the number of rows, where they are quickly counted."""
+    values = {name: settings.by_name[name].value for name in ("data_path", "image_folder", "columns", "eval_split")}
+    number = _rows_at_a_glance(**values) if isinstance(values["data_path"], str) else None
+    if not number:
+        return settings
+    devices = int(os.environ.get("WORLD_SIZE", "1"))
+    return replace(settings, by_name=put_by_rows(settings.by_name, number, devices))
+
+
+def _rows_at_a_glance(
+    data_path: str, image_folder: str, columns: SaidOfColumns = None, eval_split: float | None = None
+) -> int | None:
     """How many rows a file or folder here would be trained on, unchecked; None where counting them takes long."""
     if not os.path.exists(data_path):
         return None
     try:
-        sources = open_source(data_path, image_folder, allow_outside=True)
+        sources = open_source(data_path, image_folder, allow_outside=True, columns=columns)
         files = [file for source in sources for file in source.container.files]
         if sum(os.path.getsize(file) for file in files) > _MAX_BYTES_AT_A_GLANCE:
             return None
@@ -188,6 +206,7 @@ def _open_rows(data_args: DataArguments, args: LlavaTrainingArguments) -> SoundR
         allow_outside=data_args.allow_images_outside,
         allow_urls=data_args.allow_image_urls,
         seed=data_seed(args),
+        columns=data_args.columns,
     )
 
 
@@ -198,6 +217,7 @@ def _open_stream(data_args: DataArguments, args: LlavaTrainingArguments, started
         data_args.image_folder,
         allow_outside=data_args.allow_images_outside,
         allow_urls=data_args.allow_image_urls,
+        columns=data_args.columns,
     )
     return LlavaStream(
         sources,

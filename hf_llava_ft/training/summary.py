@@ -99,9 +99,9 @@ def data_facts(sources: Iterable[Source], trained_on: Dataset | None = None) -> 
 
     Returns:
         `rows`, `rows_with_images` and `images`, or None; `sources`, of which each has `where`, `name` (the same
-        without the folders it lies in), `format`, `weight`, `bytes` and `fingerprint`; and `fingerprint` of all. It is
-        the BLAKE2b of the data files, in order, without their names; of a file past 1 GiB that of its size and its
-        first and last 16 MiB. Images that lie beside a file are not in it.
+        without the folders it lies in), `format`, `weight`, `bytes`, `fingerprint`, and of a table `columns`; and
+        `fingerprint` of all. It is the BLAKE2b of the data files, in order, without their names; of a file past 1 GiB
+        that of its size and its first and last 16 MiB. Images that lie beside a file are not in it.
     """
     facts = []
     for source in sources:
@@ -117,6 +117,7 @@ def data_facts(sources: Iterable[Source], trained_on: Dataset | None = None) -> 
                 "weight": source.weight,
                 "bytes": sum(file.stat().st_size for file in files),
                 "fingerprint": digest.hexdigest(),
+                **({} if source.dialect.columns is None else {"columns": source.dialect.columns.reading}),
             }
         )
     together = json.dumps([[each["fingerprint"], each["weight"]] for each in facts]).encode()

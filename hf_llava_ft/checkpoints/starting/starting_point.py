@@ -176,7 +176,7 @@ def check_starting_point(model_args: ModelArguments, tuning_args: TuningArgument
                     f"out, or merge the adapter first (llava-ft merge)."
                 )
             settled_tuning(model_args, tuning_args)
-            check_agreement(model_args, load_config(checkpoint.base, checkpoint.revision))
+            check_agreement(model_args, load_config(checkpoint.base, checkpoint.revision, adapter=name))
         else:
             check_agreement(model_args, load_config(name, model_args.revision))
         return False

@@ -7,6 +7,8 @@
 | prompt/completion | `prompt` and `completion` |
 | image-caption | an image (`file_name` or `image`) and `text` or `caption` |
 
+and a table of one's own, whose columns are named or have usual names (`columns.py`).
+
 What may surprise:
 * Where a row of the messages or prompt/completion dialect has images and no place for them at all, they go to the
   front of the first human turn, a line each. TRL does so with such rows, and its datasets are written that way.
@@ -18,6 +20,7 @@ What may surprise:
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from hf_llava_ft.data.formats.columns import Columns
 from hf_llava_ft.data.schema import (
     IMAGE_PLACEHOLDER,
     Row,
@@ -40,10 +43,12 @@ class Dialect(NamedTuple):
     Args:
         name (`str`): in words, for messages.
         parse (`Callable`): (raw row, file for messages, row number from 1) to `Row`; raises `UserError`.
+        columns (`Columns`, *optional*): of a table of one's own, what is read.
     """
 
     name: str
     parse: Callable[[Any, str, int], Row]
+    columns: Columns | None = None
 
 
 def detect_dialect(row: Any) -> Dialect | None:
@@ -146,6 +151,11 @@ SHAREGPT = Dialect("ShareGPT", parse_llava_row)
 MESSAGES = Dialect("messages", parse_messages_row)
 PROMPT_COMPLETION = Dialect("prompt/completion", parse_prompt_completion_row)
 IMAGE_CAPTION = Dialect("image-caption", parse_image_caption_row)
+
+
+def own_table(columns: Columns) -> Dialect:
+    """The dialect of a table whose columns are known."""
+    return Dialect("image-caption table" if columns.prompt is None else "question/answer", columns.parse, columns)
 
 
 def _messages(value: Any, place: str) -> list[dict[str, Any]]:

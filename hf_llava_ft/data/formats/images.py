@@ -49,6 +49,9 @@ class ImageStore:
         allow_urls (`bool`): fetch http and https addresses.
         cache_dir (`str`, *optional*): where fetched pictures are kept; the cache of `datasets` by default.
 
+    Attributes:
+        real_folder (`str`): the folder without links; empty if there is none.
+
     Raises:
         UserError: if the folder is given and is none.
     """
@@ -65,6 +68,7 @@ class ImageStore:
         self.allow_urls = allow_urls
         self.cache_dir = None if cache_dir is None else os.fspath(cache_dir)
         self._files = ImageFolder(self.folder)
+        self.real_folder = self._files.real_path or ""
 
     def locate(self, image: ImageRef, place: str) -> StoredImage:
         """

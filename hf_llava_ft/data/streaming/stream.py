@@ -151,7 +151,7 @@ class LlavaStream(IterableDataset):
         """What the order of the rows follows from, besides epoch and number of workers."""
         digest = blake2b(digest_size=8)
         for source, drawn in zip(self.sources, self._drawn, strict=True):
-            digest.update(f"{source.format}\t{source.weight}\t{drawn is None}\n".encode())
+            digest.update(f"{source.reading}\t{source.weight}\t{drawn is None}\n".encode())
         for piece in self._pieces:
             lies = (piece.source, piece.block.first_row, piece.block.num_bytes, piece.start, piece.stop)
             digest.update(repr(lies).encode())

@@ -31,9 +31,10 @@ FREE = frozenset(
     # Where things are. The digests say whether they are the same.
     ("model_name_or_path", "revision", "data_path", "image_folder", "pretrain_mm_mlp_adapter", "output_dir")
     + ("allow_images_outside", "allow_image_urls", "resume_from_checkpoint", "resume_anyway", "overwrite_output_dir")
+    + ("columns",)
     # What is shown, evaluated, saved and pushed.
     + ("preview", "eval_data_path", "eval_image_folder", "eval_prompts", "eval_max_new_tokens", "eval_strategy")
-    + ("num_eval_answers",)
+    + ("num_eval_answers", "eval_columns")
     + ("eval_steps", "eval_delay", "per_device_eval_batch_size", "prediction_loss_only", "eval_on_start")
     + ("eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps", "include_for_metrics")
     + ("batch_eval_metrics", "bf16_full_eval", "fp16_full_eval", "do_train", "do_eval", "do_predict")
@@ -128,6 +129,7 @@ def course_of(
     course |= {"model_max_length": longest, "picture_opening": processor.picture_opening}
     sources = [
         {"name": source["name"], "weight": source["weight"], "digest": source["fingerprint"][:12]}
+        | ({"columns": source["columns"]} if "columns" in source else {})
         for source in data["sources"]
     ]
     said = [processor.chat_template, processor.tokenizer.chat_template, processor.image_processor.to_json_string()]

@@ -477,7 +477,7 @@ def test_nobody_is_asked_to_trust_an_unknown_model(trap, tmp_path, monkeypatch):
     settings = json.loads((trap / "config.json").read_text()) | {"model_type": "unheard_of"}
     (trap / "config.json").write_text(json.dumps(settings))
     monkeypatch.setattr("builtins.input", lambda question="": "y")
-    with pytest.raises(UserError, match="is not a LLaVA this package can read"):
+    with pytest.raises(UserError, match="is not a LLaVA: it is a model of type .unheard_of"):
         load_model(str(trap))
     assert not (tmp_path / "sprung").exists()
 

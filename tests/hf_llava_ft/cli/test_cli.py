@@ -166,7 +166,7 @@ def test_a_model_that_is_no_llava(llava_ft, llava_json, tmp_path, tiny_processor
     tiny_processor.save_pretrained(tmp_path / "bert")
     (tmp_path / "bert/config.json").write_text('{"model_type": "bert"}')
     code, _, err = llava_ft("train", *train_flags(tmp_path / "bert", *llava_json(2), tmp_path / "out"))
-    assert code == 2 and "'bert' is not a LLaVA" in sentence(err)
+    assert code == 2 and "is a model of type 'bert'" in sentence(err)
 
 
 def test_an_output_folder_that_cannot_be_written(llava_ft, tiny_checkpoint, llava_json, tmp_path):

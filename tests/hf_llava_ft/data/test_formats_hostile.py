@@ -335,7 +335,7 @@ def test_tables_with_two_columns_of_one_name(folder):
         ('image,caption\na.png,"A"B\n', "row 1 is not valid CSV"),
         ("image,caption\na.png," + "a" * 200_000 + "\n", "row 1 is not valid CSV (field larger than field limit"),
         ("image,caption\n", "has no rows"),
-        ("image,caption\na.png,\n", "row 1 has image; a row needs"),
+        ("image,caption\na.png,\n", "row 1: column 'caption' is empty; write the answer"),
         ("image,caption\na.png,A\na.png,\n", "row 2 has no caption"),
         ("image,caption\na.png,A\n,B\n", "row 2 has 0 images"),
         ("name,size\na,b\n", 'row 1 has name, size; a row needs "conversations"'),
@@ -385,9 +385,9 @@ def test_a_readme_that_names_files_elsewhere(folder):
 
 
 def test_rows_in_no_dialect(folder):
-    path = write(folder, [{"question": "?", "answer": "!"}], "lines")
-    (folder / "data").write_text('[{"question": "?", "answer": "!"}]')
-    assert 'data: row 1 has question, answer; a row needs "conversations", "messages", ' in refusal(folder, path)
+    path = write(folder, [{"what": "?", "why": "!"}], "lines")
+    (folder / "data").write_text('[{"what": "?", "why": "!"}]')
+    assert 'data: row 1 has what, why; a row needs "conversations", "messages", ' in refusal(folder, path)
     (folder / "data").write_text("[1, 2]")
     assert "data: row 1 is a number; a row needs" in refusal(folder, path)
 
