@@ -18,7 +18,6 @@ from hf_llava_ft.checkpoints.adapters import check_resumed_adapter
 from hf_llava_ft.checkpoints.artifact import told_of_a_full_disk
 from hf_llava_ft.checkpoints.checked.resume_state import check_resume_state
 from hf_llava_ft.checkpoints.opening import load_config
-from hf_llava_ft.checkpoints.remote_code import carries_our_code, note_on_code
 from hf_llava_ft.checkpoints.starting.starting_point import (
     StartingPoint,
     check_starting_point,
@@ -29,7 +28,6 @@ from hf_llava_ft.checkpoints.starting.training_processor import processor_for_tr
 from hf_llava_ft.data.collator import LlavaCollator
 from hf_llava_ft.errors import exit_on_user_error
 from hf_llava_ft.noise import hide_noise
-from hf_llava_ft.reports.last_lines import last_lines
 from hf_llava_ft.settings.arguments import DataArguments, ModelArguments, TuningArguments
 from hf_llava_ft.settings.defaults import settled_arguments
 from hf_llava_ft.settings.machine import check_attention, has_bf16_gpu, is_first_process
@@ -37,7 +35,7 @@ from hf_llava_ft.settings.parsing import parse_arguments as parse_arguments
 from hf_llava_ft.settings.parsing import resolve
 from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.termination import exit_on_sigterm
-from hf_llava_ft.training.ending import evaluate_once, exit_on_early_end, save_result, write_facts
+from hf_llava_ft.training.ending import evaluate_once, exit_on_early_end, lines_of_result, save_result, write_facts
 from hf_llava_ft.training.eval_prompts import EvalAnswers, held_out_prompts, open_eval_prompts
 from hf_llava_ft.training.evaluation import check_evaluation, tell_of_early_stop
 from hf_llava_ft.training.first_process import in_first_process
@@ -204,17 +202,8 @@ def _train(
         trainer.push_output_folder()
         tell(f"Pushed: {trainer.hub_model_id}")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    output_dir = Path(str(training_args.output_dir))
-    lines = last_lines(
-        output_dir,
-        answers.answers,
-        is_adapter=isinstance(model, PeftModel),
-        are_held_out=data_args.eval_prompts is None,
-        picture=answers.a_picture,
-    )
-    if trainer.is_world_process_zero() and carries_our_code(output_dir):
-        lines.append(note_on_code(output_dir))
-    return TrainingResult(output_dir, losses, trained, seconds, summary, lines)
+    lines = lines_of_result(trainer, answers, are_held_out=data_args.eval_prompts is None)
+    return TrainingResult(Path(str(training_args.output_dir)), losses, trained, seconds, summary, lines)
 
 
 def tell_last_lines(result: TrainingResult, console: Console | None = None) -> None:

@@ -9,7 +9,7 @@ from tests.upstream_names import LIBRARIES, Use, all_uses, class_uses, is_there,
 
 # Assigned, or private, and of none of these libraries.
 NOT_THEIRS = {
-    **dict.fromkeys(("_actions", "choices", "const", "nargs", "required"), "argparse"),
+    **dict.fromkeys(("_actions", "const", "nargs", "required"), "argparse"),
     **dict.fromkeys(("add_dummy_prefix", "byte_fallback", "remove_extra_whitespaces"), "sentencepiece"),
     **dict.fromkeys(("grad", "param_groups"), "torch, public"),
     "auto_map": "a key of config.json",

@@ -24,7 +24,7 @@ import numpy as np
 from hf_llava_ft.checking.images import stored_sizes
 from hf_llava_ft.checking.kept_checks import known_counts
 from hf_llava_ft.checking.known_problems import problems_of
-from hf_llava_ft.data.formats.columns import SaidOfColumns
+from hf_llava_ft.data.formats.column_choice import SaidOfColumns
 from hf_llava_ft.data.formats.containers import Container
 from hf_llava_ft.data.formats.dataset import load_source
 from hf_llava_ft.data.formats.mixture import draw_rows

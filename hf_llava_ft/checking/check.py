@@ -158,7 +158,7 @@ def _token_summary(
         rows = np.concatenate(trained)
         words = np.maximum(1, collected.column("num_words")[rows]) * np.where(num_images[rows] > 0, 1, -1)
         # As a run on one device has it that was told of no other.
-        batch = {OF_BATCH[0]: batch_size}
+        batch: dict[str, Any] = {OF_BATCH[0]: batch_size}
         size, accumulation = ((batch | batch_of("lora", len(rows), 1, batch))[name] for name in OF_BATCH)
         summary["padding_waste"] = padding_waste(lengths[rows], words, size, LENGTH_POOL_STEPS)
         summary["steps"] = {

@@ -19,7 +19,7 @@ from hf_llava_ft.checkpoints.inspection import inspect_checkpoint
 from hf_llava_ft.checkpoints.opening import load_config
 from hf_llava_ft.checkpoints.starting.training_processor import processor_for_training
 from hf_llava_ft.data.formats import Source, open_source
-from hf_llava_ft.data.formats.columns import SaidOfColumns
+from hf_llava_ft.data.formats.column_choice import SaidOfColumns
 from hf_llava_ft.data.pictures import decode_failure
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.processing.picture_opening_llava import PictureOpening

@@ -12,7 +12,7 @@ from hf_llava_ft.checking.preview import visible
 from hf_llava_ft.checking.result import CheckResult
 from hf_llava_ft.checkpoints.artifact import check_writable_file, told_of_a_full_disk
 from hf_llava_ft.data.captioned_folder import CaptionedFolder, captioned_folder
-from hf_llava_ft.data.formats.columns import SaidOfColumns
+from hf_llava_ft.data.formats.column_choice import SaidOfColumns
 from hf_llava_ft.errors import UserError
 
 DATA_FILE = "data.json"

@@ -51,8 +51,9 @@ class KeptCheck:
         said = [[source.weight, source.dialect.columns and source.dialect.columns.told()] for source in sources]
         self._files = [files_state(source) for source in sources]
         # Of the state of files only what does not change with them, so that a new check takes the place of the old.
-        names = [[source.where, source.reading, source.images.folder] for source in sources]
-        identity = [names, said, _processor_key(processor), settings]
+        names = [[source.where, source.reading] for source in sources]
+        images = [[each.images.folder, each.images.allow_outside, each.images.allow_urls] for each in sources]
+        identity = [names, images, said, _processor_key(processor), settings]
         self._path = self._root / f"{_digest(identity)}.json"
         self._began = _clock_of(self._root)
 

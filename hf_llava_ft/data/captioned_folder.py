@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_llava_ft.data.formats.columns import SaidOfColumns
+from hf_llava_ft.data.formats.column_choice import SaidOfColumns
 from hf_llava_ft.data.formats.dialects import IMAGE_CAPTION
 from hf_llava_ft.data.formats.source import Source, open_source
 from hf_llava_ft.data.image_folder import MissingImageError

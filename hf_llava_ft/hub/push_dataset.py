@@ -13,7 +13,7 @@ from hf_llava_ft.errors import UserError, exit_on_user_error
 
 if TYPE_CHECKING:
     from hf_llava_ft.data.export import ExportedDataset
-    from hf_llava_ft.data.formats.columns import SaidOfColumns
+    from hf_llava_ft.data.formats.column_choice import SaidOfColumns
     from hf_llava_ft.hub.upload import Uploaded
 
 ColumnsOption = Annotated[

@@ -10,10 +10,8 @@ from typing import Any
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.settings.original_table import SWITCHES_OF_NEXT
 
-TOWER, PROJECTOR, LANGUAGE_MODEL, RESAMPLER = (
-    *("mm_vision_tower", "mm_mlp_adapter", "mm_language_model"),
-    "mm_vision_resampler",
-)
+TOWER, PROJECTOR, LANGUAGE_MODEL = "mm_vision_tower", "mm_mlp_adapter", "mm_language_model"
+RESAMPLER = "mm_vision_resampler"
 _PARTS = (TOWER, PROJECTOR, LANGUAGE_MODEL, RESAMPLER)
 # By the parts that train: the train type, and whether the projector stays as it is.
 _WHOLE = {

@@ -12,8 +12,10 @@ from transformers import CONFIG_NAME, IntervalStrategy
 
 from hf_llava_ft.checkpoints.artifact import told_of_a_full_disk
 from hf_llava_ft.checkpoints.inspection import ADAPTER_CONFIG
+from hf_llava_ft.checkpoints.remote_code import carries_our_code, note_on_code
 from hf_llava_ft.checkpoints.training_facts import training_facts
 from hf_llava_ft.errors import EXIT_CODE_FAILURE
+from hf_llava_ft.reports.last_lines import last_lines
 from hf_llava_ft.reports.run_report import PLOT_FILE, write_run_report
 from hf_llava_ft.training.eval_prompts import EvalAnswers
 from hf_llava_ft.training.first_process import staged_in_first_process
@@ -59,6 +61,21 @@ def write_facts(summary: dict[str, Any], trainer: LlavaTrainer, answers: EvalAns
         if isinstance(trainer.model, PeftModel):
             plot = PLOT_FILE if summary["loss"] else None
             trainer.write_own_card(output_dir, training_facts(output_dir), plot)
+
+
+def lines_of_result(trainer: LlavaTrainer, answers: EvalAnswers, *, are_held_out: bool) -> list[str]:
+    """What the command says in the end; see `last_lines`."""
+    output_dir = Path(str(trainer.args.output_dir))
+    lines = last_lines(
+        output_dir,
+        answers.answers,
+        is_adapter=isinstance(trainer.model, PeftModel),
+        are_held_out=are_held_out,
+        picture=answers.a_picture,
+    )
+    if trainer.is_world_process_zero() and carries_our_code(output_dir):
+        lines.append(note_on_code(output_dir))
+    return lines
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import IntervalStrategy, TrainerState
 
 from hf_llava_ft.checking.bad_rows import SoundRows, sound_rows
-from hf_llava_ft.data.formats.columns import parse_choice
+from hf_llava_ft.data.formats.column_choice import parse_choice
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.settings.arguments import DataArguments

@@ -11,7 +11,7 @@ from datasets import Dataset
 from hf_llava_ft.checking.bad_rows import SoundRows, sound_rows, told_of_skipped
 from hf_llava_ft.checking.preview import first_rows
 from hf_llava_ft.data.formats import Source, open_source
-from hf_llava_ft.data.formats.columns import SaidOfColumns
+from hf_llava_ft.data.formats.column_choice import SaidOfColumns
 from hf_llava_ft.data.skipped_rows import SKIPPED_FILE, told_of_rows_left_out
 from hf_llava_ft.data.streaming import LlavaStream
 from hf_llava_ft.data.streaming.loader import refuse_grouping
@@ -92,7 +92,7 @@ class OpenedRows:
         """Rows that an epoch trains on, unless some turn out too long; those that are held out are not among them."""
         if isinstance(self.rows, LlavaStream):
             return self.rows.num_rows
-        number = sum(round(len(part.dataset) * part.source.weight) for part in self.rows.parts)
+        number = sum(max(1, int(part.source.weight * len(part.dataset) + 0.5)) for part in self.rows.parts)
         share = self.data_args.eval_split
         return number if share is None else number - max(1, round(share * number))
 

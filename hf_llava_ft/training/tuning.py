@@ -118,6 +118,7 @@ def with_lora(
 
 
 def _new_lora(model: LlavaForCausalLM, arguments: TuningArguments, revision: str | None) -> LoraConfig:
+    assert arguments.lora_r is not None and arguments.lora_alpha is not None  # of `tuning_with_defaults`
     return LoraConfig(
         r=arguments.lora_r,
         lora_alpha=arguments.lora_alpha,

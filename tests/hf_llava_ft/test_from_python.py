@@ -37,7 +37,7 @@ LLAVA = "liuhaotian/llava-v1.5-7b"
 @pytest.fixture
 def desk(tiny_checkpoint, llava_json, tmp_path, monkeypatch):
     """A current folder with data.json, images/ and a tiny LLaVA under README's name of one."""
-    llava_json(5)
+    llava_json(4)
     Path(tmp_path, LLAVA).parent.mkdir()
     Path(tmp_path, LLAVA).symlink_to(tiny_checkpoint, target_is_directory=True)
     monkeypatch.chdir(tmp_path)
@@ -128,7 +128,7 @@ def test_the_command_and_python_give_the_same_losses_bit_for_bit(desk, monkeypat
 
 def test_with_tuning_names_the_base_that_was_loaded(desk):
     model = with_tuning(load_model(LLAVA, load_processor(LLAVA)), TuningArguments(lora_r=2))
-    assert model.peft_config["default"].base_model_name_or_path == str(Path(LLAVA).resolve())
+    assert model.peft_config["default"].base_model_name_or_path == str(Path(LLAVA).absolute())
     assert {part_of(name) for name, each in model.named_parameters() if each.requires_grad} == {
         *(LANGUAGE_MODEL, PROJECTOR),
     }
@@ -186,12 +186,12 @@ def test_a_recipe_is_a_recipe_that_names_may_change(desk):
     assert settings["lora_r"] == 2 and settings["learning_rate"] == 1e-2
 
 
-# What is told is what came besides torch and transformers, which the registration needs.
+# The registration needs torch and transformers, which bring accelerate and jinja2.
 IMPORT_AND_SAY_WHAT_CAME = """
 import sys
 import hf_llava_ft
 assert {"fine_tune", "with_tuning", "TuningArguments"} <= set(dir(hf_llava_ft))
-print(sorted({"peft", "datasets", "accelerate", "matplotlib", "rich", "jinja2"} & sys.modules.keys()))
+print(sorted({"peft", "datasets", "matplotlib", "rich"} & sys.modules.keys()))
 """
 
 

@@ -47,26 +47,11 @@ ROLES = tuple(_NAMES)
 _IN_WORDS = {"prompt": "the question", "response": "the answer", "image": "the picture", "system": "the system turn"}
 # What pandas writes for a value that is not there. "Nan" and "none" may be answers.
 _NOT_A_VALUE = ("nan", "NaN", "<NA>")
-_EXAMPLE = "image=img,prompt=question,response=answer"
+EXAMPLE = "image=img,prompt=question,response=answer"
 _MAX_NAMED = 20
 
 # Of each role its columns; none at all where it is not to be looked for.
 Given = Mapping[str, tuple[str, ...]]
-
-
-class ColumnChoice(NamedTuple):
-    """
-    What `--columns` says.
-
-    Args:
-        everywhere (`dict`): for each dataset that has all of these columns.
-        of_dataset (`dict[str, dict]`): by the dataset's name in `--data_path`, without split and weight.
-        is_inherited (`bool`): it was said of other data, and need not fit these.
-    """
-
-    everywhere: Given = {}
-    of_dataset: Mapping[str, Given] = {}
-    is_inherited: bool = False
 
 
 class Columns(NamedTuple):
@@ -99,7 +84,7 @@ class Columns(NamedTuple):
         read = {self.prompt, self.response, *self.image, self.system, "id"}
         unread = sorted(name for name in self.names if name not in read)
         text = ", ".join(f"{role} from {name}" for role, name in chosen if name)
-        return f"{text}; not read: {_listed(unread)}" if unread else text
+        return f"{text}; not read: {listed(unread)}" if unread else text
 
     @property
     def reading(self) -> str:
@@ -121,7 +106,7 @@ class Columns(NamedTuple):
         row_id, place = identify_row(row, where, number)
         refuse_other_media(row, place)
         for name in row:
-            if name not in self.names and (role := _role_of(name)) and role not in self.settled:
+            if name not in self.names and (role := role_of(name)) and role not in self.settled:
                 raise UserError(
                     f"{place} has {name!r}, which the first rows have not; say what it is with --columns "
                     f"{role}={name}, or that it is not read with --columns {role}= ."
@@ -132,7 +117,7 @@ class Columns(NamedTuple):
             raise EmptyAnswer(f"{place}: column {self.response!r} is empty; write the answer, or remove the row.")
         if self.prompt is None:
             if not images:
-                raise UserError(f"{place} has no picture under {_listed(self.image)}; write it, or remove the row.")
+                raise UserError(f"{place} has no picture under {listed(self.image)}; write it, or remove the row.")
             turns = [("user", ""), ("assistant", _one_answer(answers, f"{place}: column {self.response!r}"))]
         else:
             turns = self._turns(_cell(row, self.prompt, place), answers, place)
@@ -164,97 +149,6 @@ class Columns(NamedTuple):
         return turns
 
 
-# As `--columns` is written, or a recipe has it.
-SaidOfColumns = str | Sequence[str] | Mapping[str, Any] | ColumnChoice | None
-
-
-def parse_choice(columns: SaidOfColumns) -> ColumnChoice:
-    """
-    Args:
-        columns: `image=img,prompt=question,response=answer`; `a.csv:prompt=...` for one dataset of a mixture; a list
-            of such; or a mapping, also as JSON. `image=left+right` are two pictures, and `image=` is none.
-
-    Raises:
-        UserError: if it is not written so.
-    """
-    if columns is None or isinstance(columns, ColumnChoice):
-        return columns or ColumnChoice()
-    everywhere: dict[str, tuple[str, ...]] = {}
-    of_dataset: dict[str, dict[str, tuple[str, ...]]] = {}
-    words: list[Any] = [columns] if isinstance(columns, (str, Mapping)) else list(columns)
-    for word in words:
-        for dataset, role, value in _said(word):
-            chosen = everywhere if dataset is None else of_dataset.setdefault(dataset, {})
-            _choose(chosen, role, value)
-    return ColumnChoice(everywhere, of_dataset)
-
-
-def _said(word: Any) -> Iterable[tuple[str | None, str, Any]]:
-    """(dataset, role, column or columns) of one word or mapping."""
-    if isinstance(word, str) and word.lstrip().startswith("{"):
-        try:
-            word = json.loads(word)
-        except ValueError:
-            raise UserError(f"--columns {word} is no JSON; write {_EXAMPLE}.") from None
-    if isinstance(word, Mapping):
-        for name, value in word.items():
-            if isinstance(value, Mapping):
-                yield from ((str(name), str(role), inner) for role, inner in value.items())
-            elif name not in ROLES and isinstance(value, str) and "=" in value:
-                yield from _said(f"{name}:{value}")
-            else:
-                yield None, str(name), value
-        return
-    dataset = None
-    for piece in str(word).split(","):
-        head, equals, value = piece.partition("=")
-        if not equals:
-            raise UserError(f"--columns: {piece.strip()!r} names no column; write {_EXAMPLE}.")
-        name, colon, role = head.rpartition(":")
-        dataset = name.strip() if colon else dataset
-        yield dataset, role.strip(), value.strip()
-
-
-def _choose(chosen: dict[str, tuple[str, ...]], role: str, value: Any) -> None:
-    if role not in ROLES:
-        meant = next((known for known in ROLES if role in _NAMES[known]), None)
-        hint = f"; write {meant}= for {role!r}" if meant else ""
-        raise UserError(f"--columns: {role!r} is none of {', '.join(ROLES)}{hint}.")
-    names = value.split("+") if isinstance(value, str) else [] if value is None else value
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"--columns: {role} is {json_type(value)}; write the name of a column.")
-    names = [name.strip() for name in names if name.strip()]
-    if role in chosen and chosen[role] != tuple(names):
-        raise UserError(f"--columns: {role} is given twice; keep one, or join columns of pictures, image=left+right.")
-    if len(names) > 1 and role != "image":
-        raise UserError(f"--columns: {role} is one column and not {_listed(names)}; choose one of them.")
-    if not names and role == "response":
-        raise UserError("--columns: response has no column, and the answers are what is learned; name it.")
-    chosen[role] = tuple(names)
-
-
-def given_for(choice: ColumnChoice, path: str, names: Sequence[str], is_only_one: bool) -> Given:
-    """
-    What is said of a dataset.
-
-    Args:
-        path (`str`): its name in `--data_path`.
-        names (`list[str]`): its columns.
-        is_only_one (`bool`): there is no other dataset that could be meant.
-
-    Returns:
-        `dict`: columns by role; of a mixture, what is said of all is for those that have all of these columns.
-    """
-    of_this = choice.of_dataset.get(path, {})
-    is_meant = is_only_one and not choice.is_inherited
-    if not is_meant and not of_this:
-        # A dataset that holds whole conversations has no other columns to choose from.
-        is_meant = not {"conversations", "messages"} & {*names} and all(
-            name in names for columns in choice.everywhere.values() for name in columns
-        )
-    return {**choice.everywhere, **of_this} if is_meant else of_this
-
-
 def find_columns(names: Sequence[str], given: Given, where: str) -> Columns | None:
     """
     Args:
@@ -273,7 +167,7 @@ def find_columns(names: Sequence[str], given: Given, where: str) -> Columns | No
             if name not in names:
                 close = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
                 hint = f"; did you mean {close[0]}?" if close else "."
-                raise UserError(f"--columns {role}={name}: {where} has the columns {_listed(names)}{hint}")
+                raise UserError(f"--columns {role}={name}: {where} has the columns {listed(names)}{hint}")
     taken = {name for chosen in given.values() for name in chosen}
     found: dict[str, tuple[str, ...]] = dict(given)
     for role in ROLES:
@@ -290,15 +184,15 @@ def find_columns(names: Sequence[str], given: Given, where: str) -> Columns | No
         if not given and not found["prompt"]:
             return None
         raise UserError(
-            f"{where} has the columns {_listed(names)}, and no name of them is known for the answer; "
+            f"{where} has the columns {listed(names)}, and no name of them is known for the answer; "
             f"say which it is with --columns response=NAME."
         )
     if not found["prompt"] and not found["image"]:
         if not given:
             return None
         raise UserError(
-            f"{where} has the columns {_listed(names)}, and no name of them is known for the question or the picture; "
-            f"say which they are with --columns {_EXAMPLE}."
+            f"{where} has the columns {listed(names)}, and no name of them is known for the question or the picture; "
+            f"say which they are with --columns {EXAMPLE}."
         )
     (response,) = found["response"]
     prompt, system = (found[role][0] if found[role] else None for role in ("prompt", "system"))
@@ -307,7 +201,7 @@ def find_columns(names: Sequence[str], given: Given, where: str) -> Columns | No
 
 def _refuse_several(role: str, several: Sequence[str], names: Sequence[str], where: str) -> None:
     raise UserError(
-        f"{where} has the columns {_listed(names)}, and {_listed(several, ' and ')} could each be {_IN_WORDS[role]}; "
+        f"{where} has the columns {listed(names)}, and {listed(several, ' and ')} could each be {_IN_WORDS[role]}; "
         f"say which it is with --columns {role}={several[0]}."
     )
 
@@ -322,7 +216,7 @@ def has_own_picture(names: Iterable[str]) -> bool:
     return any(_plain(name) in _NAMES["image"] for name in names) and not {"image", "images"} & {*names}
 
 
-def _role_of(name: Any) -> str | None:
+def role_of(name: Any) -> str | None:
     plain = _plain(name)
     return next((role for role, usual in _NAMES.items() if plain in usual), None)
 
@@ -374,7 +268,7 @@ def _one_answer(answers: Any, place: str) -> str:
     return max(counts, key=counts.__getitem__)  # which is the first of equals
 
 
-def _listed(names: Iterable[str], last: str = ", ") -> str:
+def listed(names: Iterable[str], last: str = ", ") -> str:
     shown = [name if len(name) <= 40 else f"{name[:37]}..." for name in map(str, names)]
     if len(shown) > _MAX_NAMED:
         return ", ".join(shown[:_MAX_NAMED]) + f" and {len(shown) - _MAX_NAMED} more"

@@ -23,7 +23,7 @@ from filelock import FileLock
 
 from hf_llava_ft.data.builder import FEATURES, load_llava_json, undecoded
 from hf_llava_ft.data.formats.checked_rows import checked_rows
-from hf_llava_ft.data.formats.columns import SaidOfColumns
+from hf_llava_ft.data.formats.column_choice import SaidOfColumns
 from hf_llava_ft.data.formats.containers import JsonFile
 from hf_llava_ft.data.formats.dialects import LLAVA, SHAREGPT
 from hf_llava_ft.data.formats.mixture import draw_rows

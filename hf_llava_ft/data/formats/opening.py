@@ -56,6 +56,11 @@ def open_container(path: str, split: str | None = None) -> Container:
         raise UserError(f"{path} is an archive; unpack it and give what was in it.")
     if head[:8] == b"ARROW1\0\0":
         raise UserError(f"{path} is an Arrow file; give the folder that save_to_disk wrote, or Parquet.")
+    if path.lower().endswith((".yaml", ".yml")):
+        raise UserError(
+            f"{path} is YAML, in which LLaVA-NeXT lists datasets; name them in --data_path instead, with the share of "
+            "each: a.json:0.3,b.json."
+        )
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     separator = _separator(text, path)
     return JsonFile(path, text[:1]) if separator is None else CsvFile(path, separator)

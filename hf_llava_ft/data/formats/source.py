@@ -5,15 +5,8 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from hf_llava_ft.data.formats.columns import (
-    Given,
-    SaidOfColumns,
-    asks_more_than_captions,
-    find_columns,
-    given_for,
-    has_own_picture,
-    parse_choice,
-)
+from hf_llava_ft.data.formats.column_choice import SaidOfColumns, given_for, parse_choice
+from hf_llava_ft.data.formats.columns import Given, asks_more_than_captions, find_columns, has_own_picture
 from hf_llava_ft.data.formats.containers import Container
 from hf_llava_ft.data.formats.dialects import (
     IMAGE_CAPTION,
@@ -154,7 +147,7 @@ def open_source(
         cache_dir (`str`, *optional*):
             Where fetched images are kept; the cache of `datasets` by default.
         columns (*optional*):
-            Of tables, which column is what: `image=img,prompt=question,response=answer` (`columns.py`).
+            Of tables, which column is what: `image=img,prompt=question,response=answer` (`column_choice.py`).
 
     Raises:
         UserError: if one can't be read, or its first rows are written in no known dialect.

@@ -1,11 +1,13 @@
 """The first look at a command line: help, mistyped flags and what is missing, before torch and transformers are
 imported. What it lets pass, the parser looks at again."""
 
+import difflib
 from collections.abc import Sequence
+from itertools import zip_longest
 
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.settings.flags.help import wants_help
-from hf_llava_ft.settings.flags.known import all_names, is_known
+from hf_llava_ft.settings.flags.known import all_names, is_known, own_flags
 from hf_llava_ft.settings.flags.wrong_names import sentence_on
 from hf_llava_ft.settings.recipes import read_recipe, split_recipe
 
@@ -24,7 +26,8 @@ def first_look(argv: Sequence[str]) -> str | None:
         A page of help, if one is asked for.
 
     Raises:
-        UserError: for a flag or a setting of the recipe that there is none of, or if model or data are not named.
+        UserError: for a flag, a setting of the recipe or a choice that there is none of, or if model or data are not
+            named.
     """
     recipe, words = split_recipe(argv)
     if (page := wants_help(words)) is not None:
@@ -33,6 +36,7 @@ def first_look(argv: Sequence[str]) -> str | None:
     for name in names:
         if not is_known(name):
             raise UserError(sentence_on(f"--{name}", all_names()))
+    _check_choices(words)
     given = {name.replace("-", "_") for name in names}
     if recipe is not None:
         given |= set(read_recipe(recipe, all_names()))
@@ -40,3 +44,17 @@ def first_look(argv: Sequence[str]) -> str | None:
         if name not in given:
             raise UserError(f"--{name} is missing: {what}. llava-ft train --help lists all flags.")
     return None
+
+
+def _check_choices(words: Sequence[str]) -> None:
+    for word, next_word in zip_longest(words, words[1:], fillvalue="--"):
+        name, is_said, value = word.removeprefix("--").partition("=")
+        name, value = name.replace("-", "_"), value if is_said else next_word
+        flag = own_flags().get(name) if word.startswith("--") else None
+        # LLaVA-NeXT has more words for the last one.
+        if flag is None or not flag.choices or value.startswith("--") or name == "image_aspect_ratio":
+            continue
+        if value not in flag.choices:
+            close = difflib.get_close_matches(value, flag.choices, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise UserError(f"--{name} {value}: {hint}It is one of {', '.join(flag.choices)}.")

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from hf_llava_ft.settings.flags.known import OF_THE_PARSER, Flag, flags_of_transformers, own_flags
-from hf_llava_ft.settings.original_table import FLAGS, SWITCHES
+from hf_llava_ft.settings.original_table import FLAGS, SWITCHES, SWITCHES_OF_NEXT
 from hf_llava_ft.settings.presets import PRESETS
 
 USAGE = "llava-ft train [RECIPE.yaml] [--preset NAME] [--FLAG VALUE ...]"
@@ -161,10 +161,10 @@ def _add(group: Any, flag: Flag) -> None:
         text = flag.help if flag.name in own_flags() else f"{flag.help.partition('. ')[0].rstrip('.')}."
         is_told = "default" in text.lower() or flag.name in OF_THE_PARSER
         text += "" if is_told or flag.default in (None, "", False) else f" [{flag.default}]"
+        text = text.removeprefix(".").lstrip()  # of a help that transformers puts together
     values = flag.kind.removesuffix(" | None").removeprefix("Optional[")
-    if values.startswith("Literal["):
-        words = values.removeprefix("Literal[").rstrip("]").replace("'", "").replace('"', "").split(", ")
-        shown = "|".join(words) if len(words) < 5 else "NAME"
+    if flag.choices:
+        shown = "|".join(flag.choices) if len(flag.choices) < 5 else "NAME"
     else:
         shown = _VALUES.get(values.rstrip("]") if "[" not in values else values, "TEXT")
     text = text.replace("%", "%%")
@@ -175,11 +175,13 @@ def _add(group: Any, flag: Flag) -> None:
 
 
 def _paragraphs(width: int, with_all: bool) -> str:
-    names: Iterable[str] = sorted({*FLAGS, *SWITCHES}) if with_all else (*SWITCHES, "evaluation_strategy")
+    names: Iterable[str] = (*SWITCHES, "mm_tunable_parts", "evaluation_strategy")
+    if with_all:
+        names = sorted({*FLAGS, *SWITCHES, *SWITCHES_OF_NEXT})
     listed = ", ".join(f"--{name}" for name in names)
     last = (
-        f"The command lines of the original LLaVA are understood too ({listed}{'' if with_all else ', ...'}): "
-        "docs/training.md. Which settings for which data: docs/settings.md."
+        f"The command lines of the original LLaVA and of LLaVA-NeXT are understood too ({listed}"
+        f"{'' if with_all else ', ...'}): docs/training.md. Which settings for which data: docs/settings.md."
     )
     return textwrap.fill(last, width) + os.linesep
 

@@ -37,6 +37,14 @@ class Flag:
     help: str = ""
     default: Any = None
 
+    @property
+    def choices(self) -> list[str]:
+        """The words that it may be; empty where any will do."""
+        kind = self.kind.removesuffix(" | None").removeprefix("Optional[")
+        if not kind.startswith("Literal["):
+            return []
+        return kind.removeprefix("Literal[").rstrip("]").replace("'", "").replace('"', "").split(", ")
+
 
 @cache
 def own_flags() -> dict[str, Flag]:

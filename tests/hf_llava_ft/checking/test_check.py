@@ -251,7 +251,9 @@ def test_rows_that_no_cut_can_help_are_counted(folder, tiny_processor):
     )
     cut = result.to_json()["cut"]
     assert (cut["rows"], cut["rows_left_out"]) == (1, 1) and f"the last {cut['tokens']})" in early
-    assert result.to_json()["steps"]["rows_per_epoch"] == 1
+    # As training has it that is told of no batch (`settings/defaults.py`).
+    steps = {"batch_size": 4, "accumulation": 1, "rows_per_epoch": 1, "steps_per_epoch": 1}
+    assert result.to_json()["steps"] == steps
 
 
 def test_llava_next_counts_by_the_size_of_each_picture(folder, tiny, golden):

@@ -14,7 +14,7 @@ from hf_llava_ft.checking.bad_rows import sound_rows
 from hf_llava_ft.cli.application import app
 from hf_llava_ft.data.export import export_dataset
 from hf_llava_ft.data.formats import load_data, open_source
-from hf_llava_ft.data.formats.columns import parse_choice
+from hf_llava_ft.data.formats.column_choice import parse_choice
 from hf_llava_ft.data.streaming import LlavaStream
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.settings.parsing import resolve

@@ -20,6 +20,7 @@ from PIL import Image
 from hf_llava_ft.data.formats import containers, load_data, open_source
 from hf_llava_ft.data.formats import images as images_module
 from hf_llava_ft.data.formats.dialects import IMAGE_CAPTION, LLAVA, MESSAGES, PROMPT_COMPLETION
+from hf_llava_ft.data.formats.mixture import parse_data_path
 from hf_llava_ft.errors import UserError
 
 QUESTION, ANSWER = "<image>\nWhat is it?", "A cat."
@@ -358,6 +359,17 @@ def test_files_that_are_not_yet_the_data(folder):
     with zipfile.ZipFile(folder / "data", "w") as archive:
         archive.writestr("data.json", "[]")
     assert "data is an archive; unpack it" in refusal(folder, str(folder / "data"))
+    (folder / "ov.yaml").write_text("datasets:\n  - json_path: a.json\n    sampling_strategy: first:3\n")
+    assert "ov.yaml is YAML, which LLaVA-NeXT lists" in refusal(folder, str(folder / "ov.yaml"))
+
+
+def test_several_files_in_braces(folder):
+    for name in ("a", "b"):
+        (folder / f"{name}.json").write_text("[]")
+    found = parse_data_path(f"{folder}/{{a, b}}.json")
+    assert [each.path for each in found] == [f"{folder}/a.json", f"{folder}/b.json"]
+    with pytest.raises(UserError, match="c.json"):
+        parse_data_path(f"{folder}/{{a,c}}.json")
 
 
 def test_folders_without_data(folder):

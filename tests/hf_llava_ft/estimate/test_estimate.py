@@ -245,6 +245,20 @@ def test_the_command_needs_no_weights_and_fits(tiny, tmp_path, checkout):
     assert run(*words, "--fit", "1.0001").exit_code == 2
 
 
+def test_the_rows_say_rank_and_batch_as_in_training(tiny, tmp_path):
+    tiny.config().save_pretrained(tmp_path)
+    trained = {}
+    for rows in ("50", "500"):
+        result = run("--model", str(tmp_path), "--rows", rows, "--json", str(tmp_path / "out.json"))
+        assert result.exit_code == 0, result.output
+        content = json.loads((tmp_path / "out.json").read_text())
+        plan = content["plan"]
+        language_model = next(part for part in content["parameters"] if part["part"] == "language_model")
+        trained[rows] = (plan["batch"]["size"], plan["accumulation"], language_model["num_trainable"])
+    assert trained["50"][:2] == (4, 1) and trained["500"][:2] == (8, 1)
+    assert trained["500"][2] == 2 * trained["50"][2] > 0  # r 16 and r 8
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from hf_llava_ft.settings import training_arguments
 from hf_llava_ft.settings.arguments import TuningArguments
 from hf_llava_ft.settings.defaults import (
     BY_SIZE,
@@ -202,3 +203,13 @@ def test_a_run_that_goes_on_keeps_what_it_had(tmp_path):
     assert (tuned.lora_r, tuned.lora_alpha) == (5, 6)
     said = LlavaTrainingArguments(output_dir=str(tmp_path), use_cpu=True, learning_rate=1e-4)
     assert training_with_defaults(said, "lora", 30, before=before).learning_rate == 1e-4
+
+
+def test_bfloat16_is_chosen_from_python_too_where_the_gpu_has_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(training_arguments, "has_bf16_gpu", lambda: True)
+    with pytest.raises(ValueError, match="doesn't support bf16/gpu"):  # transformers looks for the GPU
+        LlavaTrainingArguments(output_dir=str(tmp_path))
+    for said in ({"use_cpu": True}, {"bf16": False}):
+        assert LlavaTrainingArguments(output_dir=str(tmp_path), **said).bf16 is False
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert LlavaTrainingArguments(output_dir=str(tmp_path)).bf16 is False

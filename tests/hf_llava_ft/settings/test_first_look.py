@@ -87,8 +87,30 @@ def test_a_recipe_is_looked_at_too(tmp_path):
         first_look([str(recipe), *MINIMAL])
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            ["--train_type", "freeze-vision"],
+            "freeze-vision: did you mean freeze_vision? It is one of",
+        ),
+        (
+            ["--train-type=half"],
+            "--train_type half: It is one of lora, qlora, projector,",
+        ),
+        (["--bits", "3"], "--bits 3: It is one of 4, 8, 16."),
+        (["--quant_type", "nf5"], "did you mean nf4?"),
+    ],
+)
+def test_a_choice_that_there_is_none_of_is_told(words, sentence):
+    with pytest.raises(UserError) as caught:
+        first_look([*MINIMAL, *words])
+    assert sentence in str(caught.value)
+
+
 def test_what_the_parser_takes_passes():
     words = ["--no_double_quant", "--no-cuda", "--lora-r", "3", "--mm_vision_select_layer", "-2", "--local_rank=0"]
+    words += ["--image_aspect_ratio", "anyres_max_9", "--bits=4", "--train_type", "full", "--quant_type"]
     assert first_look([*MINIMAL, *words, "--evaluation_strategy", "no", "--preset", "x", "--dry_run"]) is None
 
 
