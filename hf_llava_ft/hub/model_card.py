@@ -148,7 +148,9 @@ def write_local_card(
         evaluated=evaluated,
         samples=[],
         verification=None,
-        has_license=bool(base.license),
+        license=base.license.get("license_name", base.license.get("license")),
+        is_license_of_base=True,
+        languages=[],
         plot=plot,
     )
     data = _metadata("adapter", name, base.loader, bases, facts, evaluated, dict(base.license))

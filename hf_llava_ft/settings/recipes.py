@@ -98,5 +98,5 @@ def _text(value: Any, written: Any) -> str:
         try:
             float(written)
         except ValueError:
-            return str(value)
+            return written if ":" in written else str(value)  # to YAML 1:30 is 90
     return written

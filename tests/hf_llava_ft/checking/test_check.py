@@ -377,7 +377,7 @@ def test_hostile_rows_end_in_sentences(llava_ft, folder, tiny_checkpoint):
         {"id": "deep", "conversations": deep},
         row("nul", "q", "a\x00b"),
         row("surrogate", "q", "\ud800"),
-        row("huge", "q", "spam" * 1_000_000),
+        row("huge", "q", "spam" * 100_000),
         row(["list"], "q", "a"),
         row("path", "<image>\nq", "a", "/etc/passwd"),
         row("web", "<image>\nq", "a", "http://127.0.0.1:9/x.png"),
@@ -402,7 +402,7 @@ def test_hostile_rows_end_in_sentences(llava_ft, folder, tiny_checkpoint):
         for text in (problem["what"], problem["what_to_do"])
         if str(folder) in text
     ]
-    assert "4,000,178 characters" in result["problems"][3]["what"] and result["problems"][3]["kind"] == "too_long"
+    assert "400,178 characters" in result["problems"][3]["what"] and result["problems"][3]["kind"] == "too_long"
 
 
 @pytest.mark.parametrize(

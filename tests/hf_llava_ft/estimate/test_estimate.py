@@ -3,6 +3,7 @@
 import gc
 import json
 import weakref
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -121,21 +122,35 @@ def saved_bytes(model, inputs: dict) -> int:
     return total
 
 
+@pytest.fixture(scope="module")
+def config(tiny):
+    """With more layers than are traced."""
+    config = tiny.config()
+    config.text_config.num_hidden_layers = 6
+    return config
+
+
+@pytest.fixture(scope="module")
+def traced(config):
+    """`traced(train_type, checkpointing)`, once each."""
+
+    @cache
+    def trace(train_type: str, checkpointing: bool):
+        return trace_micro_batch(config, tuning(train_type), FLOAT32, ROWS, gradient_checkpointing=checkpointing)
+
+    return trace
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("train_type", ["lora", "projector", "freeze_vision", "full"])
-def test_what_is_held_is_what_autograd_saves(tiny, train_type, checkpointing):
-    config = tiny.config()
-    config.text_config.num_hidden_layers = 6  # more than are traced
-    arguments = tuning(train_type)
+def test_what_is_held_is_what_autograd_saves(config, traced, train_type, checkpointing):
     real = hf_llava_ft.LlavaForCausalLM(config)
     real.loss_function = LossOverTokens(num_tokens=1088, image_token_id=1024)
-    model = with_tuning(real, arguments, "").train()
+    model = with_tuning(real, tuning(train_type), "").train()
     if checkpointing:
         model.gradient_checkpointing_enable()
     measured = saved_bytes(model, real_inputs())
-    estimates = {
-        on: trace_micro_batch(config, arguments, FLOAT32, ROWS, gradient_checkpointing=on) for on in (False, True)
-    }
+    estimates = {on: traced(train_type, on) for on in (False, True)}
     assert estimates[checkpointing].held == pytest.approx(measured, rel=0.15)
     assert estimates[not checkpointing].held != pytest.approx(measured, rel=0.15)
     assert estimates[checkpointing].peak >= estimates[checkpointing].held

@@ -8,7 +8,6 @@ programs run in processes of their own; each does many things, since each pays f
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from hf_llava_ft.checkpoints.verify import Probe, default_image, reference_outpu
 from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
 from hf_llava_ft.settings.arguments import TuningArguments
 from hf_llava_ft.training.tuning import with_tuning
+from tests import warm_python
 from tests.loopback_hub import CutRequest, LoopbackHub, Status
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -320,14 +320,8 @@ def hub(folders):
 
 
 def run(hub, program: str, *arguments, home: Path, **environment) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        [sys.executable, "-c", program, *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, **hub.environment(home), **environment},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
+    environment = {**os.environ, **hub.environment(home), **environment}
+    done = warm_python.run(["-c", program, *map(str, arguments)], cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-3000:] + str(hub.unknown)
     return done
 
@@ -418,10 +412,8 @@ def test_weights_of_other_shapes_are_refused_before_they_are_fetched(pushed):
 def test_without_this_package(hub, pushed, folders, tmp_path):
     default_image().save(tmp_path / "image.png")
     environment = {**os.environ, **hub.environment(tmp_path / "home")}
-    command = [sys.executable, "-I", "-c", LOAD_WITHOUT, str(tmp_path / "image.png"), str(tmp_path), QUESTION]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
-    )
+    command = ["-I", "-c", LOAD_WITHOUT, str(tmp_path / "image.png"), str(tmp_path), QUESTION]
+    done = warm_python.run(command, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_as_expected(tmp_path / "without.safetensors", folders)
     processor = hf_llava_ft.load_processor(str(folders[0] / "native"))
