@@ -100,7 +100,9 @@ def resolve(argv: Sequence[str]) -> Settings:
         as_there = _said(_settle(settings, given, original), given)
         notes.append(f"With the original's flags, what is not set is as there: {as_there}.")
     put_defaults(settings)
-    assumed = frozenset(name for name in OF_A_NEW_LLAVA if settings[name].origin == ORIGINAL_DEFAULT)
+    assumed = frozenset(
+        name for name in (*OF_A_NEW_LLAVA, "picture_opening") if settings[name].origin == ORIGINAL_DEFAULT
+    )
     return Settings(settings, notes, assumed, dry_run=dry_run)
 
 

@@ -110,6 +110,9 @@ class CheckpointingTrainer(PushingTrainer):
             Path(output_dir or str(self.args.output_dir), TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            super()._save(output_dir, state_dict)  # joins what is gathered; the folder is another process's
+            return
         model = self.accelerator.unwrap_model(self.model)
         if self._in_one_dtype and isinstance(model, LlavaForCausalLM):
             weights = model.state_dict() if state_dict is None else state_dict
