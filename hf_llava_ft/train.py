@@ -48,7 +48,8 @@ from hf_llava_ft.training.out_of_memory import advice, told_of_out_of_memory
 from hf_llava_ft.training.progress import LiveProgress
 from hf_llava_ft.training.quantization import loading_in_few_bits
 from hf_llava_ft.training.resuming.fingerprint import base_digest, course_of
-from hf_llava_ft.training.resuming.interruption import Interruption, TrainingInterrupted
+from hf_llava_ft.training.resuming.interruption import EvaluationStopped, Interruption, TrainingInterrupted
+from hf_llava_ft.training.resuming.missed_evaluation import MissedEvaluation
 from hf_llava_ft.training.resuming.resume import Run, checkpoint_to_resume, opening_to_resume
 from hf_llava_ft.training.resuming.run_folder import compared_with_before, one_run_at_a_time, open_run_folder
 from hf_llava_ft.training.rows import TrainingRows, open_all_rows, tell_of_rows_left_out
@@ -150,29 +151,32 @@ def _train(
     console.print(table_of_parts(trained, training_args))
     tell(said_precision(model, training_args))
 
-    seconds = _run(trainer, run.resumed_from, interruption)
-    seconds_training = seconds - trainer.throughput.paused_seconds
-    _save(trainer, tell)
-    _evaluate_once(trainer, answers)  # when nothing can be lost any more
-    trainer.save_state()
-    tell_of_early_stop(trainer.state, training_args, tell)
-    if trainer.is_world_process_zero():
-        tell_of_rows_left_out(rows, Path(str(training_args.output_dir)), tell)
-        if not isinstance(model, PeftModel):
-            start.remove_composed()  # an adapter goes on needing it
-    summary = train_summary(
-        settings=settings,
-        base=_base_facts(start, model_args),
-        data=data,
-        trained=trained,
-        state=trainer.state,
-        counts=trainer.throughput.total(training_args.device),
-        seconds=seconds,
-        seconds_training=seconds_training,
-        args=training_args,
-    )
-    if trainer.is_world_process_zero():
-        _write_facts(summary, trainer, answers)
+    with interruption:
+        seconds = _run(trainer, run.resumed_from)
+        seconds_training = seconds - trainer.throughput.paused_seconds
+        _save(trainer, tell)
+        _evaluate_once(trainer, answers)  # when nothing can be lost any more
+        trainer.save_state()
+        tell_of_early_stop(trainer.state, training_args, tell)
+        if trainer.is_world_process_zero():
+            tell_of_rows_left_out(rows, Path(str(training_args.output_dir)), tell)
+            if not isinstance(model, PeftModel):
+                start.remove_composed()  # an adapter goes on needing it
+        summary = train_summary(
+            settings=settings,
+            base=_base_facts(start, model_args),
+            data=data,
+            trained=trained,
+            state=trainer.state,
+            counts=trainer.throughput.total(training_args.device),
+            seconds=seconds,
+            seconds_training=seconds_training,
+            args=training_args,
+        )
+        if trainer.is_world_process_zero():
+            _write_facts(summary, trainer, answers)
+        if training_args.push_to_hub and interruption.is_over(training_args):
+            trainer.stop_interrupted(missing="its push to the Hub")
     if training_args.push_to_hub:
         trainer.push_output_folder()
         tell(f"Pushed: {trainer.hub_model_id}")
@@ -246,26 +250,22 @@ def _trainer(
         ],
     )
     trainer.remove_callback(PrinterCallback)  # the bar shows the loss
+    trainer.interruption = interruption
+    trainer.add_callback(MissedEvaluation(trainer))  # when the others are ready for it
     progress.throughput = answers.throughput = trainer.throughput
     trainer.longest_batch.tell = tell
     answers.find_tensorboard(trainer.callback_handler.callbacks)
     return trainer, interruption
 
 
-def _run(trainer: LlavaTrainer, checkpoint: str | None, interruption: Interruption) -> float:
+def _run(trainer: LlavaTrainer, checkpoint: str | None) -> float:
     """Trains, and returns the seconds that it took.
 
     Raises:
         TrainingInterrupted: if a signal ended it.
     """
-    output_dir = Path(str(trainer.args.output_dir))
-    try:
-        with told_of_a_full_disk(output_dir):
-            output = trainer.train(resume_from_checkpoint=checkpoint)
-    finally:
-        interruption.restore()
-    if interruption.signal_number is not None:
-        raise TrainingInterrupted(trainer.state.global_step, output_dir, interruption.signal_number)
+    with told_of_a_full_disk(Path(str(trainer.args.output_dir))):
+        output = trainer.train(resume_from_checkpoint=checkpoint)
     return float(output.metrics["train_runtime"])
 
 
@@ -281,13 +281,23 @@ def _save(trainer: LlavaTrainer, tell: Callable[[str], None]) -> None:
 
 
 def _evaluate_once(trainer: LlavaTrainer, answers: EvalAnswers) -> None:
-    """At the end of a run that was told of no other time for it."""
-    if trainer.args.eval_strategy != IntervalStrategy.NO:
+    """At the end of a run that was told of no other time for it.
+
+    Raises:
+        TrainingInterrupted: if a signal has come before its end.
+    """
+    has_rows = trainer.eval_dataset is not None
+    if trainer.args.eval_strategy != IntervalStrategy.NO or not (has_rows or answers.prompts):
         return
-    if trainer.eval_dataset is not None:
-        trainer.evaluate()
-    elif answers.prompts:
-        answers.on_evaluate(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    try:
+        if trainer.interruption is not None and trainer.interruption.is_over(trainer.args):
+            raise EvaluationStopped
+        if has_rows:
+            trainer.evaluate()
+        else:
+            answers.on_evaluate(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    except EvaluationStopped:
+        trainer.stop_interrupted(missing="its evaluation")
 
 
 def _base_facts(start: StartingPoint, model_args: ModelArguments) -> list[dict[str, str]]:
