@@ -1,5 +1,5 @@
-"""How many examples a property test draws: a fixed few in `make test`, which are the same each time; or that many times
-as many from a seed, which `python -m tests.faults --part properties` asks for."""
+"""How many examples a property test draws: a fixed few in `make test`, the same each time; or `EXAMPLES_TIMES` as many
+from a seed, which `python -m tests.faults --part properties` asks for."""
 
 import os
 from typing import Any
