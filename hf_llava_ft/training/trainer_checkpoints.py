@@ -8,7 +8,7 @@ checkpoint as one, writes a pickle of this machine's paths, loads none of the we
 
 import logging
 import os
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -85,12 +85,10 @@ class CheckpointingTrainer(PushingTrainer):
             super()._run_epoch(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
-        """As in transformers, and the end of a run that a signal stops: there the Trainer would go on to evaluate, load
-        the best checkpoint and, under `save_total_limit=1`, remove the last."""
-        try:
+        """As in transformers, and the end of a run that a signal stops: there the Trainer would go on to evaluate,
+        load the best checkpoint and, under `save_total_limit=1`, remove the last."""
+        with suppress(EvaluationStopped):
             super()._maybe_log_save_evaluate(*args, **kwargs)
-        except EvaluationStopped:
-            pass
         if self.interruption is not None and self.interruption.signal_number is not None:
             self.stop_interrupted()
 

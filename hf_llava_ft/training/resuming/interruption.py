@@ -1,6 +1,8 @@
 """Ctrl-C, and the signals by which a cluster takes a machine back: the run saves a checkpoint and ends."""
 
+import os
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -65,10 +67,12 @@ class Interruption(TrainerCallback):
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._before = {}
+        _in_training.discard(self)
 
     def on_train_begin(self, args, state, control, **kwargs):
         try:
             self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+            _in_training.add(self)
         except ValueError:  # not the main thread, in which alone a handler can be set: a notebook's business then
             self._before = {}
 
@@ -120,3 +124,29 @@ class Interruption(TrainerCallback):
         self._received = number
         when = "when the result is written" if self._is_trained else "after this step, with a checkpoint to go on from"
         self.tell(f"Stopping {when}. Ctrl-C again stops at once, without it.")
+
+
+# Schedulers send a signal to all processes of a job. A DataLoader worker that died of it would end the training that
+# is about to save, with an error; so those that are forked meanwhile end when their parent says so.
+_in_training: set[Interruption] = set()
+
+
+def _leave_to_the_parent() -> None:
+    if not _in_training:
+        return
+    for number in SIGNALS:
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    # PyTorch puts a handler for SIGTERM in, which kills a worker whoever sent it: so it is kept from it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_the_parent_says, daemon=True).start()
+
+
+def _end_when_the_parent_says() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+if hasattr(os, "register_at_fork") and hasattr(signal, "sigwaitinfo"):
+    os.register_at_fork(after_in_child=_leave_to_the_parent)

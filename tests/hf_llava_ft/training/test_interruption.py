@@ -2,7 +2,9 @@
 nobody stopped."""
 
 import json
+import multiprocessing
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -132,3 +134,23 @@ def test_the_exit_code_says_which_signal_it_was(llava_ft, flags, tmp_path, monke
         with monkeypatch.context() as patched:
             on_call(patched, owner, name, number, 1)
             assert llava_ft("train", *words_of({**flags, "output_dir": tmp_path / name}))[0] == 128 + number
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="workers are not forked there")
+def test_a_signal_that_reaches_the_workers_too_is_their_parents(llava_ft, flags, tmp_path, monkeypatch):
+    """A worker that died of it would end the run with an error, before the checkpoint."""
+    original, children = LlavaTrainer.training_step, []
+
+    def step(trainer, *args, **kwargs):
+        children.extend(process for process in multiprocessing.active_children() if process not in children)
+        if trainer.state.global_step == 1:
+            for number in SIGNALS:  # not sent by their parent
+                subprocess.run(["kill", f"-{number}", *(str(process.pid) for process in children)], check=True)
+            signal.raise_signal(signal.SIGTERM)
+        return original(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(LlavaTrainer, "training_step", step)
+    words = {**flags, "output_dir": tmp_path / "out", "dataloader_num_workers": 2, "per_device_train_batch_size": 1}
+    code, _, err = llava_ft("train", *words_of(words))
+    assert code == 143 and err.count("Stopping after this step") == 1 and (tmp_path / "out/checkpoint-2").is_dir()
+    assert children and not any(process.is_alive() for process in children)
