@@ -34,11 +34,8 @@ def test_what_is_driven_is_there(checkout):
     named = [file for rows in SUITES.values() for files, _ in rows.values() for file in files]
     for file in [*named, *(file for files in PROPERTIES.values() for file in files)]:
         assert (checkout / file).is_file(), file
-    drawing = {
-        str(path.relative_to(checkout))
-        for path in (checkout / "tests").rglob("test_*.py")
-        if "@given(" in path.read_text()
-    }
+    tests = (checkout / "tests").rglob("test_*.py")
+    drawing = {path.relative_to(checkout).as_posix() for path in tests if "\n@given(" in path.read_text()}
     assert drawing == {file for files in PROPERTIES.values() for file in files}
 
 

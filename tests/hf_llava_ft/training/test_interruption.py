@@ -77,7 +77,7 @@ def course_of(folder: Path) -> list[tuple[int, float]]:
 PHASES = {
     "reading": ((train_module, "open_all_rows", 1, {}), (143, None, 1)),
     "loading": ((train_module, "load_model", 1, {}), (143, None, 1)),
-    "preparing": ((LlavaTrainer, "create_optimizer", 1, {}), (143, 1, 1)),
+    "preparing": ((LlavaTrainer, "create_optimizer", 1, {}), (143, None, 1)),
     "a step": ((LlavaTrainer, "training_step", 3, {}), (143, 3, 3)),
     "a step, by epoch": ((LlavaTrainer, "training_step", 2, BY_EPOCH), (143, 2, 2)),
     "the end of an epoch": ((LlavaTrainer, "training_step", 3, BY_EPOCH), (143, 3, 3)),
