@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,13 @@ class Command:
         while not condition() and self._process.exitcode is None and time.monotonic() < end:
             time.sleep(0.002)
 
-    def kill(self, number: int = signal.SIGKILL) -> int:
-        """Sends a signal to the command alone, as an operator or the system would; gives the exit code."""
+    def kill(self, number: int = signal.SIGKILL, to_all: bool = False) -> int:
+        """Sends a signal to the command alone, as an operator or the system would, or to its whole group; gives the exit
+        code."""
         if self._process.exitcode is None:
-            os.kill(self._process.pid, number)
+            with suppress(ProcessLookupError):
+                is_leader = os.getpgid(self._process.pid) == self._process.pid
+                (os.killpg if to_all and is_leader else os.kill)(self._process.pid, number)
         return self.wait()
 
     def printed(self) -> str:

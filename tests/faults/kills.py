@@ -54,7 +54,7 @@ _TRAIN = [
     *("--save_total_limit", "2", "--learning_rate", "1e-3", "--per_device_train_batch_size", "2", "--lora_r", "4"),
     *("--lora_alpha", "8", "--lora_dropout", "0.1", "--logging_steps", "1"),
 ]
-_EVALUATED = ("--eval_split", "0.25", "--eval_strategy", "steps", "--eval_steps", "2")
+_EVALUATED = ("--eval_split", "0.25", "--eval_strategy", "steps", "--eval_steps", "2", "--dataloader_num_workers", "1")
 _GOES_ON: dict = {
     "output": "out",
     "appears_whole": False,
@@ -87,10 +87,17 @@ def prepared(folder: Path, checkpoint: Path) -> Path:
 
 
 def outcome_of(
-    operation: Operation, start: Path, expected: dict[str, str], folder: Path, moment: float, number: int
+    operation: Operation,
+    start: Path,
+    expected: dict[str, str],
+    folder: Path,
+    moment: float,
+    number: int,
+    to_all: bool = False,
 ) -> str:
     """
-    Sends the signal `number` to `operation` after `moment` seconds, runs it again and compares.
+    Sends the signal `number` to `operation` after `moment` seconds, or to all processes of its own as schedulers do,
+    runs it again and compares.
 
     Args:
         start (`Path`): what `prepared` made; it is copied to `folder`.
@@ -107,7 +114,7 @@ def outcome_of(
     if operation.begins is not None:
         command.until(lambda: any(folder.glob(str(operation.begins))))
     command.ends_within(moment)
-    code = command.kill(number)
+    code = command.kill(number, to_all)
     was_stopped = code != 0
     # Before it is a command of ours, a signal ends the process itself; a shell counts that as the same code.
     allowed = {0, -number} if number == signal.SIGKILL else {0, -number, 128 + number}
@@ -153,10 +160,10 @@ def signal_often(
         if operation.name not in unbroken:
             unbroken[operation.name] = _unbroken(operation, start, root / f"unbroken-{operation.name}")
         expected, seconds = unbroken[operation.name]
-        moment = rng.uniform(0, seconds * operation.lasts)
+        moment, to_all = rng.uniform(0, seconds * operation.lasts), number != signal.SIGKILL and rng.random() < 0.5
         folder = root / f"{operation.name}-{turn}"
         try:
-            outcome = outcome_of(operation, start, expected, folder, moment, number)
+            outcome = outcome_of(operation, start, expected, folder, moment, number, to_all)
         except AssertionError as error:
             outcome = "failed"
             tell(f"{operation.name}, signal {number}, turn {turn} of seed {seed}, after {moment:.3f} s: {error}")
