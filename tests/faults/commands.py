@@ -53,8 +53,8 @@ class Command:
             time.sleep(0.002)
 
     def kill(self, number: int = signal.SIGKILL, to_all: bool = False) -> int:
-        """Sends a signal to the command alone, as an operator or the system would, or to its whole group; gives the exit
-        code."""
+        """Sends a signal to the command alone, as an operator or the system would, or to all its processes; gives the
+        exit code."""
         if self._process.exitcode is None:
             with suppress(ProcessLookupError):
                 is_leader = os.getpgid(self._process.pid) == self._process.pid
