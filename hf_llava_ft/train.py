@@ -265,7 +265,10 @@ def _run(trainer: LlavaTrainer, checkpoint: str | None) -> float:
         TrainingInterrupted: if a signal ended it.
     """
     with told_of_a_full_disk(Path(str(trainer.args.output_dir))):
-        output = trainer.train(resume_from_checkpoint=checkpoint)
+        try:
+            output = trainer.train(resume_from_checkpoint=checkpoint)
+        except EvaluationStopped:  # one before the first step
+            trainer.stop_interrupted()
     return float(output.metrics["train_runtime"])
 
 

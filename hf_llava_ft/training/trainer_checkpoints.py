@@ -103,7 +103,7 @@ class CheckpointingTrainer(PushingTrainer):
             TrainingInterrupted: always.
         """
         assert self.interruption is not None and self.interruption.signal_number is not None
-        if self._saved_at != self.state.global_step:
+        if self.state.global_step not in (0, self._saved_at):
             self._save_checkpoint(cast(nn.Module, self.model_wrapped), None)
         if missing is None:
             self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)

@@ -23,7 +23,7 @@ class EvaluationStopped(Exception):
 
 class TrainingInterrupted(Exception):
     """
-    A run ended early, with a checkpoint.
+    A run ended early, with a checkpoint unless it was before the first step.
 
     Attributes:
         exit_code (`int`): as a shell counts it, 128 and the signal's number.
@@ -31,8 +31,11 @@ class TrainingInterrupted(Exception):
 
     def __init__(self, step: int, output_dir: str | Path, signal_number: int, missing: str | None = None):
         what = f"with a checkpoint in {output_dir}" if missing is None else f"with the result, but without {missing}"
+        to_go_on = "To go on, give the same command with --resume_from_checkpoint True."
         super().__init__(
-            f"Stopped after step {step}, {what}. To go on, give the same command with --resume_from_checkpoint True."
+            f"Stopped after step {step}, {what}. {to_go_on}"
+            if step
+            else "Stopped before the first step, without a checkpoint."
         )
         self.exit_code = 128 + signal_number
 

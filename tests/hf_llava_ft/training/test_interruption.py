@@ -78,6 +78,7 @@ PHASES = {
     "reading": ((train_module, "open_all_rows", 1, {}), (143, None, 1)),
     "loading": ((train_module, "load_model", 1, {}), (143, None, 1)),
     "preparing": ((LlavaTrainer, "create_optimizer", 1, {}), (143, None, 1)),
+    "an evaluation at the start": ((LlavaTrainer, "prediction_step", 2, {"eval_on_start": True}), (143, None, 2)),
     "a step": ((LlavaTrainer, "training_step", 3, {}), (143, 3, 3)),
     "a step, by epoch": ((LlavaTrainer, "training_step", 2, BY_EPOCH), (143, 2, 2)),
     "the end of an epoch": ((LlavaTrainer, "training_step", 3, BY_EPOCH), (143, 3, 3)),
@@ -126,6 +127,17 @@ def test_a_run_that_a_signal_stops_goes_on_as_if_it_had_not_come(
     weights = [load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "out", expected)]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_what_is_made_up_for_can_be_stopped_too(llava_ft, flags, tmp_path, monkeypatch):
+    words = words_of({**flags, **IN_TRAINING, "output_dir": tmp_path / "out", "resume_from_checkpoint": "auto"})
+    for which in (2, 1):
+        with monkeypatch.context() as patched:
+            calls = on_call(patched, LlavaTrainer, "prediction_step", signal.SIGTERM, which)
+            code, _, err = llava_ft("train", *words)
+        assert (code, len(calls)) == (143, which) and "Stopped after step 2, with a checkpoint" in err
+    assert llava_ft("train", *words)[0] == 0
+    assert [step for step, _ in course_of(tmp_path / "out")] == [1, 2, 2, 3, 4, 4]
 
 
 @pytest.mark.parametrize("number", [number for number in SIGNALS if number != signal.SIGINT])
