@@ -19,6 +19,7 @@ def test_twenty_kills_and_as_many_signals(tiny_checkpoint, tmp_path):
         assert not [row for row, counts in found.items() if counts["failed"]]
 
 
+@pytest.mark.slow
 def test_a_file_that_differs_is_seen(tiny_checkpoint, tmp_path):
     [check] = [operation for operation in OPERATIONS if operation.name == "check"]
     start = prepared(tmp_path / "start", tiny_checkpoint)
