@@ -106,7 +106,7 @@ class CheckpointingTrainer(PushingTrainer):
         if self.state.global_step not in (0, self._saved_at):
             self._save_checkpoint(cast(nn.Module, self.model_wrapped), None)
         if missing is None:
-            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+            self.callback_handler.on_train_end(self.args, self.state, self.control)
         output_dir = str(self.args.output_dir)
         raise TrainingInterrupted(self.state.global_step, output_dir, self.interruption.signal_number, missing)
 
