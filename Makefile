@@ -26,7 +26,8 @@ THREADS := $(shell echo $$(( $(CORES) / $(WORKERS) )))
 GPU :=
 FAULTS ?=
 PYTEST_ENV := env HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES=$(GPU) OMP_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false
-PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST_FLAGS :=
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
 .DELETE_ON_ERROR:
 .PHONY: help venv quickstart test test-slow test-oldest test-newest test-travelling test-older-readers test-faults lock check lint \
@@ -89,7 +90,7 @@ test: $(INSTALLED)  ## the test suite, on the CPU, without the slow ones
 
 test-slow: $(INSTALLED)  ## the slow tests alone, with DeepSpeed, which builds a part of itself when it is first used
 	$(VENV)/bin/python $(PIP_INSTALL_LOCKED) requirements/deepspeed.txt --no-build-isolation
-	$(PYTEST_ENV) $(VENV)/bin/python $(PYTEST) -m slow
+	$(PYTEST_ENV) $(VENV)/bin/python $(PYTEST) --new-python -m slow
 
 test-oldest: $(OLDEST_INSTALLED)  ## the suite again, with the oldest libraries that pyproject.toml allows
 	$(PYTEST_ENV) $(OLDEST)/bin/python $(PYTEST) -m "not slow"

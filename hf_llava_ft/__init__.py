@@ -28,7 +28,10 @@ _PUBLIC = {
     "LlavaForCausalLM": "modeling.modeling_llava",
     "LlavaProcessor": "processing.processing_llava",
     "LlavaTrainer": "training.trainer",
-    "LlavaTrainingArguments": "settings.arguments",
+    "LlavaTrainingArguments": "settings.training_arguments",
+    "ModelArguments": "settings.arguments",
+    "DataArguments": "settings.arguments",
+    "TuningArguments": "settings.arguments",
     "LlavaCollator": "data.collator",
     "LlavaConversations": "data.builder",
     "UserError": "errors",
@@ -38,6 +41,8 @@ _PUBLIC = {
     "load_processor": "checkpoints.opening",
     "compose_llava": "checkpoints.compose",
     "merge_adapter": "checkpoints.merge",
+    "with_tuning": "training.tuning",
+    "fine_tune": "from_python",
 }
 
 __all__ = list(_PUBLIC)
@@ -49,17 +54,24 @@ def __getattr__(name: str):
     return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})
+
+
 # `python -m hf_llava_ft.train`, by a launcher too. Until Python has found the module, "-m" stands for it.
-if sys.argv[:1] == ["-m"] and any(
-    flag == "-m" and name.startswith(__name__) for flag, name in pairwise(sys.orig_argv)
-):
+_is_module = sys.argv[:1] == ["-m"]
+if _is_module and any(flag == "-m" and name.startswith(__name__) for flag, name in pairwise(sys.orig_argv)):
     from hf_llava_ft.releases import say_it_of_uncaught_errors
 
     say_it_of_uncaught_errors()
 
 # The command line registers in the command that needs it: `llava-ft --help` must not take the seconds torch takes to
 # import.
-if Path(sys.argv[0] if sys.argv else "").stem != "llava-ft":
+_is_command = Path(sys.argv[0] if sys.argv else "").stem == "llava-ft" or (
+    _is_module
+    and any(flag == "-m" and name in (__name__, f"{__name__}.cli") for flag, name in pairwise(sys.orig_argv))
+)
+if not _is_command:
     from hf_llava_ft.registration import register
 
     register()

@@ -1,24 +1,21 @@
 """Whole conversations as a model sees them in training: ids, labels and pixels in one call."""
 
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from .conversation_pictures_llava import ConversationPictures
 from .conversation_text_llava import ConversationText
 from .truncation_llava import num_kept
-from .uint8_pixels_llava import can_hand_over_uint8, uint8_images
 
 IGNORE_INDEX = -100
 
 
-class ConversationEncoding(ConversationText):
+class ConversationEncoding(ConversationPictures, ConversationText):
     """What [`LlavaProcessor`] adds to transformers' own processor; see there."""
-
-    image_processor: Any
 
     def encode_conversation(
         self,
@@ -87,25 +84,6 @@ class ConversationEncoding(ConversationText):
         encoded["labels"] = torch.from_numpy(np.where(supervised, ids, IGNORE_INDEX))
         return encoded
 
-    def encode_images(self, images: list[Image.Image], uint8_pixels: bool = False) -> dict[str, torch.Tensor]:
-        """
-        `pixel_values` `float32[N, 3, H, W]` of N pictures.
-
-        Args:
-            uint8_pixels (`bool`): give them as uint8, for `normalize_pixels`, if the image processor is of a kind that
-                allows it.
-        """
-        return {"pixel_values": self._processed_pictures(images, uint8_pixels, return_tensors="pt")["pixel_values"]}
-
-    def _processed_pictures(self, images: list[Image.Image], uint8_pixels: bool, **options) -> Mapping[str, Any]:
-        if uint8_pixels and can_hand_over_uint8(self.image_processor):
-            return uint8_images(self.image_processor, images, **options)
-        return self.image_processor(images, **options)
-
-    def num_placeholders(self, encoded_images: dict[str, torch.Tensor]) -> list[int]:
-        """How many placeholders each picture of an `encode_images` result takes."""
-        return [self._num_placeholders(encoded_images, index) for index in range(len(encoded_images["pixel_values"]))]
-
     def num_tokens(self, messages: list[dict[str, Any]], image_sizes: Sequence[tuple[int, int]] | None = None) -> int:
         """
         Length of the conversation as `encode_conversation` gives it, from the text alone.
@@ -117,20 +95,6 @@ class ConversationEncoding(ConversationText):
         text_ids = self.tokenizer(text, add_special_tokens=not self.begins_with_bos(text)).input_ids
         sizes = image_sizes or [(1, 1)] * text.count(self.image_token)
         return len(text_ids) + sum(self.num_image_tokens_at(height, width) - 1 for height, width in sizes)
-
-    @property
-    def depends_on_image_size(self) -> bool:
-        """Whether pictures of different sizes take different numbers of placeholders."""
-        return False
-
-    def num_image_tokens_at(self, height: int, width: int) -> int:
-        """Placeholders of a picture of `height` x `width` pixels."""
-        return self.num_image_tokens
-
-    @cached_property
-    def num_image_tokens(self) -> int:
-        """Placeholders per image: one number, because LLaVA-1.5 makes every picture the same square."""
-        return self.num_placeholders(self.encode_images([Image.new("RGB", (8, 8))]))[0]
 
     def pad(self, features: list[dict], padding_side: str = "right", pad_to_multiple_of: int | None = None) -> dict:
         """
@@ -153,6 +117,3 @@ class ConversationEncoding(ConversationText):
             if parts:
                 batch[name] = torch.cat(parts)
         return batch
-
-    def _num_placeholders(self, pixels, index: int) -> int:
-        return len(self.replace_image_token(pixels, index)) // len(self.image_token)

@@ -5,34 +5,22 @@ this package a folder loads as transformers' class of that name. What they add i
 whole conversation into ids, labels and pixels in one call, `pad`, which makes a batch of several (both in
 `conversation_llava.py`), and `from_pretrained` on folders of the original LLaVA, which hold no processor.
 
-They alone decide how many placeholders an image takes; the model checks.
+They alone decide how many placeholders an image takes (`conversation_pictures_llava.py`); the model checks.
 """
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
-import torch
-from PIL import Image
 from transformers import AutoConfig
-from transformers import LlavaNextProcessor as NativeLlavaNextProcessor
 from transformers import LlavaProcessor as NativeLlavaProcessor
-from transformers.image_processing_utils import select_best_resolution
-from transformers.image_utils import SizeDict
-from transformers.processing_utils import MultiModalData
 
 from .chat_templates_llava import chat_template_for, original_version
 from .conversation_llava import ConversationEncoding
+from .conversation_pictures_llava import ConversationCrops, PatchMergeType
 from .image_processing_llava import build_image_processor
 from .older_readers_processing_llava import write_for_older_readers
 from .picture_opening_llava import PICTURE_OPENINGS, PictureOpening, recorded_opening
 from .tokenizer_llava import IMAGE_START_TOKEN, IMAGE_TOKEN, file_if_there, load_tokenizer, prepare_tokenizer
-
-PatchMergeType = Literal["flat", "spatial", "spatial_unpad"]
-
-# What may be set for one call of the image processor and changes the size of its crops.
-_CROP_SETTINGS = ("size", "crop_size", "do_resize", "do_center_crop")
 
 
 class LlavaProcessor(ConversationEncoding, NativeLlavaProcessor):
@@ -161,36 +149,6 @@ class LlavaProcessor(ConversationEncoding, NativeLlavaProcessor):
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
         return written
 
-    # A private name of transformers', but the one by which vLLM asks.
-    def _get_num_multimodal_tokens(
-        self, image_sizes: Sequence[tuple[int, int]] | None = None, **kwargs
-    ) -> MultiModalData:
-        """
-        How many placeholders a call makes of pictures of these sizes.
-
-        Args:
-            image_sizes: `(height, width)` of each picture.
-            kwargs: settings of the image processor that the call would be given too, such as `size`.
-
-        Returns:
-            `MultiModalData` with `num_image_tokens` by picture, and `num_image_patches`, the rows that each has in
-            `pixel_values`: 1, because transformers counts the crops of LLaVA-1.6 in another dimension.
-        """
-        if image_sizes is None:
-            return MultiModalData()
-        given = {**kwargs, **kwargs.get("images_kwargs", {})}
-        settings = {name: given[name] for name in _CROP_SETTINGS if given.get(name) is not None}
-        counts = [self._num_image_tokens_with(settings, height, width) for height, width in image_sizes]
-        return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(counts))
-
-    def _num_image_tokens_with(self, settings: dict, height: int, width: int) -> int:
-        """`num_image_tokens_at` where the image processor is given `settings`."""
-        if not settings:
-            return self.num_image_tokens_at(height, width)
-        return self.num_placeholders(
-            self.image_processor([Image.new("RGB", (8, 8))], return_tensors="pt", **settings)
-        )[0]
-
     def use_chat_template(self, version: str) -> None:
         """Replaces the chat template by the one called `version`; it is saved with the processor."""
         image_start_end = IMAGE_START_TOKEN in str(self.chat_template)
@@ -203,7 +161,7 @@ def _cuts_into_crops(settings: dict) -> bool:
     return "image_grid_pinpoints" in (settings.get("image_processor") or settings)
 
 
-class LlavaNextProcessor(LlavaProcessor):
+class LlavaNextProcessor(ConversationCrops, LlavaProcessor):
     """
     The processor of LLaVA-1.6: a picture is cut into crops, and a large or a long one takes more placeholders.
 
@@ -244,58 +202,6 @@ class LlavaNextProcessor(LlavaProcessor):
         self.patch_merge_type = patch_merge_type
         if patch_merge_type != "spatial_unpad":
             self._auto_class = "AutoProcessor"  # is saved with its code: transformers' own would count otherwise
-
-    def encode_images(self, images: list[Image.Image], uint8_pixels: bool = False) -> dict[str, torch.Tensor]:
-        """`pixel_values` `float32[C, 3, H, W]` of the C crops of all pictures, each picture as a whole first, and
-        `image_sizes` `int64[N, 2]`, height and width of the N pictures."""
-        encoded = self._processed_pictures(images, uint8_pixels, do_pad=False)
-        crops = [torch.as_tensor(crop) for image in encoded["pixel_values"] for crop in image]
-        sizes = [[int(edge) for edge in size] for size in encoded["image_sizes"]]
-        return {"pixel_values": torch.stack(crops), "image_sizes": torch.tensor(sizes)}
-
-    def num_placeholders(self, encoded_images) -> list[int]:
-        edge = encoded_images["pixel_values"][0][0].shape[-1]  # of the crops that there are, whatever made them
-        sizes = torch.as_tensor(encoded_images["image_sizes"]).tolist()
-        return [self._num_features(height, width, edge) for height, width in sizes]
-
-    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        return self.image_token * self.num_placeholders(image_inputs)[image_idx]
-
-    @property
-    def depends_on_image_size(self) -> bool:
-        return True
-
-    @property
-    def num_image_tokens(self) -> int:  # type: ignore[override]
-        raise AttributeError("the number of placeholders depends on the picture: ask num_image_tokens_at.")
-
-    def num_image_tokens_at(self, height: int, width: int) -> int:
-        return self._num_image_tokens_with({}, height, width)
-
-    def _num_image_tokens_with(self, settings: dict, height: int, width: int) -> int:
-        def setting(name):
-            return settings.get(name, getattr(self.image_processor, name))
-
-        size = setting("crop_size") if setting("do_center_crop") else setting("size")
-        size = size if isinstance(size, SizeDict) else SizeDict(**size)
-        edge = size.height or size.shortest_edge
-        assert edge is not None
-        return self._num_features(height, width, edge)
-
-    def _num_features(self, height: int, width: int, edge: int) -> int:
-        """Placeholders of a picture of `height` x `width` pixels that is cut into crops of `edge`."""
-        drops_class_token = self.vision_feature_select_strategy == "default"
-        if self.patch_merge_type == "spatial_unpad":
-            return self._get_number_of_features(height, width, edge, edge) - drops_class_token  # type: ignore[misc]
-        rows, columns = (
-            side // edge for side in select_best_resolution((height, width), self.image_processor.image_grid_pinpoints)
-        )
-        num_features = (edge // self.patch_size) ** 2 + self.num_additional_image_tokens - drops_class_token
-        return (rows * columns + 1) * num_features
-
-    # transformers' own count, so that it cannot come apart from what its model does.
-    _get_number_of_features = NativeLlavaNextProcessor._get_number_of_features
-    _get_unpadded_features = NativeLlavaNextProcessor._get_unpadded_features
 
 
 __all__ = ["LlavaNextProcessor", "LlavaProcessor"]

@@ -12,12 +12,39 @@ from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig, MistralConfig, Qwen2Config, SiglipVisionConfig, set_seed
 
 import hf_llava_ft
+from hf_llava_ft.checkpoints import verify
 from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
+from tests import warm_python
 
 GOLDEN = Path(__file__).parent / "golden"
 CHECKOUT = Path(__file__).parent.parent
 
+NEW_PYTHON = verify.fresh_python  # as it is outside the tests
 TEXT_CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--new-python", action="store_true", help="no fork of a warm process: a new Python each time")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _warm_python(request):
+    """What is written is verified in forks of a warm process too."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.config.getoption("--new-python"):
+            patch.setattr(warm_python, "ALWAYS_NEW", True)
+        else:
+            patch.setattr(verify, "fresh_python", warm_python.run)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _new_python(request):
+    with pytest.MonkeyPatch.context() as patch:
+        if request.node.get_closest_marker("new_python"):
+            patch.setattr(warm_python, "ALWAYS_NEW", True)
+            patch.setattr(verify, "fresh_python", NEW_PYTHON)
+        yield
 
 
 @pytest.fixture(scope="session")

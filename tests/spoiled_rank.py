@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from hf_llava_ft.training.finite import FiniteTraining
+from hf_llava_ft.training.guards.finite import FiniteTraining
 
 
 def spoil() -> None:

@@ -2,21 +2,17 @@
 
 import os
 import re
-import subprocess
-import sys
 
 from safetensors.torch import load_file
+
+from tests import warm_python
 
 
 def test_training_from_python(tiny_checkpoint, llava_json, tmp_path, checkout):
     data, images = llava_json(6, with_text_rows=True)
     script, output = checkout / "examples" / "train_from_python.py", tmp_path / "my-adapter"
-    done = subprocess.run(
-        [sys.executable, str(script), str(tiny_checkpoint), str(data), str(images), str(output)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
+    done = warm_python.run(
+        [str(script), str(tiny_checkpoint), str(data), str(images), str(output)],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(checkout)},
     )
     assert done.returncode == 0, done.stderr[-4000:]

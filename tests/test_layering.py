@@ -33,13 +33,14 @@ WINGS = (
     *("releases", "errors", "library_differences", "noise", "termination"),
     *("modeling", "processing"),
     *("settings", "reports", "checkpoints", "data", "checking", "answering", "hub", "training"),
-    *("estimate", "serving", "train", "quickstart", "cli"),
+    *("estimate", "serving", "train", "from_python", "quickstart", "cli"),
 )
 # Files that import within a function, and why not at their top.
 IMPORTS_LATE = {
     "hf_llava_ft/registration.py": "start-up: `import hf_llava_ft` of the command line registers nothing",
     "hf_llava_ft/library_differences.py": "start-up: transformers is imported by who needs it",
     "hf_llava_ft/cli/application.py": "start-up: `llava-ft --help` must not wait for torch",
+    "hf_llava_ft/cli/answering.py": "start-up, as above",
     "hf_llava_ft/cli/hub.py": "start-up, as above",
     "hf_llava_ft/cli/models.py": "start-up, as above",
     "hf_llava_ft/cli/training.py": "start-up, as above",
@@ -48,7 +49,7 @@ IMPORTS_LATE = {
     "hf_llava_ft/checkpoints/checked/template_probe.py": "optional module: Windows has no `resource`",
     "hf_llava_ft/checkpoints/reload.py": "runs by itself in a fresh process, without us where the folder needs none",
     "hf_llava_ft/checkpoints/original_folders.py": "optional package: deepspeed",
-    "hf_llava_ft/settings/arguments.py": "optional package: deepspeed",
+    "hf_llava_ft/settings/training_arguments.py": "optional package: deepspeed",
     "hf_llava_ft/training/fsdp.py": "optional part of torch, which not every build has",
     "hf_llava_ft/training/summary.py": "optional module: Windows has no `resource`",
     "hf_llava_ft/data/json/parts.py": "start-up: worker processes read JSON without `datasets`",
@@ -144,7 +145,7 @@ def test_imports_follow_the_diagram():
         ("hf_llava_ft/data/schema.py", "from ..hub_scripts.push_model import main"),
         ("hf_llava_ft/settings/resolved.py", "from hf_llava_ft.checkpoints.opening import load_model"),
         ("hf_llava_ft/data/export.py", "def late():\n    from hf_llava_ft.hub.dataset_card import dataset_card"),
-        ("hf_llava_ft/data/streaming.py", "from hf_llava_ft import checking"),
+        ("hf_llava_ft/data/streaming/stream.py", "from hf_llava_ft import checking"),
         ("hf_llava_ft/errors.py", "import hf_llava_ft.settings.arguments"),
         ("hub_scripts/push_model.py", "from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM"),
         ("hub_scripts/push_model.py", "from .merge import main"),
@@ -173,7 +174,7 @@ def test_an_allowed_import_is_left_alone(path, source):
 
 
 def test_every_module_of_the_plugin_is_in_a_wing():
-    apart = {"__init__", "registration"}
+    apart = {"__init__", "__main__", "registration"}
     names = {path.name.removesuffix(".py") for path in (ROOT / "hf_llava_ft").iterdir() if path.name != "__pycache__"}
     assert names - apart == set(WINGS) - set(TRAVELLING)
 

@@ -1,10 +1,9 @@
 """The loopback Hub is as strict as the real one where our tests lean on it."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+from tests import warm_python
 from tests.loopback.faults import CutAnswer, CutRequest, Slow, Status
 from tests.loopback_hub import LoopbackHub
 
@@ -125,8 +124,7 @@ def test_the_client_is_answered_as_by_the_hub(tmp_path):
         # Of create_repo: the second comes at once.
         hub.fail(CutAnswer(), "POST /api/repos/create", nth=5)
         environment = {**os.environ, **hub.environment(tmp_path / "home")}
-        command = [sys.executable, "-c", CLIENT]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+        done = warm_python.run(["-c", CLIENT], cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr + str(hub.unknown)
     assert hub.unknown == [] and hub.faults.met == 4
     assert len(hub.uploaded) == 2

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm_python
+
 ROOT = Path(__file__).resolve().parent.parent
 # Folder of the tree -> folder of the wheel.
 INSTALLED_AS = {
@@ -34,10 +36,8 @@ def source_files(folder):
             yield path.relative_to(ROOT / folder).as_posix(), path
 
 
-def run_python(*arguments, cwd, pythonpath=None):
+def run_python(*arguments, cwd):
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    if pythonpath is not None:
-        environment["PYTHONPATH"] = str(pythonpath)
     command = [sys.executable, *map(str, arguments)]
     result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -144,21 +144,28 @@ print(hf_llava_ft.__file__, hf_llava_ft.modeling.__file__, hf_llava_ft.LlavaForC
 """
 
 
+def say_where(cwd, pythonpath=None) -> list[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    if pythonpath is not None:
+        environment["PYTHONPATH"] = str(pythonpath)
+    result = warm_python.run(["-c", IMPORT_AND_SAY_WHERE], cwd=cwd, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout.splitlines()
+
+
 def test_installed_wheel_is_imported_from_anywhere(distributions, tmp_path):
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     elsewhere.mkdir()
     pip_install = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--disable-pip-version-check")
     run_python(*pip_install, "--target", site, distributions[0], cwd=elsewhere)
-    package, modeling, model_module = run_python(
-        "-c", IMPORT_AND_SAY_WHERE, cwd=elsewhere, pythonpath=site
-    ).splitlines()
+    package, modeling, model_module = say_where(elsewhere, site)
     assert Path(package) == site / "hf_llava_ft/__init__.py"
     assert Path(modeling) == site / "hf_llava_ft/modeling/__init__.py"
     assert model_module == "hf_llava_ft.modeling.modeling_llava"
 
 
 def test_checkout_is_imported_from_its_root_without_an_installation(checkout):
-    package, modeling, model_module = run_python("-c", IMPORT_AND_SAY_WHERE, cwd=checkout).splitlines()
+    package, modeling, model_module = say_where(checkout)
     assert Path(package) == checkout / "hf_llava_ft/__init__.py"
     assert Path(modeling) == checkout / "modeling/__init__.py"
     assert model_module == "hf_llava_ft.modeling.modeling_llava"

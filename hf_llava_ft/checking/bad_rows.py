@@ -22,7 +22,9 @@ import datasets
 import numpy as np
 
 from hf_llava_ft.checking.images import stored_sizes
+from hf_llava_ft.checking.kept_checks import known_counts
 from hf_llava_ft.checking.known_problems import problems_of
+from hf_llava_ft.data.formats.column_choice import SaidOfColumns
 from hf_llava_ft.data.formats.containers import Container
 from hf_llava_ft.data.formats.dataset import load_source
 from hf_llava_ft.data.formats.mixture import draw_rows
@@ -80,6 +82,7 @@ class SoundRows:
     Rows that can be read, with images that can be decoded. Made by [`sound_rows`].
 
     Args:
+        root (`Path`): of the cache.
         left_out (`list[Problem]`): rows that are not trained.
         cut (`list[Problem]`): rows that are trained up to the limit of their length.
     """
@@ -87,6 +90,7 @@ class SoundRows:
     parts: list[_Part]
     on_bad_row: OnBadRow
     seed: int
+    root: Path
     left_out: list[Problem] = field(default_factory=list)
     cut: list[Problem] = field(default_factory=list)
     _places: list[tuple[_Part, np.ndarray]] = field(default_factory=list)
@@ -100,7 +104,7 @@ class SoundRows:
             longest (`int`): tokens that a row may have, images included.
 
         Raises:
-            `UserError`: under `raise`, at the first row that can't be encoded, has nothing to learn or is too long;
+            UserError: under `raise`, at the first row that can't be encoded, has nothing to learn or is too long;
                 under `skip`, if no row is left.
         """
         kept = []
@@ -125,7 +129,9 @@ class SoundRows:
             number -= min(number, len(rows))
 
     def _rows_that_fit(self, part: _Part, processor: LlavaProcessor, longest: int) -> np.ndarray:
-        counts = token_counts(part.dataset, processor)
+        counts = token_counts(
+            part.dataset, processor, known=lambda: known_counts(self.root, part.source, part.numbers, processor)
+        )
         too_long = set(np.flatnonzero(counts.num_tokens > longest).tolist())
         nothing = set(np.flatnonzero(counts.num_supervised == 0).tolist())
         fits = np.ones(len(part.dataset), dtype=bool)
@@ -161,22 +167,28 @@ def sound_rows(
     allow_urls: bool = False,
     seed: int = 42,
     cache_dir: str | os.PathLike | None = None,
+    columns: SaidOfColumns = None,
 ) -> SoundRows:
     """
     Open data as `load_data` does.
 
     Args:
-        data_path, image_folder, allow_outside, allow_urls, seed, cache_dir: see `load_data`.
+        data_path, image_folder, allow_outside, allow_urls, seed, cache_dir, columns: see `load_data`.
         on_bad_row (`"raise"` or `"skip"`): what a row does that can't be read, or whose image can't be decoded.
 
     Raises:
-        `UserError`: under `raise`, at the first such row; under both, if a file is no dataset.
+        UserError: under `raise`, at the first such row; under both, if a file is no dataset.
     """
     sources = open_source(
-        data_path, image_folder, allow_outside=allow_outside, allow_urls=allow_urls, cache_dir=cache_dir
+        data_path,
+        image_folder,
+        allow_outside=allow_outside,
+        allow_urls=allow_urls,
+        cache_dir=cache_dir,
+        columns=columns,
     )
     root = Path(os.path.expanduser(cache_dir or datasets.config.HF_DATASETS_CACHE))
-    found = SoundRows([], on_bad_row, seed)
+    found = SoundRows([], on_bad_row, seed, root)
     for source in sources:
         try:
             dataset = load_source(source, root)

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from hf_llava_ft.checking.collected import Collected, name_duplicates, name_rows_of_images
 from hf_llava_ft.checking.images import image_facts
+from hf_llava_ft.checking.kept_checks import KeptCheck
 from hf_llava_ft.checking.progress import checking_bar, estimated_rows
 from hf_llava_ft.checking.result import CheckResult
 from hf_llava_ft.checking.rows import RowChecker, row_kind
@@ -24,6 +25,7 @@ from hf_llava_ft.data.formats import Source
 from hf_llava_ft.data.formats.mixture import draw_rows
 from hf_llava_ft.data.worker_pool import results_of_stream
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
+from hf_llava_ft.settings.defaults import OF_BATCH, batch_of
 
 # Steps whose rows are sorted by length together, as LlavaTrainer has it.
 LENGTH_POOL_STEPS = 50
@@ -36,10 +38,11 @@ def check_data(
     processor: LlavaProcessor | None = None,
     *,
     longest: int | None = None,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     seed: int = 42,
     num_proc: int | None = None,
     console: Console | None = None,
+    kept: KeptCheck | None = None,
 ) -> CheckResult:
     """
     Check all of some sources.
@@ -48,13 +51,14 @@ def check_data(
         sources (`list[Source]`): what `open_source` gave.
         processor (`LlavaProcessor`, *optional*): without one nothing is said of tokens.
         longest (`int`, *optional*): tokens that a row may have, images included.
-        batch_size (`int`): rows in a forward pass, for padding and steps.
+        batch_size (`int`, *optional*): rows in a forward pass, for padding and steps; by default as training has it.
         seed (`int`): of a mixture, as in training.
         num_proc (`int`, *optional*): processes; by default one for each core.
         console (`rich.console.Console`, *optional*): where the bars are drawn, if it is a terminal.
+        kept (`KeptCheck`, *optional*): where the result is kept for the next time.
 
     Raises:
-        `UserError`: if a process is killed for want of memory. What is wrong with the data is in the result.
+        UserError: if a process is killed for want of memory. What is wrong with the data is in the result.
     """
     console = console or Console(stderr=True)
     collected = Collected(sources)
@@ -81,6 +85,8 @@ def check_data(
     order = {source.where: index for index, source in enumerate(sources)}
     for found in (result.problems, result.warnings):
         found.sort(key=lambda problem: (order[problem.file], problem.row or 0))
+    if kept is not None:
+        kept.store(collected, result)
     return result
 
 
@@ -108,7 +114,12 @@ def _summarise(collected: Collected, result: CheckResult) -> None:
 
 
 def _token_summary(
-    sources: list[Source], collected: Collected, result: CheckResult, longest: int | None, batch_size: int, seed: int
+    sources: list[Source],
+    collected: Collected,
+    result: CheckResult,
+    longest: int | None,
+    batch_size: int | None,
+    seed: int,
 ) -> dict[str, Any]:
     lengths, supervised = collected.column("lengths"), collected.column("supervised")
     num_images, source_of = collected.column("num_images"), collected.column("source")
@@ -146,10 +157,14 @@ def _token_summary(
     if trained:
         rows = np.concatenate(trained)
         words = np.maximum(1, collected.column("num_words")[rows]) * np.where(num_images[rows] > 0, 1, -1)
-        summary["padding_waste"] = padding_waste(lengths[rows], words, batch_size, LENGTH_POOL_STEPS)
+        # As a run on one device has it that was told of no other.
+        batch: dict[str, Any] = {OF_BATCH[0]: batch_size}
+        size, accumulation = ((batch | batch_of("lora", len(rows), 1, batch))[name] for name in OF_BATCH)
+        summary["padding_waste"] = padding_waste(lengths[rows], words, size, LENGTH_POOL_STEPS)
         summary["steps"] = {
-            "batch_size": batch_size,
+            "batch_size": size,
+            "accumulation": accumulation,
             "rows_per_epoch": len(rows),
-            "steps_per_epoch": -(-len(rows) // batch_size),
+            "steps_per_epoch": -(-len(rows) // (size * accumulation)),
         }
     return summary

@@ -30,6 +30,7 @@ class Collected:
         self.facts: list[ImageFacts] = []
         self._same_facts: dict[ImageFacts, ImageFacts] = {}  # pictures of one size share one
         self.embedded: list[ImageFacts] = []
+        self.has_links = False
         self._candidates: dict[str, list[tuple[int, Sample]]] = {}
         # Of each image place: source, row number, index of the file in `paths`, or -1 - its index in `embedded`.
         self.uses: list[np.ndarray] = []
@@ -68,6 +69,7 @@ class Collected:
             self.uses.append(
                 np.array([(index, findings.numbers[position], image) for position, image in uses], dtype=np.int32)
             )
+        self.has_links = self.has_links or findings.has_links
         result.problems += findings.problems
         result.warnings += findings.warnings
         for name, sample in findings.samples.items():

@@ -25,7 +25,7 @@ def problems_of(source: Source, root: Path, error: UserError, is_remembered: boo
         `list[Problem]`: all that is wrong with the rows.
 
     Raises:
-        `UserError`: `error`, if it is not about rows.
+        UserError: `error`, if it is not about rows.
     """
     kept = _kept_at(source, root)
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def _kept_at(source: Source, root: Path) -> Path:
     files = [[one.st_size, one.st_mtime_ns, one.st_ctime_ns, one.st_ino] for one in status]
     images = source.images
     options = [images.folder, images.allow_outside, images.allow_urls]
-    identity = [source.where, source.container.files, source.format, files, options]
+    identity = [source.where, source.container.files, source.reading, files, options]
     digest = blake2b(json.dumps(identity).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
     return root / "llava_bad_rows" / f"{digest}.json"
 

@@ -63,6 +63,7 @@ class RowFindings:
         embedded (`list[tuple[int, ImageFacts]]`): the same for pictures that the rows hold.
         problems, warnings (`list[Problem]`): a row with a problem can't be trained on.
         samples (`dict[str, Sample]`): the first sound row of each kind, and the longest.
+        has_links (`bool`): an image file is not where its name says, but where a link leads, or fetched.
     """
 
     numbers: np.ndarray
@@ -78,6 +79,7 @@ class RowFindings:
     problems: list[Problem] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
     samples: dict[str, Sample] = field(default_factory=dict)
+    has_links: bool = False
 
 
 class RowChecker:
@@ -142,6 +144,8 @@ class RowChecker:
             images.append(stored)
             if stored["bytes"] is None:
                 findings.paths.append((position, str(stored["path"])))
+                is_there = _is_where_it_says(str(image), str(stored["path"]), source)
+                findings.has_links = findings.has_links or not is_there
             else:
                 facts = image_facts(stored["bytes"])
                 findings.embedded.append((position, facts))
@@ -218,6 +222,11 @@ class RowChecker:
         opening = self.processor.picture_opening
         sizes = [image_size(image["bytes"] or str(image["path"]), opening) for image in sample.images]
         return None if None in sizes else [size for size in sizes if size is not None]
+
+
+def _is_where_it_says(image: str, path: str, source: Source) -> bool:
+    """Whether no link and no server stands between a row's image and its file."""
+    return ".." not in image and path == os.path.normpath(os.path.join(source.images.real_folder, image))
 
 
 def control_text(processor: LlavaProcessor) -> list[str]:

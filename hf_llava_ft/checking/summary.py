@@ -34,14 +34,15 @@ def print_summary(result: CheckResult, console: Console, samples_per_second: flo
 # What becomes of pictures that not everybody opens alike.
 _OPENED = {
     "upright": {
-        "turned by EXIF": "; trained upright, as transformers' load_image and vLLM open them; llama.cpp turns nothing",
-        "transparent": "; an alpha channel is dropped, as by transformers' load_image; vLLM, and who hands an open "
-        "picture to the processor, see white there: flatten such files to be safe",
+        "images turned by EXIF": "; trained upright, as transformers' load_image and vLLM open them; llama.cpp turns "
+        "nothing",
+        "transparent images": "; an alpha channel is dropped, as by transformers' load_image; vLLM, and who hands an "
+        "open picture to the processor, see white there: flatten such files to be safe",
     },
     "original": {
-        "turned by EXIF": "; trained as they lie, as the original LLaVA does, while transformers and vLLM turn them "
-        "for whoever asks the model",
-        "transparent": "; transparency is dropped, as in the original LLaVA, where other readers may see white",
+        "images turned by EXIF": "; trained as they lie, as the original LLaVA does, while transformers and vLLM turn "
+        "them for whoever asks the model",
+        "transparent images": "; transparency is dropped, as in the original LLaVA, where other readers may see white",
     },
 }
 
@@ -57,16 +58,16 @@ def summary_lines(result: CheckResult, samples_per_second: float | None = None) 
         )
     ]
     formats = ", ".join(f"{name} {number:,}" for name, number in result.image_formats.items())
-    shown = f"{result.images:,} in {_counted(result.image_places, 'place')}"
+    shown = f"{result.images:,}, named {_counted(result.image_places, 'time')} by the rows"
     lines.append(("images", f"{shown} ({formats})" if formats else shown))
     for name, number in (
         ("missing images", result.missing_images),
         ("unreadable images", result.unreadable_images),
-        ("  too large to decode", result.decompression_bombs),
-        ("of extreme shape", result.extreme_images),
-        ("turned by EXIF", result.turned_images),
-        ("transparent", result.transparent_images),
-        ("repeated rows", result.duplicate_rows),
+        ("  of these, too large to decode", result.decompression_bombs),
+        ("very long or very flat images", result.extreme_images),
+        ("images turned by EXIF", result.turned_images),
+        ("transparent images", result.transparent_images),
+        ("rows that repeat another", result.duplicate_rows),
     ):
         if number:
             lines.append((name, f"{number:,}{_OPENED[result.picture_opening].get(name, '')}"))
@@ -88,7 +89,7 @@ def _token_lines(result: CheckResult, samples_per_second: float | None) -> list[
             f"{tokens['supervised_tokens']:,} are learned ({100 * tokens['supervised_share']:.1f}%)",
         ),
         (
-            "tokens in a row",
+            "tokens per row",
             f"{lengths['min']:,} to {lengths['max']:,}, half of them up to {percentiles['50']:,}, 95% up to "
             f"{percentiles['95']:,}, 99% up to {percentiles['99']:,}",
         ),
@@ -103,14 +104,14 @@ def _token_lines(result: CheckResult, samples_per_second: float | None) -> list[
             f"; --on_bad_row skip cuts {cut['tokens']:,} tokens off {cut['rows']:,} of them and leaves out "
             f"{cut['rows_left_out']:,}"
         )
-    lines.append(("longer than allowed", longer))
+    lines.append(("rows that are too long", longer))
     if "steps" in tokens:
         waste, steps = tokens["padding_waste"], tokens["steps"]
         lines.append(
             (
                 "padding",
-                f"{100 * waste['random']:.1f}% of a batch of {steps['batch_size']} in random order, "
-                f"{100 * waste['group_by_modality_length']:.1f}% with --group_by_modality_length",
+                f"{100 * waste['random']:.1f}% of the positions in batches of {steps['batch_size']} rows, "
+                f"{100 * waste['group_by_modality_length']:.1f}% with --group_by_modality_length True",
             )
         )
         time = (
@@ -119,7 +120,9 @@ def _token_lines(result: CheckResult, samples_per_second: float | None) -> list[
             else f"about {_duration(steps['rows_per_epoch'] / samples_per_second)} at {samples_per_second:g} samples/s"
         )
         rows, num_steps = _counted(steps["rows_per_epoch"], "row"), _counted(steps["steps_per_epoch"], "step")
-        lines.append(("one epoch", f"{rows}, {num_steps} of {steps['batch_size']}; {time}"))
+        accumulated = f" x {steps['accumulation']} accumulated" if steps["accumulation"] > 1 else ""
+        of = f"of {steps['batch_size']}{accumulated}"
+        lines.append(("every row once (epoch)", f"{rows}, {num_steps} {of} on one device; {time}"))
     return lines
 
 

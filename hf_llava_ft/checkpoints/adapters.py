@@ -61,7 +61,7 @@ def with_adapter(
     if lora_dropout is not None:
         config.lora_dropout = lora_dropout
     base = config.base_model_name_or_path
-    weights = _read(adapter, revision)
+    weights = adapter_weights(adapter, revision)
     peft_model = get_peft_model(model, config)
     config.base_model_name_or_path = base  # get_peft_model takes it from the loaded model
     with _gathered(peft_model):
@@ -77,13 +77,13 @@ def check_resumed_adapter(model: PeftModel, checkpoint: str) -> None:
     """
     if not any(Path(checkpoint, name).is_file() for name in ADAPTER_FILES):
         return  # the engine has its own files
-    weights = _read(checkpoint)
+    weights = adapter_weights(checkpoint)
     with _gathered(model):
         _refuse_difference(checkpoint, weights, _expected(model, weights))
 
 
-def _read(adapter: str, revision: str | None = None) -> dict[str, Any]:
-    """Its weights by their names in memory."""
+def adapter_weights(adapter: str, revision: str | None = None) -> dict[str, Any]:
+    """The weights in the file of an adapter by their names in memory."""
     saved = load_peft_weights(adapter, device="cpu", revision=revision)
     return {name_in_memory(name.removeprefix(PEFT_PREFIX)): weight for name, weight in saved.items()}
 

@@ -9,10 +9,10 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel, set_seed
 
 from hf_llava_ft.checkpoints.artifact import staged_folder
+from hf_llava_ft.checkpoints.checked.read_as_written import check_generation_config
 from hf_llava_ft.checkpoints.embeddings import fill_rows, grow_embeddings
 from hf_llava_ft.checkpoints.opening import fit_to_processor
 from hf_llava_ft.checkpoints.original_folders import load_projector
-from hf_llava_ft.checkpoints.read_as_written import check_generation_config
 from hf_llava_ft.checkpoints.training_facts import TrainingFacts, base_facts
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.modeling.configuration_llava import LlavaConfig

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hf_llava_ft.checkpoints.files import find_file, name_for_anywhere
-from hf_llava_ft.checkpoints.opening import Checkpoint, fit_to_processor, inspect_checkpoint, load_config
+from hf_llava_ft.checkpoints.inspection import Checkpoint, inspect_checkpoint
+from hf_llava_ft.checkpoints.opening import fit_to_processor, load_config
 from hf_llava_ft.checkpoints.original_folders import write_original_lora, write_projector
 from hf_llava_ft.checkpoints.rewriting import rewriting, save_for_others
 from hf_llava_ft.checkpoints.verify import Probe, Verification
@@ -108,6 +109,7 @@ def _write_native(model: Any, processor: LlavaProcessor, checkpoint: Checkpoint,
     model.peft_config["default"].base_model_name_or_path = name_for_anywhere(checkpoint.base)
     model.peft_config["default"].revision = checkpoint.revision
     model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's, which says nothing; `push` writes one
     processor.save_pretrained(folder)
 
 

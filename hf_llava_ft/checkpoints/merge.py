@@ -2,18 +2,29 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from hf_llava_ft.checkpoints.opening import Checkpoint, inspect_checkpoint
-from hf_llava_ft.checkpoints.read_as_written import is_in_few_bits
+from hf_llava_ft.checkpoints.adapters import adapter_weights
+from hf_llava_ft.checkpoints.checked.read_as_written import is_in_few_bits
+from hf_llava_ft.checkpoints.inspection import Checkpoint, inspect_checkpoint
 from hf_llava_ft.checkpoints.rewriting import rewriting, save_for_others
+from hf_llava_ft.checkpoints.rounding import Rounding, merged
 from hf_llava_ft.checkpoints.verify import Probe, Verification
 from hf_llava_ft.errors import UserError
 
 
 @dataclass(frozen=True)
 class Merged:
+    """
+    Args:
+        output_dir (`Path`): the folder of the whole model.
+        verification (`Verification`): of the folder, against the base with the adapter.
+        rounding (`Rounding`): how much of what was learned the dtype of the weights took.
+    """
+
     output_dir: Path
     verification: Verification
+    rounding: Rounding
 
 
 def merge_adapter(
@@ -28,9 +39,10 @@ def merge_adapter(
     """
     Merges the adapter at `adapter` into its base and writes the whole model, with processor, to `output_dir`.
 
-    The base is loaded anew, because merging into weights that were used or quantised would merge their rounding. What
-    the base with the adapter answers is the reference; the merged folder is loaded in a fresh process and has to
-    answer the same. What is known of the training goes along as `training.json`.
+    The base is loaded anew, because merging into weights that were used or quantised would merge their rounding. The
+    weights are merged exactly and rounded once to `dtype`; what that takes of a small change is measured. What the
+    base with the adapter answers is the reference; the merged folder is loaded in a fresh process and has to answer
+    the same. What is known of the training goes along as `training.json`.
 
     Args:
         base (`str`, *optional*): instead of the base that the adapter names.
@@ -50,11 +62,16 @@ def merge_adapter(
     refuse_base_in_few_bits(checkpoint)
     with rewriting(checkpoint, output_dir, revision=revision, dtype=dtype, probe=probe) as draft:
         draft.ask()
-        merged = draft.model.merge_and_unload()
-        merged.config.use_cache = merged.config.text_config.use_cache = True
-        save_for_others(merged, draft.processor, draft.folder)
-        verification = draft.verify("the merged model is not the same as base and adapter", merged.dtype)
-    return Merged(Path(output_dir), verification)
+        whole, rounding = merged(draft.model, saved_weights(checkpoint, revision))
+        whole.config.use_cache = whole.config.text_config.use_cache = True
+        save_for_others(whole, draft.processor, draft.folder)
+        verification = draft.verify("the merged model is not the same as base and adapter", whole.dtype)
+    return Merged(Path(output_dir), verification, rounding)
+
+
+def saved_weights(checkpoint: Checkpoint, revision: str | None) -> dict[str, Any]:
+    """The weights in the file of a PEFT adapter, in its dtypes; none of the original's, whose base holds the rest."""
+    return adapter_weights(checkpoint.path, revision) if checkpoint.kind == "adapter" else {}
 
 
 def refuse_base_in_few_bits(checkpoint: Checkpoint) -> None:

@@ -1,21 +1,25 @@
-"""Opening a LLaVA, whatever kind of folder it is in. What a folder holds is decided by its files, never by its
-name."""
+"""Opening a LLaVA, whatever kind of folder it is in: its configuration, its processor, the model."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
-from huggingface_hub import is_offline_mode
 from peft import PeftModel
 from transformers import MODEL_MAPPING, AutoConfig
 
 from hf_llava_ft.checkpoints.adapters import with_adapter
 from hf_llava_ft.checkpoints.checked.folder import UNREADABLE, check_config, check_settings, reason_of
+from hf_llava_ft.checkpoints.checked.kind import refuse_other_kinds
+from hf_llava_ft.checkpoints.checked.read_as_written import (
+    check_generation_config,
+    is_in_few_bits,
+    say_what_loading_rounds,
+)
 from hf_llava_ft.checkpoints.checked.template import check_rendering, check_templates
 from hf_llava_ft.checkpoints.checked.weights import check_weights, refuse_no_numbers
 from hf_llava_ft.checkpoints.embeddings import grow_embeddings
 from hf_llava_ft.checkpoints.files import find_file, has_file, hub_refusal, not_here, read_json
+from hf_llava_ft.checkpoints.inspection import ADAPTER_CONFIG, Checkpoint, inspect_checkpoint
 from hf_llava_ft.checkpoints.original_folders import (
     ADAPTER_FILES,
     NON_LORA_FILE,
@@ -24,93 +28,31 @@ from hf_llava_ft.checkpoints.original_folders import (
     read_projector,
     with_original_lora,
 )
-from hf_llava_ft.checkpoints.read_as_written import check_generation_config, is_in_few_bits, say_what_loading_rounds
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.modeling.configuration_llava import LlavaConfig
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
-from hf_llava_ft.modeling.original_config_llava import is_original
 from hf_llava_ft.processing.picture_opening_llava import recorded_opening
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
 from hf_llava_ft.registration import register
 from hf_llava_ft.settings.machine import check_attention
 
-ADAPTER_CONFIG = "adapter_config.json"
 
-# What a folder can hold: a whole model; a PEFT adapter; a LoRA folder or a stage-1 projector of the original LLaVA.
-Kind = Literal["model", "adapter", "original_lora", "projector"]
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A name that was looked into.
+def load_config(path: str, revision: str | None = None, *, adapter: str | None = None) -> LlavaConfig:
+    """
+    The configuration at `path` in our form, whichever dialect it is written in.
 
     Args:
-        path (`str`): the folder or Hub id as the user gave it.
-        base (`str`): where the whole model is: `path` itself, or what an adapter or projector there was trained on.
-        revision (`str`, *optional*): of `base`.
-        kind (`Kind`): what `path` holds.
-    """
-
-    path: str
-    base: str
-    revision: str | None
-    kind: Kind
-
-    @property
-    def is_adapter(self) -> bool:
-        return self.kind in ("adapter", "original_lora")
-
-
-def inspect_checkpoint(path: str, revision: str | None = None, base: str | None = None) -> Checkpoint:
-    """
-    Args:
-        revision (`str`, *optional*): branch, tag or commit of `path` on the Hub.
-        base (`str`, *optional*): instead of the base that an adapter or a projector names.
+        adapter (`str`, *optional*): what was asked for, where `path` is its base, for messages.
 
     Raises:
-        UserError: if there is neither a model nor a part of one at `path`, or a part does not name its base.
+        UserError: if it is that of no LLaVA, or cannot be read.
     """
-    found = {name: read_json(path, name, revision) for name in (ADAPTER_CONFIG, "config.json")}
-    adapter, config = found[ADAPTER_CONFIG], found["config.json"]
-    if adapter is not None:
-        original = has_file(path, NON_LORA_FILE, revision) or (config is not None and is_original(config))
-        own_base = adapter.get("base_model_name_or_path")
-        named = base or own_base
-        if not named:
-            raise UserError(f"{path}: {ADAPTER_CONFIG} does not name the base model; pass it with --base.")
-        base_revision = adapter.get("revision") if named == own_base else None
-        return Checkpoint(path, named, base_revision, "original_lora" if original else "adapter")
-    if config is not None:
-        has_weights = any(has_file(path, name, revision) for name in _WEIGHTS)
-        if not has_weights and has_file(path, PROJECTOR_FILE, revision):
-            named = base or config.get("_name_or_path")
-            if not named:
-                raise UserError(f"{path} is a projector and does not name the model it was trained on: pass --base.")
-            return Checkpoint(path, named, None, "projector")
-        return Checkpoint(path, path, revision, "model")
-    if Path(path).exists():
-        raise UserError(f"{path} is not a model folder: it has neither config.json nor {ADAPTER_CONFIG}.")
-    if is_offline_mode():
-        raise UserError(not_here(path, revision))
-    raise UserError(f"{path} is a repository without a model: it has neither config.json nor {ADAPTER_CONFIG}.")
-
-
-def is_language_model(path: str, revision: str | None = None) -> bool:
-    """Whether there is a model at `path` that is no LLaVA, nor a part of one: what a tower can be put in front of."""
-    config = read_json(path, "config.json", revision)
-    if config is None or is_original(config) or "text_config" in config or has_file(path, ADAPTER_CONFIG, revision):
-        return False
-    return any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in config.get("architectures") or ())
-
-
-def load_config(path: str, revision: str | None = None) -> LlavaConfig:
-    """The configuration at `path` in our form, whichever dialect it is written in."""
     register()
     if read_json(path, "config.json", revision) is None and not Path(path).is_dir():
         raise UserError(not_here(path, revision))
     check_settings(path, revision)
+    refuse_other_kinds(path, revision, adapter)
     try:
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
         if not isinstance(config, LlavaConfig):
@@ -143,6 +85,8 @@ def load_processor(
     for place in dict.fromkeys(((path, revision), (checkpoint.base, checkpoint.revision))):
         check_settings(*place)
         check_templates(*place)
+    if checkpoint.kind in ("model", "adapter"):  # the others' base may be a bare language model
+        refuse_other_kinds(checkpoint.base, checkpoint.revision, None if checkpoint.kind == "model" else path)
     processor = _processor(checkpoint, path, revision, has_own)
     if with_template:
         check_rendering(processor, path)
@@ -245,7 +189,8 @@ def _load_whole(checkpoint: Checkpoint, folder: Path, revision: str | None, **kw
         num_tokens = config.text_config.vocab_size
         config.text_config.vocab_size = _vocab_size(checkpoint)
     else:
-        config = load_config(checkpoint.base, checkpoint.revision)
+        adapter = checkpoint.path if checkpoint.is_adapter else None
+        config = load_config(checkpoint.base, checkpoint.revision, adapter=adapter)
     check_weights(checkpoint.base, config, checkpoint.revision)
     check_generation_config(checkpoint.base, checkpoint.revision)
     kwargs["attn_implementation"] = _supported_attention(config, kwargs["attn_implementation"])

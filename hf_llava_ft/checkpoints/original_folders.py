@@ -1,4 +1,5 @@
-"""What haotian-liu/LLaVA writes that is no whole model: a LoRA folder, and the projector of stage 1.
+"""What haotian-liu/LLaVA writes that is no whole model: a LoRA folder, and the projector of stage 1. A whole model
+of it is read in `modeling/`: `original_config_llava.py`, `weight_names_llava.py`, `checkpoint_mixin_llava.py`.
 
 A LoRA folder holds an adapter with the original's names, `non_lora_trainables.bin` with what trained besides (the
 projector, and with added image tokens the embeddings), and the flat config.json. A stage-1 folder holds

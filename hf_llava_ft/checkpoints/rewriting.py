@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from hf_llava_ft.checkpoints.artifact import staged_folder
-from hf_llava_ft.checkpoints.opening import Checkpoint, load_model, load_processor
+from hf_llava_ft.checkpoints.inspection import Checkpoint
+from hf_llava_ft.checkpoints.opening import load_model, load_processor
 from hf_llava_ft.checkpoints.training_facts import training_facts
 from hf_llava_ft.checkpoints.verify import Probe, Verification, reference_outputs, verify
 from hf_llava_ft.errors import UserError

@@ -54,6 +54,20 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class AgainstAdapter:
+    """
+    How far a merged model is from the adapter that it was made of, unmerged and in float32.
+
+    Args:
+        logit_difference (`float`): largest difference of two logits, relative to the largest logit.
+        lost_share (`float`): norm of what the weights differ by, over the norm of what the adapter changes.
+    """
+
+    logit_difference: float
+    lost_share: float
+
+
+@dataclass(frozen=True)
 class Verification:
     """
     Args:
@@ -63,6 +77,7 @@ class Verification:
         loader (`Loader`): what loaded the folder: plain `"transformers"`; transformers and the folder's own code,
             `"trust_remote_code"`; or `"hf_llava_ft"`. But for the last, this package could not be imported.
         notes (`list[str]`): sentences on what is to be known though all else was the same.
+        against_adapter (`AgainstAdapter`, *optional*): where an adapter was named to compare with.
     """
 
     differences: list[str]
@@ -70,6 +85,7 @@ class Verification:
     answer: str
     loader: Loader
     notes: list[str] = field(default_factory=list)
+    against_adapter: AgainstAdapter | None = None
 
     @property
     def ok(self) -> bool:
@@ -103,6 +119,18 @@ def _whole_model(model_dir: str | Path, base: str | None) -> tuple[Path, str]:
     return settings_folder(whole, reload.base_revision(model_dir, whole))
 
 
+def fresh_python(arguments: list[str], cwd: str | None, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=env,
+        stdin=subprocess.DEVNULL,  # so that nobody can be asked to trust anything
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 def reloaded_outputs(
     model_dir: str | Path, probes: list[Probe], base: str | None = None, loader: Loader | None = None
 ) -> list[dict[str, torch.Tensor]]:
@@ -133,8 +161,8 @@ def reloaded_outputs(
             base = os.fspath(Path(base).resolve())
         _, commit = _whole_model(model_dir, base)
         arguments = [os.fspath(Path(model_dir).resolve()), base or "", commit, loader, scratch, os.fspath(output)]
-        done = subprocess.run(
-            [sys.executable, "-c", program, *arguments],
+        done = fresh_python(
+            ["-c", program, *arguments],
             cwd=None if loader == "hf_llava_ft" else scratch,
             # transformers copies a folder's code to where it imports it from.
             env={
@@ -142,10 +170,6 @@ def reloaded_outputs(
                 "HF_MODULES_CACHE": os.fspath(Path(scratch, "modules")),
                 reload.PARENT_VARIABLE: str(os.getpid()),
             },
-            stdin=subprocess.DEVNULL,  # so that nobody can be asked to trust anything
-            capture_output=True,
-            text=True,
-            check=False,
         )
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]

@@ -11,7 +11,6 @@ from hf_llava_ft.errors import UserError
 app = typer.Typer(
     name="llava-ft",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_show_locals=False,
 )
 
@@ -45,8 +44,31 @@ RevisionOption = Annotated[
 ImagesOption = Annotated[list[str] | None, typer.Option("--image", help="Path or URL of a picture; may be repeated.")]
 AttentionOption = Annotated[str, typer.Option("--attn_implementation", help="sdpa, eager, flash_attention_2, ...")]
 AllowNanOption = Annotated[bool, typer.Option("--allow_nan", help="Take a model whose weights are NaN or infinite.")]
+ColumnsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--columns",
+        help="Of a table: image=img,prompt=question,response=answer; DATA:... for one of several; repeatable.",
+    ),
+]
 MaxNewTokensOption = Annotated[int, typer.Option("--max_new_tokens", min=1, help="Most tokens of an answer.")]
 TemperatureOption = Annotated[float, typer.Option("--temperature", min=0.0, help="Sampling temperature; 0: greedy.")]
+
+TopPOption = Annotated[
+    float | None,
+    typer.Option(
+        "--top_p", min=1e-6, max=1.0, help="Sample from the likeliest tokens of this share; with --temperature."
+    ),
+]
+SystemOption = Annotated[
+    str | None, typer.Option("--system", help="System message; default: the chat template's own, if it has one.")
+]
+BitsOption = Annotated[
+    int | None, typer.Option("--bits", help="4 or 8: quantise the language model on loading, with bitsandbytes.")
+]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps; default: the best that there is.")
+]
 
 
 def writable_file(path: Path | None) -> Path | None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from hf_llava_ft.cli.application import JsonOption, app, write_json
+from hf_llava_ft.cli.application import ColumnsOption, JsonOption, app, write_json
 from hf_llava_ft.errors import UserError, exit_on_user_error
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ def push(
     ] = False,
     commit_message: Annotated[str | None, typer.Option("--commit_message", help="Message of the commit.")] = None,
     license: Annotated[
-        str | None, typer.Option("--license", help="License, as the Hub names it; default: that of the base.")
+        str | None,
+        typer.Option("--license", help="License, as the Hub names it; a model has by default that of its base."),
     ] = None,
     language: Annotated[
         list[str] | None, typer.Option("--language", help="Language, en, de, ...; may be repeated.")
@@ -51,6 +52,7 @@ def push(
     image_folder: Annotated[
         str | None, typer.Option("--image_folder", help="For data: the folder that its image paths are relative to.")
     ] = None,
+    columns: ColumnsOption = None,
     kinds: Annotated[list[str] | None, typer.Option("--kind", hidden=True, help="Nothing else is pushed.")] = None,
     json_file: JsonOption = None,
 ) -> None:
@@ -66,8 +68,7 @@ def push(
             "tell": lambda text: typer.echo(text, err=True),
         }
         if not _holds_model(path):
-            given = {"--license": license, "--language": language, "--run": run, "--base": base, "--samples": samples}
-            given["--keep_card"] = keep_card
+            given = {"--run": run, "--base": base, "--samples": samples, "--keep_card": keep_card}
             wrong = [name for name, value in given.items() if value]
             if kinds:
                 raise UserError(f"{path} holds no {kinds[0]}: it has neither config.json nor adapter_config.json.")
@@ -75,12 +76,14 @@ def push(
                 raise UserError(f"{wrong[0]} is for models, and {path} holds none: it has no config.json.")
             from hf_llava_ft.hub.push_dataset import push_data
 
-            data = push_data(path, repo_id, image_folder=image_folder, **common)
+            of_card: dict[str, Any] = {"license": license, "language": language}
+            data = push_data(path, repo_id, image_folder=image_folder, columns=columns, **of_card, **common)
             content: dict[str, Any] = {"kind": "dataset", "files": data.files}
             left_out, card, uploaded, checked = [], data.card, data.uploaded, "downloaded again and compared"
         else:
-            if image_folder is not None:
-                raise UserError(f"--image_folder is for data, and {path} holds a model.")
+            for name, value in {"--image_folder": image_folder, "--columns": columns}.items():
+                if value is not None:
+                    raise UserError(f"{name} is for data, and {path} holds a model.")
             from hf_llava_ft.hub import push as pushing
 
             pushed = pushing.push(

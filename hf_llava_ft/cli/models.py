@@ -1,22 +1,18 @@
-"""`llava-ft merge | convert | export | verify | generate | chat`: what is done with a model or an adapter."""
+"""`llava-ft merge | convert | export | verify`: what is done with a model or an adapter."""
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
 
 from hf_llava_ft.cli.application import (
-    AllowNanOption,
-    AttentionOption,
     BaseOption,
     DtypeOption,
-    ImagesOption,
     JsonOption,
-    MaxNewTokensOption,
     ModelOption,
     OutputDirOption,
     RevisionOption,
-    TemperatureOption,
     app,
     print_note_on_code,
     write_json,
@@ -42,10 +38,13 @@ def merge(
     with exit_on_user_error():
         from hf_llava_ft.checkpoints.merge import merge_adapter
 
-        found = merge_adapter(adapter, output_dir, base=base, revision=revision, dtype=dtype).verification
+        done = merge_adapter(adapter, output_dir, base=base, revision=revision, dtype=dtype)
+        found, rounding = done.verification, done.rounding
         _print_verified("Merged", output_dir, found.logit_difference)
+        typer.echo(rounding.sentence, err=True)
         _print_notes(found.notes)
         result = {"output_dir": str(output_dir), "verified": True, "loader": found.loader}
+        result |= {"dtype": str(rounding.dtype).removeprefix("torch."), "lost_share": rounding.lost_share}
         write_json(json_file, result | {"logit_difference": found.logit_difference})
 
 
@@ -119,6 +118,12 @@ def verify(
     model: ModelOption,
     base: BaseOption = None,
     revision: RevisionOption = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            "--adapter", help="The adapter that was merged into it: compare with it too, unmerged and in float32."
+        ),
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Load a model or an adapter as others would, in a fresh process, and compare it with what this package loads.
@@ -128,7 +133,7 @@ def verify(
     with exit_on_user_error():
         from hf_llava_ft.hub.verify_published import verify_for_others
 
-        found = verify_for_others(model, base=base, revision=revision)
+        found = verify_for_others(model, base=base, revision=revision, adapter=adapter)
         by = {
             "transformers": "transformers",
             "trust_remote_code": "transformers with trust_remote_code=True",
@@ -139,107 +144,23 @@ def verify(
             typer.echo(f"Verified: {model} loads with {by} and answers the same ({difference}).", err=True)
         else:
             typer.echo(f"Not the same: {model}, loaded with {by}: {'; '.join(found.differences)}.", err=True)
+        against = found.against_adapter
+        if against is not None:
+            typer.echo(
+                f"Against {adapter}, unmerged and in float32: largest logit difference "
+                f"{against.logit_difference:.1e}; of what was learned, {100 * against.lost_share:.3g} % is lost.",
+                err=True,
+            )
         _print_notes(found.notes)
         typer.echo(f"Asked what is in a test picture, it says: {found.answer!r}")
-        result = {"ok": found.ok, "loader": found.loader, "differences": found.differences}
+        result: dict[str, Any] = {"ok": found.ok, "loader": found.loader, "differences": found.differences}
+        if against is not None:
+            result["against_adapter"] = dataclasses.asdict(against)
         write_json(json_file, result | {"logit_difference": found.logit_difference, "answer": found.answer})
         if not found.ok:
             raise typer.Exit(1)
 
 
-@app.command()
-def generate(
-    model: ModelOption,
-    prompt: Annotated[str, typer.Option("--prompt", help="The question.")],
-    image: ImagesOption = None,
-    base: BaseOption = None,
-    revision: RevisionOption = None,
-    max_new_tokens: MaxNewTokensOption = 256,
-    temperature: TemperatureOption = 0.0,
-    attn_implementation: AttentionOption = "sdpa",
-    allow_nan: AllowNanOption = False,
-    json_file: JsonOption = None,
-) -> None:
-    """Answer one question about any number of pictures, as a stream."""
-    with exit_on_user_error():
-        from hf_llava_ft.answering.conversation import Conversation, load_for_answering, open_image
-        from hf_llava_ft.checkpoints.opening import load_processor
-
-        processor = load_processor(model, revision, base=base)
-        images = [open_image(source, processor.picture_opening) for source in image or []]
-        parts = load_for_answering(
-            model,
-            base=base,
-            revision=revision,
-            attn_implementation=attn_implementation,
-            processor=processor,
-            allow_nan=allow_nan,
-        )
-        answer = _print_stream(
-            Conversation(*parts), prompt, images, max_new_tokens=max_new_tokens, temperature=temperature
-        )
-        write_json(json_file, {"prompt": prompt, "images": image or [], "answer": answer})
-
-
-@app.command()
-def chat(
-    model: ModelOption,
-    image: ImagesOption = None,
-    base: BaseOption = None,
-    revision: RevisionOption = None,
-    max_new_tokens: MaxNewTokensOption = 256,
-    temperature: TemperatureOption = 0.0,
-    attn_implementation: AttentionOption = "sdpa",
-    allow_nan: AllowNanOption = False,
-) -> None:
-    """Chat with a model about pictures. In the chat: /image PATH_OR_URL, /new, /quit."""
-    with exit_on_user_error():
-        from hf_llava_ft.answering.conversation import Conversation, load_for_answering, open_image
-        from hf_llava_ft.checkpoints.opening import load_processor
-
-        processor = load_processor(model, revision, base=base)
-        pending = [open_image(source, processor.picture_opening) for source in image or []]
-        parts = load_for_answering(
-            model,
-            base=base,
-            revision=revision,
-            attn_implementation=attn_implementation,
-            processor=processor,
-            allow_nan=allow_nan,
-        )
-        conversation = Conversation(*parts)
-        typer.echo("/image PATH_OR_URL adds a picture, /new starts over, /quit ends.", err=True)
-        while True:
-            try:
-                line = input("you: ").strip()
-            except (EOFError, KeyboardInterrupt):
-                typer.echo("")
-                return
-            if line == "/quit":
-                return
-            if line == "/new":
-                conversation, pending = Conversation(*parts), []
-            elif line.startswith("/image"):
-                try:
-                    source = line.removeprefix("/image").strip()
-                    pending.append(open_image(source, processor.picture_opening))
-                except UserError as error:
-                    typer.echo(f"error: {error.sentence}", err=True)
-            elif line:
-                typer.echo("model: ", nl=False)
-                _print_stream(conversation, line, pending, max_new_tokens=max_new_tokens, temperature=temperature)
-                pending = []
-
-
 def _print_notes(notes: list[str]) -> None:
     for note in notes:
         typer.echo(f"Note: {note}", err=True)
-
-
-def _print_stream(conversation, question: str, images: list, **generation) -> str:
-    answer = ""
-    for piece in conversation.stream(question, images, **generation):
-        answer += piece
-        typer.echo(piece, nl=False)
-    typer.echo("")
-    return answer.strip()

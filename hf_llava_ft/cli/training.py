@@ -1,4 +1,4 @@
-"""`llava-ft quickstart | compose | train | check | estimate`: everything up to a trained model."""
+"""`llava-ft quickstart | compose | train | check | init | estimate`: everything up to a trained model."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from hf_llava_ft.cli.application import (
+    ColumnsOption,
     JsonOption,
     OutputDirOption,
     app,
@@ -73,6 +74,11 @@ def compose(
 def train(context: typer.Context) -> None:
     """Fine-tune a LLaVA, with a recipe (YAML), flags, and those of the original LLaVA and of transformers' Trainer."""
     with exit_on_user_error():
+        from hf_llava_ft.settings.flags.first_look import first_look
+
+        if (page := first_look(context.args)) is not None:
+            typer.echo(page, nl=False)
+            return
         from hf_llava_ft.train import main as train_main
 
         train_main(context.args)
@@ -93,8 +99,11 @@ def check(
         typer.Option("--model_max_length", min=1, help="Most tokens of a row; default: the model's own limit."),
     ] = None,
     batch_size: Annotated[
-        int, typer.Option("--batch_size", min=1, help="Rows per forward pass, to compute padding and steps.")
-    ] = 16,
+        int | None,
+        typer.Option(
+            "--batch_size", "--per_device_train_batch_size", min=1, help="Rows on a device at once; default: as train."
+        ),
+    ] = None,
     samples_per_second: Annotated[
         float | None,
         typer.Option("--samples_per_second", min=1e-9, help="Speed of an earlier run, for the time of an epoch."),
@@ -103,9 +112,13 @@ def check(
         bool, typer.Option("--allow_images_outside", help="Allow image paths that leave the image folder.")
     ] = False,
     allow_image_urls: Annotated[bool, typer.Option("--allow_image_urls", help="Fetch images from the web.")] = False,
+    columns: ColumnsOption = None,
     num_proc: Annotated[
         int | None, typer.Option("--num_proc", min=1, help="Processes; default: one for each core.")
     ] = None,
+    recheck: Annotated[
+        bool, typer.Option("--recheck", help="Check all of it again, though nothing has changed since the last time.")
+    ] = False,
     preview: Annotated[
         int, typer.Option("--preview", min=0, help="Print this many rows, with what is learned marked.")
     ] = 0,
@@ -132,12 +145,43 @@ def check(
             samples_per_second=samples_per_second,
             allow_outside=allow_images_outside,
             allow_urls=allow_image_urls,
+            columns=columns,
             num_proc=num_proc,
+            recheck=recheck,
             preview=preview,
             report=report,
         )
         write_json(json_file, result.to_json())
         if not result.trainable:
+            raise typer.Exit(1)
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Pictures, with captions beside them.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", help="The file to write, which must be new; default: FOLDER/data.json.")
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", help="What is asked where there are only captions; default: Describe the picture."),
+    ] = None,
+    captions: Annotated[
+        str | None,
+        typer.Option("--captions", help="Where the captions are: a table, or txt; default: whichever is there."),
+    ] = None,
+    columns: ColumnsOption = None,
+) -> None:
+    """Make a data file of a folder of pictures with captions beside them, and check it.
+
+    A caption is a text file of the picture's name, or a row of a table (CSV, TSV, JSON Lines, Parquet).
+
+    Exit code: 0 if every row can be trained on, 1 if some can't, 2 if no file was written.
+    """
+    with exit_on_user_error():
+        from hf_llava_ft.checking.init_folder import run_init
+
+        if not run_init(folder, output, prompt=prompt, captions=captions, columns=columns).trainable:
             raise typer.Exit(1)
 
 

@@ -7,8 +7,8 @@ What may surprise:
   (`file_index.py`); opening a known set costs one `stat` per image.
 * A large file is read by several processes, a part each. What they write and the first error are those of one process.
 * A set with a wrong row or an unreadable image has no cache at all, half or whole.
-* `datasets.Image` turns a picture the way its EXIF orientation says, which the original LLaVA does not. So
-  `load_llava_json` leaves the images undecoded, and the collator opens them.
+* `datasets.Image` decodes a picture in one way only, turned as its EXIF data say. So `load_llava_json` leaves the
+  images undecoded, and the collator opens them as the model's processor says.
 """
 
 import os
@@ -87,7 +87,7 @@ class LlavaConversations(datasets.ArrowBasedBuilder):
             For `datasets.DatasetBuilder`.
 
     Raises:
-        `UserError`: here if a data file or the image folder can't be read, and from `download_and_prepare` if anything
+        UserError: here if a data file or the image folder can't be read, and from `download_and_prepare` if anything
             else is wrong with a row or an image.
     """
 
@@ -205,7 +205,7 @@ def load_llava_json(
         `datasets.Dataset`, memory-mapped, with [`FEATURES`].
 
     Raises:
-        `UserError`: at the first thing that is wrong; nothing is left in the cache then.
+        UserError: at the first thing that is wrong; nothing is left in the cache then.
     """
     builder = LlavaConversations(
         cache_dir=None if cache_dir is None else os.fspath(cache_dir), data_files=data_path, image_folder=image_folder
@@ -215,8 +215,8 @@ def load_llava_json(
 
 
 def undecoded(dataset: datasets.Dataset) -> datasets.Dataset:
-    """`dataset`, of [`FEATURES`], with its images as they are stored: the collator opens a picture as the original
-    does, without its EXIF orientation."""
+    """`dataset`, of [`FEATURES`], with its images as they are stored: the collator opens them as the model's processor
+    says."""
     # Said of the rows as they lie on the disk; cast_column would write them all a second time, embedded pictures
     # included.
     info = dataset.info.copy()

@@ -18,7 +18,7 @@ def checked_lengths(lengths: Lengths, batch_size: int, world_size: int) -> np.nd
     `lengths` as `int64[N]`.
 
     Raises:
-        `UserError`: if one is 0.
+        UserError: if one is 0.
         ValueError: if `batch_size` or `world_size` is below 1.
     """
     if batch_size < 1 or world_size < 1:

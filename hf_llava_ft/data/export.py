@@ -69,7 +69,7 @@ def export_dataset(
         card (`Callable`, *optional*): makes of the numbers the text of README.md.
 
     Raises:
-        `UserError`: at the first row or image that is wrong; nothing is written then.
+        UserError: at the first row or image that is wrong; nothing is written then.
         `RuntimeError`: if what was written does not read back the same.
     """
     shard_bytes = _shard_bytes(max_shard_size)

@@ -19,6 +19,13 @@ class MissingImageError(UserError):
     """An image's file is not there."""
 
 
+def what_to_do_about_missing(folder: str | None) -> str:
+    """Where nobody said where images are, that comes first."""
+    is_given = folder is not None and os.path.realpath(folder) != os.path.realpath(os.getcwd())
+    where = "" if is_given else "name the folder that the images are in with --image_folder, "
+    return f"{where}add the file or remove the row"
+
+
 class ImageFolder:
     """
     The folder that image paths of a data file are relative to.
@@ -27,7 +34,7 @@ class ImageFolder:
         folder (`str`, *optional*): None if the data has no images.
 
     Raises:
-        `UserError`: if it is given and is no folder.
+        UserError: if it is given and is no folder.
     """
 
     def __init__(self, folder: str | None):
@@ -50,7 +57,7 @@ class ImageFolder:
             `str`: absolute, free of links.
 
         Raises:
-            `UserError`: if there is no such file, or it lies outside the folder.
+            UserError: if there is no such file, or it lies outside the folder.
         """
         image = f"{place}: image {name!r}"
         if "://" in name or name.startswith("data:"):
@@ -81,7 +88,7 @@ class ImageFolder:
             mode = os.stat(path).st_mode
         except FileNotFoundError:
             raise MissingImageError(
-                f"{image} is missing from {self.folder}; add the file or remove the row."
+                f"{image} is missing from {self.folder}; {what_to_do_about_missing(self.folder)}."
             ) from None
         except OSError as error:
             raise UserError(f"{image} can't be opened in {self.folder} ({error.strerror}); check it.") from None

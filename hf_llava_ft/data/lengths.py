@@ -12,7 +12,7 @@ that is only in memory is counted each time.
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -52,12 +52,18 @@ class TokenCounts:
     refused: dict[int, str] = field(default_factory=dict)
 
 
-def token_counts(dataset: Dataset, processor: LlavaProcessor, num_proc: int | None = None) -> TokenCounts:
+def token_counts(
+    dataset: Dataset,
+    processor: LlavaProcessor,
+    num_proc: int | None = None,
+    known: Callable[[], TokenCounts | None] = lambda: None,
+) -> TokenCounts:
     """
     Args:
         dataset (`datasets.Dataset`): with the columns `messages` and `images`.
         processor (`LlavaProcessor`): encodes the rows.
         num_proc (`int`, *optional*): processes; by default one for each core.
+        known: asked before anything is counted; gives the same numbers if somebody has counted them.
 
     Of several processes that ask for the same at once, as the ranks of a run do, one counts and the others wait.
     """
@@ -70,7 +76,7 @@ def token_counts(dataset: Dataset, processor: LlavaProcessor, num_proc: int | No
     with FileLock(f"{kept}.lock"):
         if kept.exists():
             return TokenCounts(*np.load(kept, allow_pickle=False))
-        counts = _count(dataset, processor, num_proc)
+        counts = known() or _count(dataset, processor, num_proc)
         if not counts.refused:
             unfinished = kept.with_suffix(".incomplete")
             with open(unfinished, "wb") as file:
@@ -93,7 +99,7 @@ def token_lengths(
         `int64[N]`, for each row what `processor.num_tokens` gives.
 
     Raises:
-        `UserError`: naming the first row that can't be encoded.
+        UserError: naming the first row that can't be encoded.
     """
     counts = token_counts(dataset, processor, num_proc)
     for index, reason in counts.refused.items():
@@ -168,21 +174,26 @@ def _num_image_tokens(processor: LlavaProcessor, num_images: int, images: list[d
 
 def _key(dataset: Dataset, processor: LlavaProcessor) -> str:
     """Digest of everything that the numbers follow from."""
+    parts = processor_parts(processor)
+    parts.insert(3, dataset._fingerprint)
+    return blake2b(json.dumps(parts, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+
+
+def processor_parts(processor: LlavaProcessor) -> list[Any]:
+    """All that the numbers follow from besides the rows."""
     tokenizer = processor.tokenizer.backend_tokenizer.to_str()
     # In front of the tokens stands what the last call with padding or truncation has left; each call sets its own.
     tokenizer = tokenizer[max(0, tokenizer.find('"added_tokens"')) :]
-    parts = [
+    return [
         _VERSION,
         transformers.__version__,
         tokenizers.__version__,
-        dataset._fingerprint,
         tokenizer,
         processor.tokenizer.special_tokens_map,
         processor.chat_template,
         type(processor).__name__,
         processor.to_dict(),
     ]
-    return blake2b(json.dumps(parts, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
 @contextmanager

@@ -31,7 +31,7 @@ def original_modality_order(
         `list[int]` of N indices.
 
     Raises:
-        `UserError`: if a length is 0.
+        UserError: if a length is 0.
     """
     lengths = checked_lengths(lengths, batch_size, world_size)
     kinds = [np.flatnonzero(lengths > 0), np.flatnonzero(lengths < 0)]

@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from hf_llava_ft.data.worker_pool import results_in_order
+from hf_llava_ft.errors import UserError
 
 # Gray of 16 or 32 bits. Pillow, and so the original LLaVA and every server of models, makes them RGB by cutting off
 # whatever is above 255: most such pictures would be trained as a white square. Colour of 16 bits is read as 8.
@@ -60,6 +61,12 @@ def decode_failure(picture: str | bytes) -> str | None:
         reason = getattr(error, "strerror", None) or str(error)  # of a file that may not be read
         return " ".join(reason.split()) or type(error).__name__
     return None
+
+
+def undecodable(place: str, path: str | None, reason: str) -> UserError:
+    """What is said of a row at `place` whose picture fails; `path` is that of its file, or the name it once had."""
+    name = "an image" if path is None else f"image {os.path.basename(path)!r}"
+    return UserError(f"{place}: {name} can't be decoded ({reason}); replace it or remove the row.")
 
 
 def unreadable_images(paths: Iterable[str]) -> dict[str, str]:

@@ -75,7 +75,7 @@ def modality_length_grouped_indices(
         `list[int]` of N indices.
 
     Raises:
-        `UserError`: if a length is 0.
+        UserError: if a length is 0.
     """
     lengths = checked_lengths(lengths, batch_size, world_size)
     kinds = [np.flatnonzero(lengths > 0), np.flatnonzero(lengths < 0)]
@@ -125,7 +125,7 @@ class ModalityLengthSampler(torch.utils.data.Sampler[int]):
         longest_first (`bool`, defaults to `False`): put the step with the longest row first.
 
     Raises:
-        `UserError`: if a length is 0.
+        UserError: if a length is 0.
     """
 
     def __init__(

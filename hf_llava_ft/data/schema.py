@@ -100,7 +100,7 @@ def parse_llava_row(row: dict[str, Any], where: str, number: int = 1) -> Row:
         `Row`: image paths as the row has them, not yet looked up.
 
     Raises:
-        `UserError`: if the row can't be trained on as it stands; the sentence names row and turn.
+        UserError: if the row can't be trained on as it stands; the sentence names row and turn.
     """
     row_id, place = identify_row(row, where, number)
     refuse_other_media(row, place)
@@ -130,7 +130,7 @@ def build_row(
         system (`str`, *optional*): the system turn, where it is no turn of the conversation but a key of the row.
 
     Raises:
-        `UserError`: naming the turn.
+        UserError: naming the turn.
     """
     _check_turns(turns, place)
     messages = []
@@ -166,7 +166,7 @@ def identify_row(row: Any, where: str, number: int) -> tuple[str, str]:
         `tuple[str, str]`: the row's id, its number if it has none; and how messages name it ([`row_place`]).
 
     Raises:
-        `UserError`: if the row is no object, or its id neither text nor a whole number.
+        UserError: if the row is no object, or its id neither text nor a whole number.
     """
     if not isinstance(row, dict):
         place = row_place(where, number)
@@ -218,7 +218,7 @@ def system_key(row: dict[str, Any], place: str) -> str | None:
 def refuse_other_media(row: dict[str, Any], place: str) -> None:
     """
     Raises:
-        `UserError`: if the row comes with video or audio, which it would otherwise be trained without.
+        UserError: if the row comes with video or audio, which it would otherwise be trained without.
     """
     for key in ("video", "videos", "audio", "audios"):
         if row.get(key):

@@ -12,7 +12,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from hf_llava_ft.checkpoints.opening import inspect_checkpoint, load_config
+from hf_llava_ft.checkpoints.inspection import inspect_checkpoint
+from hf_llava_ft.checkpoints.opening import load_config
 from hf_llava_ft.errors import UserError, exit_on_user_error
 from hf_llava_ft.estimate.memory import DEFAULT_BUCKET, DEFAULT_LIVE, Engine
 from hf_llava_ft.estimate.pictures import parsed_size, picture_of, worst_picture
@@ -20,6 +21,7 @@ from hf_llava_ft.estimate.plan import GIB, SET_ASIDE, Estimate, Estimator, Plan
 from hf_llava_ft.estimate.trace import Batch
 from hf_llava_ft.library_differences import checkpointing_flags
 from hf_llava_ft.settings.arguments import TuningArguments
+from hf_llava_ft.settings.defaults import OF_BATCH, UNTIL_KNOWN, batch_of, tuning_with_defaults
 from hf_llava_ft.settings.parsing import resolve
 
 CARDS = (16, 24, 40, 80, 141)
@@ -64,7 +66,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--utilization", type=float, default=0.4, help="Share of the peak that is reached.")
     parser.add_argument("--fit", type=float, metavar="GB", help="Propose what fits on a card of this size.")
-    parser.add_argument("--global_batch", type=_positive, default=128, help="With --fit: rows per optimiser step.")
+    parser.add_argument(
+        "--rows", type=_positive, help="Rows of the data, by which rank and batch are chosen where they are not given."
+    )
+    parser.add_argument(
+        "--global_batch", type=_positive, help="With --fit: rows per optimiser step; default: as train has it."
+    )
     parser.add_argument("--json", type=Path, help="Also write the result to this file.")
     return parser
 
@@ -83,11 +90,15 @@ def _estimate(own: argparse.Namespace, settings: dict[str, Any]) -> Estimate:
         raise UserError("--tflops, --utilization and --fit have to be above 0.")
     checkpoint = inspect_checkpoint(name, settings["revision"])
     is_adapter = checkpoint.kind == "adapter"
-    config = load_config(*((checkpoint.base, checkpoint.revision) if is_adapter else (name, settings["revision"])))
+    place = (checkpoint.base, checkpoint.revision) if is_adapter else (name, settings["revision"])
+    config = load_config(*place, adapter=name if is_adapter else None)
     try:
         size = worst_picture(config).size if own.picture_size == "worst" else parsed_size(own.picture_size)
-        tuning = TuningArguments(
-            **{field.name: settings[field.name] for field in dataclasses.fields(TuningArguments) if field.init}
+        tuning = tuning_with_defaults(
+            TuningArguments(
+                **{field.name: settings[field.name] for field in dataclasses.fields(TuningArguments) if field.init}
+            ),
+            own.rows,
         )
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -100,12 +111,18 @@ def _estimate(own: argparse.Namespace, settings: dict[str, Any]) -> Estimate:
         if text < 1:
             raise UserError(f"--model_max_length {settings['model_max_length']} has no room for the picture's tokens.")
     supervised = min(own.supervised_tokens or text, text)
+    batch = {name: settings[name] for name in OF_BATCH}
+    if engine.startswith("zero"):  # DeepSpeed reads them before the rows are counted
+        batch = {name: UNTIL_KNOWN[name] if number is None else number for name, number in batch.items()}
+    batch |= batch_of(tuning.train_type, own.rows, own.devices, batch)
+    size, accumulation = (batch[name] for name in OF_BATCH)
+    step = own.global_batch or size * accumulation * own.devices
     plan = Plan(
         engine,
         own.devices,
-        int(settings["gradient_accumulation_steps"]),
+        int(accumulation),
         _checkpointing(settings),
-        Batch(int(settings["per_device_train_batch_size"]), own.images, text, supervised, size),
+        Batch(int(size), own.images, text, supervised, size),
         bucket,
         live,
     )
@@ -119,7 +136,7 @@ def _estimate(own: argparse.Namespace, settings: dict[str, Any]) -> Estimate:
         str(getattr(settings["optim"], "value", settings["optim"])),
     )
     try:
-        return estimator.estimate(plan) if own.fit is None else estimator.fit(plan, own.fit, own.global_batch)
+        return estimator.estimate(plan) if own.fit is None else estimator.fit(plan, own.fit, step)
     except ValueError as error:
         raise UserError(str(error)) from error
 

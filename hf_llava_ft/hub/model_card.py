@@ -6,6 +6,8 @@ from a user or a model is escaped, and what is not known is left out.
 
 import re
 import shutil
+from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from hf_llava_ft.checkpoints.files import find_file, read_json
-from hf_llava_ft.checkpoints.opening import ADAPTER_CONFIG, Kind
+from hf_llava_ft.checkpoints.inspection import ADAPTER_CONFIG, Kind
 from hf_llava_ft.checkpoints.reload import Loader
 from hf_llava_ft.checkpoints.training_facts import TrainingFacts, hub_id, training_facts
 from hf_llava_ft.checkpoints.verify import Verification, loader_for
@@ -90,13 +92,69 @@ def write_card(
         evaluated=evaluated,
         samples=shown,
         verification=verification,
-        has_license=bool(stated),
+        license=stated.get("license_name", stated.get("license")),
+        is_license_of_base=not license,
+        languages=[language] if isinstance(language, str) else language or [],
         plot=_write_plot(staged, facts),
     )
     data = _metadata(kind, repo_id, loader, bases, facts, evaluated, {**stated, "language": language})
     card = card_of(ModelCard, data, "model_card.md", values, loading="model_card_loading.md")
     card.save(staged / CARD_FILE)
     return card
+
+
+@dataclass(frozen=True)
+class BaseOnCard:
+    """
+    What a card says of the base of an adapter, which may have to be asked of the Hub; once is enough for a run.
+
+    Args:
+        loader (`Loader`): what it takes to load both.
+        license (`dict[str, str]`): that of the base.
+    """
+
+    loader: Loader
+    license: dict[str, str]
+
+    @classmethod
+    def of(cls, folder: Path, facts: TrainingFacts | None) -> "BaseOnCard":
+        bases = _bases(folder, "adapter", None, None, facts)
+        return cls(_loader(folder, "adapter", bases), _license_of(bases))
+
+
+def write_local_card(
+    folder: Path, name: str, facts: TrainingFacts | None, base: BaseOnCard, plot: str | None = None
+) -> None:
+    """
+    Writes `README.md` of an adapter that stays here, in place of PEFT's. Nothing is checked, and nothing of this
+    machine is in it.
+
+    Args:
+        name (`str`): of the adapter; one that the Hub would not take is not shown.
+        plot (`str`, *optional*): file of the loss curve in the folder.
+    """
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        name = "adapter"
+    bases, evaluated = _bases(folder, "adapter", None, None, facts), _evaluated(facts)
+    values = model_card_values(
+        "adapter",
+        name,
+        base.loader,
+        bases,
+        vision_tower=None,
+        facts=facts,
+        evaluated=evaluated,
+        samples=[],
+        verification=None,
+        license=base.license.get("license_name", base.license.get("license")),
+        is_license_of_base=True,
+        languages=[],
+        plot=plot,
+    )
+    data = _metadata("adapter", name, base.loader, bases, facts, evaluated, dict(base.license))
+    card_of(ModelCard, data, "model_card.md", values, loading="model_card_loading.md").save(folder / CARD_FILE)
 
 
 def _check_name(name: str, revision: str | None) -> None:
@@ -134,7 +192,12 @@ def _license_on_card(name: str, revision: str | None) -> dict[str, str]:
         data: Any = ModelCard.load(file, ignore_metadata_errors=True).data if file else {}
     except (UserError, OSError, ValueError):  # a model that is gone, or a card that is no YAML
         return {}
-    return {field: value for field in _LICENSE_FIELDS if isinstance(value := data.get(field), str)}
+    return {field: str(value) for field in _LICENSE_FIELDS if _is_written(value := data.get(field))}
+
+
+def _is_written(value: Any) -> bool:
+    """A version or a year was text before YAML took it for a number or a date."""
+    return isinstance(value, (str, int, float, date)) and not isinstance(value, bool)
 
 
 def _loader(staged: Path, kind: Kind, bases: Bases) -> Loader:

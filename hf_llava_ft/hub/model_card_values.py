@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_llava_ft.checkpoints.opening import Kind
+from hf_llava_ft.checkpoints.inspection import Kind
 from hf_llava_ft.checkpoints.original_folders import PROJECTOR_FILE
 from hf_llava_ft.checkpoints.reload import Loader
 from hf_llava_ft.checkpoints.training_facts import TrainingFacts
@@ -52,7 +52,9 @@ def model_card_values(
     evaluated: tuple[int, float] | None,
     samples: list[Sample],
     verification: Verification | None,
-    has_license: bool,
+    license: str | None,
+    is_license_of_base: bool,
+    languages: list[str],
     plot: str | None,
 ) -> dict[str, Any]:
     """
@@ -60,6 +62,8 @@ def model_card_values(
         repo_id, bases, vision_tower: names of the Hub, and revisions, that were checked: they stand in code.
         loader (`Loader`): what it takes to load the whole model.
         evaluated (`tuple[int, float]`, *optional*): step and loss that are those of the weights.
+        license (`str`, *optional*): by its name, where it is stated.
+        is_license_of_base (`bool`): it was not stated of this model.
         plot (`str`, *optional*): path of the loss curve inside the repository.
     """
     known = facts or TrainingFacts()
@@ -83,7 +87,9 @@ def model_card_values(
         "data": _data(known),
         "verification": _verification(verification) if verification else None,
         "num_few_rows": rows if rows and rows < _MANY_ROWS else None,
-        "has_license": has_license,
+        "stated_license": license,
+        "is_license_of_base": is_license_of_base,
+        "languages": languages,
         "versions": [f"{name} {version}" for name, version in known.versions.items()],
     }
 

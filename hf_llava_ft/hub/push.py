@@ -13,14 +13,8 @@ import torch
 from huggingface_hub import HfApi
 
 from hf_llava_ft.checkpoints.files import read_json
-from hf_llava_ft.checkpoints.opening import (
-    ADAPTER_CONFIG,
-    Checkpoint,
-    Kind,
-    inspect_checkpoint,
-    load_model,
-    load_processor,
-)
+from hf_llava_ft.checkpoints.inspection import ADAPTER_CONFIG, Checkpoint, Kind, inspect_checkpoint
+from hf_llava_ft.checkpoints.opening import load_model, load_processor
 from hf_llava_ft.checkpoints.run_files import SUMMARY_FILE, TRAINING_FILE
 from hf_llava_ft.checkpoints.verify import (
     LOGIT_TOLERANCE,

@@ -13,7 +13,16 @@ from hf_llava_ft.errors import UserError, exit_on_user_error
 
 if TYPE_CHECKING:
     from hf_llava_ft.data.export import ExportedDataset
+    from hf_llava_ft.data.formats.column_choice import SaidOfColumns
     from hf_llava_ft.hub.upload import Uploaded
+
+ColumnsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--columns",
+        help="Of a table: image=img,prompt=question,response=answer; DATA:... for one of several; repeatable.",
+    ),
+]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 
@@ -49,6 +58,9 @@ def push_data(
     max_shard_size: str = "500MB",
     allow_outside: bool = False,
     allow_urls: bool = False,
+    columns: "SaidOfColumns" = None,
+    license: str | None = None,
+    language: list[str] | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> PushedData:
     """
@@ -57,6 +69,7 @@ def push_data(
     Args:
         repo_id (`str`, *optional*): `user/name`; without it nothing is uploaded.
         output_dir (`Path`, *optional*): where the dataset stays; by default it is written to a temporary folder.
+        license, language (*optional*): for the card; as the Hub names them.
         verify (`bool`): whether the commit is downloaded into an empty cache and compared, byte by byte.
         tell: is given a line on each step.
 
@@ -74,11 +87,14 @@ def push_data(
         raise UserError("a pull request is made on main: leave out --revision or --create_pr.")
     if repo_id is not None and not dry_run:
         check_login(repo_id)
-    sources = open_source(data_path, image_folder, allow_outside=allow_outside, allow_urls=allow_urls)
+    sources = open_source(data_path, image_folder, allow_outside=allow_outside, allow_urls=allow_urls, columns=columns)
     with tempfile.TemporaryDirectory() as temporary:
         folder = output_dir or Path(temporary, "dataset")
         exported = export_dataset(
-            sources, folder, max_shard_size, card=partial(dataset_card, name=repo_id or folder.name)
+            sources,
+            folder,
+            max_shard_size,
+            card=partial(dataset_card, name=repo_id or folder.name, license=license, language=language),
         )
         for source in sources:
             tell(source.describe(exported.num_rows if len(sources) == 1 else None))
@@ -88,6 +104,8 @@ def push_data(
             f"{'1 file' if exported.num_shards == 1 else f'{exported.num_shards} files'} of "
             f"{exported.download_bytes / 2**20:,.1f} MiB in all."
         )
+        if not license:
+            tell("The card says that no license is stated; --license states it.")
         card, uploaded = (folder / "README.md").read_text(encoding="utf-8"), None
         if repo_id is not None and not dry_run:
             uploaded = Upload(
@@ -115,6 +133,11 @@ def push_dataset(
     output_dir: Annotated[Path | None, typer.Option("--output_dir", help="Write the dataset here.")] = None,
     repo_id: Annotated[str | None, typer.Option("--repo_id", help="Upload it as user/name, in one commit.")] = None,
     private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
+    columns: ColumnsOption = None,
+    license: Annotated[str | None, typer.Option("--license", help="License, as the Hub names it: cc-by-4.0.")] = None,
+    language: Annotated[
+        list[str] | None, typer.Option("--language", help="Language, en, de, ...; may be repeated.")
+    ] = None,
     max_shard_size: Annotated[str, typer.Option("--max_shard_size", help="Of a Parquet file.")] = "500MB",
     allow_image_urls: Annotated[bool, typer.Option("--allow_image_urls", help="Fetch images from the web.")] = False,
     allow_images_outside: Annotated[
@@ -133,6 +156,9 @@ def push_dataset(
             private=private,
             max_shard_size=max_shard_size,
             allow_outside=allow_images_outside,
+            columns=columns,
+            license=license,
+            language=language,
             allow_urls=allow_image_urls,
             tell=lambda text: typer.echo(text, err=True),
         )

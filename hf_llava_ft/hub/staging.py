@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from hf_llava_ft.checkpoints.checked.folder import UNREADABLE
 from hf_llava_ft.checkpoints.files import first_line
-from hf_llava_ft.checkpoints.opening import ADAPTER_CONFIG, Kind
+from hf_llava_ft.checkpoints.inspection import ADAPTER_CONFIG, Kind
 from hf_llava_ft.checkpoints.original_folders import NON_LORA_FILE, PROJECTOR_FILE, read_weights
 from hf_llava_ft.checkpoints.reload import NATIVE_MODEL_TYPES
 from hf_llava_ft.checkpoints.remote_code import own_code, runs_only_our_code

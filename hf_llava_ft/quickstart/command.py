@@ -15,7 +15,9 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from hf_llava_ft.answering.conversation import Conversation, load_for_answering, open_image
+from hf_llava_ft.answering.batches import Question, answer_all
+from hf_llava_ft.answering.loading import load_for_answering
+from hf_llava_ft.answering.pictures import open_image
 from hf_llava_ft.checkpoints.artifact import check_writable
 from hf_llava_ft.checkpoints.compose import save_composed
 from hf_llava_ft.checkpoints.folder_lock import locked_folder
@@ -93,9 +95,11 @@ def _run(output_dir: Path, seed: int, console: Console) -> QuickstartResult:
 
     console.rule(f"2. Ask the new model: {QUESTION}")
     model, processor = load_for_answering(str(output_dir / "base"))
-    before = [
-        Conversation(model, processor).ask(QUESTION, [picture], max_new_tokens=MAX_NEW_TOKENS) for picture in pictures
-    ]
+    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+    questions = [Question([{"role": "user", "content": content}], [picture]) for picture in pictures]
+    with torch.inference_mode():
+        said = dict(answer_all(model, processor, questions, max_new_tokens=MAX_NEW_TOKENS))
+    before = [said[place].text for place in range(len(pictures))]
     del model
 
     console.rule("3. Fine-tune: LoRA on the language model, and the projector")

@@ -85,7 +85,7 @@ def thumbnail(photo: Path) -> Image.Image:
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Nobody ever reads half a file: it is written beside its place and moved there whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.incomplete")
     try:
         write(temporary)
         os.replace(temporary, path)

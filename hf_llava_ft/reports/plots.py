@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup, escape
 
+from hf_llava_ft.reports.axis import Axis, step_ticks
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -70,7 +72,7 @@ def loss_figure(
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     steps, evaluated = steps or list(range(1, len(losses) + 1)), evaluated or []
-    bottom, top = _range([*losses, *(loss for _, loss in evaluated)])
+    axis = Axis.of([*losses, *(loss for _, loss in evaluated)])
     last = max([*steps[-1:], *(step for step, _ in evaluated)], default=0)
     if len(losses) > MAX_STEPS_WITHOUT_SMOOTHING:
         axes.plot(steps, losses, color=LINE_COLOR, alpha=0.3, linewidth=1.2, label="each step")
@@ -83,11 +85,15 @@ def loss_figure(
         axes.plot(*zip(*evaluated, strict=True), color=EVAL_COLOR, linewidth=1.8, marker="o", label="evaluation")
 
     axes.set_xlabel("step", fontsize=font_size)
-    axes.set_ylabel("loss", fontsize=font_size)
-    axes.set_ylim(bottom, top + 0.04 * (top - bottom))
-    axes.set_yticks(_ticks(top, 5, bottom))
+    axes.set_ylabel(f"loss{axis.note}", fontsize=font_size)
+    if axis.is_logarithmic:
+        axes.set_yscale("log")
+        axes.minorticks_off()
+    axes.set_ylim(axis.bottom, axis.with_room_above)
+    ticks = axis.ticks(5)
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_xlim((1, last) if last > 1 else (0, 2))
-    axes.set_xticks(_step_ticks(last))
+    axes.set_xticks(step_ticks(last))
     axes.tick_params(labelsize=font_size, length=0, pad=8)
     axes.grid(color="#e5e7eb", linewidth=1)
     axes.set_axisbelow(True)
@@ -104,18 +110,16 @@ def loss_figure(
             steps, learning_rates, color=LEARNING_RATE_COLOR, linestyle="--", linewidth=1.5, label="learning rate"
         )
         right.set_ylabel("learning rate", fontsize=font_size)
-        highest = _top(learning_rates)
-        right.set_ylim(0, highest * 1.04)
-        right.set_yticks(_ticks(highest, 5))
+        rates = Axis.from_zero(learning_rates)
+        right.set_ylim(0, rates.with_room_above)
+        right.set_yticks(rates.ticks(5))
         right.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
         right.tick_params(labelsize=font_size, length=0, pad=8)
         right.yaxis.get_offset_text().set_fontsize(font_size)
         right.spines[:].set_visible(False)
     if len(lines) > 1:
-        # Above the curves, wherever they run, and above the power of ten of the axis on the right.
-        figure.legend(
-            handles=lines, fontsize=font_size, frameon=False, ncols=len(lines), loc="outside upper right", borderpad=0
-        )
+        # Beside the curves, wherever they run, and beside the numbers of the axis on the right.
+        figure.legend(handles=lines, fontsize=font_size, frameon=False, loc="outside right upper", borderpad=1)
     return figure
 
 
@@ -140,26 +144,26 @@ def loss_plot_svg(
     """
     height = 220
     steps, evaluated = steps or list(range(1, len(losses) + 1)), evaluated or []
-    bottom, top = _range([*losses, *(loss for _, loss in evaluated)])
+    axis = Axis.of([*losses, *(loss for _, loss in evaluated)])
     last = max([*steps[-1:], *(step for step, _ in evaluated)], default=0)
 
     def x_percent(step: int) -> float:
         return 50.0 if last == 1 else 100 * (step - 1) / (last - 1)
 
     def y_pixels(loss: float) -> float:
-        return height * (top - loss) / (top - bottom)
+        return height * (1 - axis.height_of(loss))
 
     parts = []
-    for value in _ticks(top, 5, bottom):
+    for value in axis.ticks(5):
         y = f"{y_pixels(value):.1f}"
         parts.append(
             f'<line x1="0" x2="100%" y1="{y}" y2="{y}" stroke="currentColor" stroke-opacity=".15"/>'
             f'<text x="-8" y="{y}" dy=".35em" text-anchor="end">{value:g}</text>'
         )
-    for step in _step_ticks(last):
+    for step in step_ticks(last):
         parts.append(f'<text x="{x_percent(step):.2f}%" y="{height + 20}" text-anchor="middle">{step}</text>')
     parts.append(f'<text x="50%" y="{height + 40}" text-anchor="middle">step</text>')
-    parts.append(f'<text x="-36" y="-14">{escape(label)}</text>')
+    parts.append(f'<text x="-36" y="-14">{escape(label + axis.note)}</text>')
 
     curves = [(losses, 2.2, 1.0)]
     if smooth and len(losses) > MAX_STEPS_WITHOUT_SMOOTHING:
@@ -194,6 +198,15 @@ def loss_plot_svg(
     )
 
 
+def curve_key(losses: list[float], evaluated: list[tuple[int, float]] | None = None) -> list[tuple[str, str]]:
+    """What the lines of [`loss_plot_svg`] are, as a legend beside it says: a name for its style, and words."""
+    if len(losses) > MAX_STEPS_WITHOUT_SMOOTHING:
+        key = [("thin", "loss of each step"), ("line", "smoothed")]
+    else:
+        key = [("line", "loss")]
+    return [*key, *([("evaluation", "evaluation")] if evaluated else [])]
+
+
 def smoothed(losses: list[float]) -> list[float]:
     """The mean over each step and its neighbours on both sides, a twentieth of the run in all.
 
@@ -219,38 +232,6 @@ def _description(label: str, values: list[float], steps: list[int]) -> str:
     if not values:
         return f"{name}: no steps"
     return f"{name}: {values[0]:.4g} at step {steps[0]}, {values[-1]:.4g} at step {steps[-1]}"
-
-
-def _top(values: list[float]) -> float:
-    return max((value for value in values if math.isfinite(value)), default=0.0) or 1.0
-
-
-def _range(values: list[float]) -> tuple[float, float]:
-    """
-    Where the axis begins and ends. It begins at 0, unless the values would then be a line along its upper half: a
-    loss that falls from 2.4 to 2.1 is seen to fall. What changes by less than a hundredth is shown as level.
-    """
-    top = _top(values)
-    lowest = min((value for value in values if math.isfinite(value)), default=0.0)
-    if lowest <= top / 2 or top - lowest < top / 100:
-        return 0.0, top
-    return lowest - (top - lowest) / 10, top
-
-
-def _ticks(top: float, num_ticks: int, bottom: float = 0.0) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten, from `bottom` up to `top`, about `num_ticks` of them."""
-    span = (top - bottom) / num_ticks
-    power = 10.0 ** math.floor(math.log10(span))
-    stride = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= span)
-    return [i * stride for i in range(math.ceil(bottom / stride - 1e-9), int(top / stride + 1e-9) + 1)]
-
-
-def _step_ticks(num_steps: int) -> list[int]:
-    """Round step numbers, with step 1 first, since a curve that begins at step 1 should say so."""
-    if num_steps < 3:
-        return list(range(1, num_steps + 1))
-    ticks = [int(tick) for tick in _ticks(num_steps, min(6, num_steps))]
-    return [1] + [tick for tick in ticks if tick > 1 and tick - 1 >= (ticks[1] - ticks[0]) / 2]
 
 
 def _path(points: list[tuple[int, float]], x_of: Callable[[int], float], y_of: Callable[[float], float]) -> str:

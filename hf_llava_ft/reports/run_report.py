@@ -6,11 +6,11 @@ from typing import Any
 from PIL import Image
 
 from hf_llava_ft.reports.page import Picture, write_atomically, write_page
-from hf_llava_ft.reports.plots import loss_plot_svg, save_loss_plot
+from hf_llava_ft.reports.plots import curve_key, loss_plot_svg, save_loss_plot
 
 REPORT_FILE, PLOT_FILE = "report.html", "loss.png"
 SUPERVISED = "supervised_tokens"
-MAX_STEPS = 8  # columns of answers
+MAX_BETWEEN = 20  # evaluations that are shown between the first and the last
 
 
 def write_run_report(
@@ -45,10 +45,10 @@ def write_run_report(
     if losses:
         told = summary["loss"] | {
             "curve": loss_plot_svg(losses, steps=steps, evaluated=evaluated),
+            "key": curve_key(losses, evaluated),
             "rate_curve": loss_plot_svg(rates, steps=steps, label="learning rate", smooth=False),
         }
-    settings, asked_at = summary["settings"], sorted({answer["step"] for answer in answers or []})
-    shown_steps = _shown_steps(asked_at)
+    settings = summary["settings"]
     write_page(
         output_dir / REPORT_FILE,
         "run.html",
@@ -59,9 +59,7 @@ def write_run_report(
         num_epochs=summary["epochs"] or 0,
         loss=told,
         evaluated=_evaluated(summary, evaluated) if evaluated else None,
-        steps=["before training" if step == 0 else f"step {step}" for step in shown_steps],
-        num_times_asked=len(asked_at),
-        prompts=_prompts(answers or [], shown_steps, pictures or []),
+        prompts=_prompts(answers or [], pictures or []),
         trained=trained,
         facts=_facts(summary),
         data=_data(summary["data"]),
@@ -108,27 +106,37 @@ def _shown(value: Any) -> str:
     return " ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
 
 
-def _prompts(
-    answers: list[dict[str, Any]], steps: list[int], pictures: list[list[Image.Image]]
-) -> list[dict[str, Any]]:
-    """Of each prompt `question`, `pictures`, and `answers` at these steps."""
-    by_prompt: dict[int, dict[int, str]] = {}
-    questions = {}
+def _prompts(answers: list[dict[str, Any]], pictures: list[list[Image.Image]]) -> list[dict[str, Any]]:
+    """Of each prompt `question`, `pictures`, `expected`, and of its answers, each with a title, `shown`, the first and
+    the last, and `between`; `num_between` is how many there are of these."""
+    by_prompt: dict[int, dict[int, dict[str, Any]]] = {}
     for answer in answers:
-        by_prompt.setdefault(answer["index"], {})[answer["step"]] = answer["answer"]
-        questions[answer["index"]] = answer["prompt"]
-    return [
-        {
-            "question": questions[index],
-            "pictures": list(map(Picture.of, pictures[index] if index < len(pictures) else [])),
-            "answers": [said_at.get(step, "") for step in steps],
-        }
-        for index, said_at in sorted(by_prompt.items())
-    ]
+        by_prompt.setdefault(answer["index"], {})[answer["step"]] = answer
+    prompts = []
+    for index, at in sorted(by_prompt.items()):
+        steps = sorted(at)
+        between = steps[1:-1]
+        said = {step: (step_title(step), at[step]["answer"]) for step in steps}
+        prompts.append(
+            {
+                "question": at[steps[-1]]["prompt"],
+                "pictures": list(map(Picture.of, pictures[index] if index < len(pictures) else [])),
+                "expected": at[steps[-1]].get("expected"),
+                "shown": [said[step] for step in dict.fromkeys((steps[0], steps[-1]))],
+                "between": [said[step] for step in _evenly(between)],
+                "num_between": len(between),
+            }
+        )
+    return prompts
 
 
-def _shown_steps(steps: list[int]) -> list[int]:
-    """At most `MAX_STEPS` of the steps, evenly spaced, with the first and the last."""
-    if len(steps) <= MAX_STEPS:
+def step_title(step: int) -> str:
+    """Of an answer."""
+    return "before training" if step == 0 else f"step {step}"
+
+
+def _evenly(steps: list[int]) -> list[int]:
+    """At most `MAX_BETWEEN` of the steps, evenly spaced, with the first and the last."""
+    if len(steps) <= MAX_BETWEEN:
         return steps
-    return [steps[round(index * (len(steps) - 1) / (MAX_STEPS - 1))] for index in range(MAX_STEPS)]
+    return [steps[round(index * (len(steps) - 1) / (MAX_BETWEEN - 1))] for index in range(MAX_BETWEEN)]

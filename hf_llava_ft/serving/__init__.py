@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_llava_ft.checkpoints.merge import refuse_base_in_few_bits
-from hf_llava_ft.checkpoints.opening import Checkpoint, fit_to_processor, inspect_checkpoint, load_config
+from hf_llava_ft.checkpoints.inspection import Checkpoint, inspect_checkpoint
+from hf_llava_ft.checkpoints.merge import refuse_base_in_few_bits, saved_weights
+from hf_llava_ft.checkpoints.opening import fit_to_processor, load_config
 from hf_llava_ft.checkpoints.remote_code import ENDPOINT_HANDLER
 from hf_llava_ft.checkpoints.rewriting import rewriting, save_for_others
+from hf_llava_ft.checkpoints.rounding import merged
 from hf_llava_ft.checkpoints.verify import LOGIT_TOLERANCE, Probe
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.serving.adapters import ADAPTER, BASE, split_adapter
@@ -76,7 +78,7 @@ def export_for_serving(
         fit_to_processor(draft.model.get_base_model() if checkpoint.is_adapter else draft.model, processor)
         draft.ask()
         kept_in = staged if keep_adapter else None
-        draft.model, rank, notes = _without_adapter(draft.model, processor, checkpoint, kept_in)
+        draft.model, rank, notes = _without_adapter(draft.model, processor, checkpoint, revision, kept_in)
         config, model_dtype = draft.model.config, draft.model.dtype
         config.use_cache = config.text_config.use_cache = True
         in_parts = server in ("llama.cpp", "ollama")
@@ -103,7 +105,7 @@ def export_for_serving(
 
 
 def _without_adapter(
-    model: Any, processor: Any, checkpoint: Checkpoint, kept_in: Path | None
+    model: Any, processor: Any, checkpoint: Checkpoint, revision: str | None, kept_in: Path | None
 ) -> tuple[Any, int, list[str]]:
     """
     The whole model with its adapter merged, or, with `kept_in`, the LoRA of the language model written there; the rank
@@ -113,21 +115,23 @@ def _without_adapter(
         return model, 0, []
     if kept_in is None:
         note = f"The adapter is merged into {_shown(checkpoint.base)}: the folder is whole."
-        return model.merge_and_unload(), 0, [note]
-    base, rank, merged = split_adapter(model, kept_in / ADAPTER)
+        whole, rounding = merged(model, saved_weights(checkpoint, revision))
+        return whole, 0, [note, rounding.sentence]
+    base, rank, parts = split_adapter(model, kept_in / ADAPTER)
     processor.save_pretrained(kept_in / ADAPTER)
     notes = [
         "vLLM takes LoRA of the language model only: what the adapter has in the "
-        f"{' and the '.join(merged)} is merged into base/."
+        f"{' and the '.join(parts)} is merged into base/."
     ]
-    return base, rank, notes if merged else []
+    return base, rank, notes if parts else []
 
 
 def _config_of(checkpoint: Checkpoint, revision: str | None) -> Any:
     """The configuration of the whole model; that of a part, where the original wrote one with it."""
     if checkpoint.kind in ("original_lora", "projector"):
         return load_config(checkpoint.path, revision)
-    return load_config(checkpoint.base, checkpoint.revision)
+    adapter = checkpoint.path if checkpoint.is_adapter else None
+    return load_config(checkpoint.base, checkpoint.revision, adapter=adapter)
 
 
 def _shown(base: str) -> str:

@@ -1,16 +1,11 @@
-"""The settings of a run: model, data, tuning, and the Trainer's own arguments with LLaVA's additions.
+"""The settings of a run: which model, which data, and what of it trains. How it trains is in `training_arguments.py`.
 
-Each setting is in one class. Defaults are those of LLaVA-1.5's LoRA recipe (haotian-liu/LLaVA,
+Each setting is in one class of these two files. Defaults are those of LLaVA-1.5's LoRA recipe (haotian-liu/LLaVA,
 `scripts/v1_5/finetune_lora.sh`), so that a run with nothing set is the paper's.
 """
 
-import os
 from dataclasses import dataclass, field
 from typing import Literal
-
-from transformers import TrainingArguments
-
-from hf_llava_ft.settings.refused import check_not_refused
 
 
 @dataclass
@@ -73,7 +68,18 @@ class ModelArguments:
         default=None, metadata={"help": "LLaVA-1.6: how the features of the crops become one sequence."}
     )
     image_grid_pinpoints: str | None = field(
-        default=None, metadata={"help": "LLaVA-1.6: the sizes that a picture is fitted into, '[(336, 672), ...]'."}
+        default=None,
+        metadata={
+            "help": "LLaVA-1.6: the sizes that a picture is fitted into, '[(336, 672), ...]'; or LLaVA-NeXT's grids "
+            "of tiles, '(1x1),...,(2x2)'."
+        },
+    )
+    anyres_max: int | None = field(
+        default=None,
+        metadata={
+            "help": "The N of LLaVA-NeXT's --image_aspect_ratio anyres_max_N: most tiles of a picture before its "
+            "features are shrunk, which is not done here."
+        },
     )
     # Names of the settings above that are defaults of the original's: they hold for a new LLaVA, and a LLaVA that is
     # given may differ.
@@ -89,6 +95,13 @@ class DataArguments:
     )
     image_folder: str = field(
         default=".", metadata={"help": "Folder that the image paths in the data are relative to."}
+    )
+    columns: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Of a table: image=img,prompt=question,response=answer; what is not named is found by its usual "
+            "name. Of one dataset of several: DATA:image=img,... ."
+        },
     )
     model_max_length: int | None = field(
         default=None,
@@ -122,6 +135,9 @@ class DataArguments:
         default=None, metadata={"help": "Rows to evaluate on, as data_path; when --eval_strategy says, or at the end."}
     )
     eval_image_folder: str | None = field(default=None, metadata={"help": "Their images; default: image_folder."})
+    eval_columns: list[str] | None = field(
+        default=None, metadata={"help": "The same of eval_data_path; default: columns, where they fit."}
+    )
     eval_split: float | None = field(
         default=None,
         metadata={"help": "Or the share of the rows to hold out for evaluation, 0.05; drawn with the seed."},
@@ -129,6 +145,13 @@ class DataArguments:
     eval_prompts: str | None = field(
         default=None,
         metadata={"help": "JSON or JSONL of questions (prompt, and image or images) to answer at each evaluation."},
+    )
+    num_eval_answers: int = field(
+        default=3,
+        metadata={
+            "help": "Without eval_prompts: so many of the evaluated rows are answered before training and at each "
+            "evaluation, beside the answer that the data has; 0: none."
+        },
     )
     eval_max_new_tokens: int = field(default=128, metadata={"help": "Most tokens of such an answer."})
 
@@ -169,8 +192,8 @@ class TuningArguments:
     freeze_mm_mlp_adapter: bool = field(
         default=False, metadata={"help": "With lora, freeze_vision or full: freeze the projector."}
     )
-    lora_r: int = field(default=128, metadata={"help": "LoRA rank."})
-    lora_alpha: int = field(default=256, metadata={"help": "LoRA scaling numerator."})
+    lora_r: int | None = field(default=None, metadata={"help": "LoRA rank; default: by the number of rows."})
+    lora_alpha: int | None = field(default=None, metadata={"help": "LoRA scaling numerator; default: twice the rank."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the LoRA layers."})
     lora_bias: Literal["none", "all", "lora_only"] = field(
         default="none",
@@ -226,113 +249,3 @@ class TuningArguments:
             )
         if self.freeze_mm_mlp_adapter and self.train_type == "projector":
             raise ValueError("freeze_mm_mlp_adapter leaves train_type projector nothing to train: leave one out.")
-
-
-@dataclass
-class LlavaTrainingArguments(TrainingArguments):
-    """
-    transformers' `TrainingArguments`, and:
-
-    Args:
-        mm_projector_lr (`float`, *optional*):
-            Learning rate of the projector; by default `learning_rate`.
-        mm_vision_tower_lr (`float`, *optional*):
-            Learning rate of what trains in the vision tower; by default `learning_rate`.
-        group_by_modality_length (`bool`):
-            Batches of rows with images or without, each of similar length (LLaVA-1.5).
-        sampler_order (`"default"` or `"original"`):
-            `original` takes the rows in the original LLaVA's order for this seed, grouped or not; grouping then sorts
-            within one step, which saves no padding. Micro-batches that do not fill an optimiser step are left out, as
-            there.
-        loss_normalization (`"tokens"` or `"micro_batch"`):
-            `tokens` is the mean over all supervised tokens of an optimiser step. `micro_batch` is the original's mean
-            per micro-batch, then the mean of those over accumulation steps and ranks.
-        early_stopping_patience (`int`, *optional*):
-            End when the loss of so many evaluations in a row was no better than the best before; the best is loaded.
-        try_longest_batch (`"auto"`, `"true"` or `"false"`):
-            Try the batch of the longest rows before the first step, so that too little memory is known then. `auto` is
-            on a GPU. It leaves no trace in the run. Not with streaming, and not under DeepSpeed.
-        resume_anyway (`bool`):
-            Resume although data or settings are not what the checkpoint's run had.
-        overwrite_output_dir (`bool`):
-            Move what is in the output folder to one beside it, where a new run would be refused.
-        learning_rate, lr_scheduler_type, warmup_steps, logging_steps, per_device_train_batch_size:
-            the same arguments with LLaVA's defaults.
-    """
-
-    # transformers parses strings of these fields as JSON or numbers; a subclass has to repeat the list.
-    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
-    warmup_steps: float = field(
-        default=0.03, metadata={"help": "Warmup steps, or, if below 1, their share of all steps."}
-    )
-    logging_steps: float = field(default=1, metadata={"help": "Steps between two logs."})
-    mm_projector_lr: float | None = field(default=None, metadata={"help": "Learning rate of the projector."})
-    mm_vision_tower_lr: float | None = field(default=None, metadata={"help": "Learning rate of the vision tower."})
-    group_by_modality_length: bool = field(
-        default=False, metadata={"help": "Batches of one modality and similar length."}
-    )
-    sampler_order: Literal["default", "original"] = field(
-        default="default", metadata={"help": "original: the rows in the original LLaVA's order."}
-    )
-    loss_normalization: Literal["tokens", "micro_batch"] = field(
-        default="tokens",
-        metadata={"help": "tokens: mean over a step's supervised tokens; micro_batch: the original's mean of means."},
-    )
-    early_stopping_patience: int | None = field(
-        default=None,
-        metadata={"help": "End after this many evaluations in a row without improvement, and keep the best."},
-    )
-    try_longest_batch: str = field(
-        default="auto",
-        metadata={"help": "Try the batch of the longest rows before the first step: auto (on a GPU), true or false."},
-    )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Must stay False: a loss that is not finite ends the run."}
-    )
-    resume_anyway: bool = field(
-        default=False, metadata={"help": "Resume although data or settings are not those of the checkpoint's run."}
-    )
-    overwrite_output_dir: bool = field(
-        default=False,
-        metadata={"help": "Begin a new run in a folder that is not empty: what is there is moved to one beside it."},
-    )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must stay False: the collator reads all columns."}
-    )
-
-    def __post_init__(self):
-        self.try_longest_batch = str(self.try_longest_batch).lower()
-        if self.try_longest_batch not in ("auto", "true", "false"):
-            raise ValueError(f"try_longest_batch {self.try_longest_batch} is none of auto, true and false.")
-        if str(self.fsdp).lower() in ("true", "false"):  # of which transformers takes no words, only the bare flag
-            self.fsdp = True if str(self.fsdp).lower() == "true" else None  # type: ignore[assignment]
-        if self.early_stopping_patience is not None:
-            if self.early_stopping_patience < 1:
-                raise ValueError(
-                    f"early_stopping_patience {self.early_stopping_patience}: give 1 or more evaluations."
-                )
-            if self.eval_strategy == "no":
-                raise ValueError("early_stopping_patience needs evaluations: add eval_strategy steps or epoch.")
-            self.load_best_model_at_end = True
-            self.metric_for_best_model = self.metric_for_best_model or "eval_loss"
-        super().__post_init__()
-        if self.deepspeed_plugin is not None and self.device.type == "cpu" and "WORLD_SIZE" in os.environ:
-            # accelerate joins the processes later on a CPU, and ZeRO-3 divides the model among them while it is read.
-            import deepspeed
-
-            deepspeed.init_distributed(dist_backend="gloo")
-        if self.deepspeed_plugin is not None:
-            settings = self.deepspeed_plugin.hf_ds_config
-            gathers = settings.get_value("zero_optimization.stage3_gather_16bit_weights_on_model_save", False)
-            if settings.is_zero3() and not gathers:
-                raise ValueError(
-                    "DeepSpeed's ZeRO-3 is set up without stage3_gather_16bit_weights_on_model_save, so that no model "
-                    "could be saved that anything loads: set it to true under zero_optimization, as in "
-                    "examples/deepspeed/zero3.json."
-                )
-        if self.device.type == "cpu":
-            self.dataloader_pin_memory = False  # nothing to pin for, and PyTorch warns about it
-        check_not_refused(self)
-        if self.fp16:  # whose scaler skips such steps, and whose log would be NaN from then on
-            self.logging_nan_inf_filter = True

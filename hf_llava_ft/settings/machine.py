@@ -92,6 +92,13 @@ def has_bf16_gpu() -> bool:
     return torch.cuda.is_available() and is_torch_bf16_gpu_available()
 
 
+def settles_precision(use_cpu: bool, deepspeed: Any) -> bool:
+    """Whether the machine, the launcher or DeepSpeed's settings leave nothing to choose of what is computed in."""
+    if use_cpu or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":  # accelerate launch --mixed_precision
+        return True
+    return deepspeed is not None and not follows_bf16(deepspeed)
+
+
 def follows_bf16(deepspeed: Any) -> bool:
     """Whether DeepSpeed's settings, a file, JSON or a dictionary, leave it to --bf16 in what is computed."""
     try:

@@ -1,9 +1,8 @@
-"""The flags of the original LLaVA's train.py, translated to those of `llava-ft train`.
+"""The flags of the original LLaVA's train.py, and of LLaVA-NeXT's, translated to those of `llava-ft train`.
 
-Source: haotian-liu/LLaVA c121f04, `llava/train/train.py`, and the TrainingArguments of the transformers 4.37 that it
-runs on. A flag that means the same here and there is an argument of ours (arguments.py) and needs no translation. The
-others have a new name, decide together which parameters train, or have no meaning here: those are dropped with a note
-where that changes nothing, and refused where it would.
+A flag that means the same here and there is an argument of ours (`arguments.py`) and needs no translation. The others
+(`original_table.py`) have a new name, decide together which parameters train, or have no meaning here: those are
+dropped with a note where that changes nothing, and refused where it would.
 
 The original's defaults are part of what a command line means. So a command line with its flags, without `--train_type`
 and `--preset`, gets them.
@@ -18,123 +17,8 @@ from transformers.hf_argparser import string_to_bool
 
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.library_differences import checkpointing_flags
-
-
-@dataclass(frozen=True)
-class Renamed:
-    """A flag under a new name.
-
-    Args:
-        name (`str`): ours.
-        kind (`type`): of the value.
-    """
-
-    name: str
-    kind: type = str
-
-
-@dataclass(frozen=True)
-class NoMeaning:
-    """A flag that does nothing here.
-
-    Args:
-        kind (`type`): of the value.
-        why (`str`): why not, for the note.
-        harmless (`tuple`, *optional*): the values whose effect is what happens anyway; default: all.
-        instead (`str`): for the error that any other value is.
-    """
-
-    kind: type
-    why: str
-    harmless: tuple[Any, ...] | None = None
-    instead: str = ""
-
-
-_OLD_GPU_ONLY = "transformers 5 has no such switch"
-
-FLAGS: dict[str, Renamed | NoMeaning] = {
-    # transformers renamed them.
-    "evaluation_strategy": Renamed("eval_strategy"),
-    "warmup_ratio": Renamed("warmup_steps", float),
-    "no_cuda": Renamed("use_cpu", bool),
-    "per_gpu_train_batch_size": Renamed("per_device_train_batch_size", int),
-    "per_gpu_eval_batch_size": Renamed("per_device_eval_batch_size", int),
-    "push_to_hub_token": Renamed("hub_token"),
-    "push_to_hub_model_id": Renamed("hub_model_id"),
-    # The original's own.
-    "lazy_preprocess": NoMeaning(bool, "pictures are always opened when their row is due"),
-    "is_multimodal": NoMeaning(bool, "it follows from the data"),
-    "mm_use_im_patch_token": NoMeaning(bool, "no text ever holds the token <im_patch>, so none is added"),
-    "mpt_attn_impl": NoMeaning(str, "it speaks of MPT models alone, which are not trained here"),
-    "lora_weight_path": NoMeaning(
-        str,
-        "the original never reads it",
-        ("",),
-        "to go on from an adapter, merge it (llava-ft merge) and train from the result",
-    ),
-    "cache_dir": NoMeaning(
-        str, "the cache is the Hub library's", ("", "None"), "set the environment variable HF_HUB_CACHE"
-    ),
-    # Those of transformers that are gone.
-    "save_safetensors": NoMeaning(
-        bool,
-        "weights are always saved as safetensors",
-        (True,),
-        "leave it out: no tool needs pickled weights any more",
-    ),
-    "group_by_length": NoMeaning(
-        bool,
-        "rows are grouped by --group_by_modality_length",
-        (False,),
-        "use --group_by_modality_length True, which batches rows of similar length, with pictures and without apart",
-    ),
-    "adafactor": NoMeaning(bool, "the optimizer is --optim", (False,), "use --optim adafactor"),
-    "half_precision_backend": NoMeaning(
-        str, "it is PyTorch's own", ("auto", "cuda_amp", "cpu_amp"), "leave it out: apex is no longer there"
-    ),
-    "fp16_backend": NoMeaning(
-        str, "it is PyTorch's own", ("auto", "cuda_amp", "cpu_amp"), "leave it out: apex is no longer there"
-    ),
-    "fp16_opt_level": NoMeaning(str, "it speaks of apex, which is no longer there"),
-    "split_batches": NoMeaning(
-        bool, "batch sizes are per device", (False,), """use --accelerator_config '{"split_batches": true}'"""
-    ),
-    "dispatch_batches": NoMeaning(
-        bool, "each process reads its own rows", (False,), """use --accelerator_config '{"dispatch_batches": true}'"""
-    ),
-    "fsdp_min_num_params": NoMeaning(int, "it is part of --fsdp_config", (0,), "use --fsdp_config"),
-    "fsdp_transformer_layer_cls_to_wrap": NoMeaning(str, "it is part of --fsdp_config", (), "use --fsdp_config"),
-    "include_tokens_per_second": NoMeaning(
-        bool, "see --include_num_input_tokens_seen", (False,), "use --include_num_input_tokens_seen"
-    ),
-    "include_inputs_for_metrics": NoMeaning(
-        bool, "see --include_for_metrics", (False,), "use --include_for_metrics inputs"
-    ),
-    "logging_dir": NoMeaning(
-        str, "TensorBoard's folder is set elsewhere", (), "set the environment variable TENSORBOARD_LOGGING_DIR"
-    ),
-    "push_to_hub_organization": NoMeaning(str, "the name says it", ("",), "use --hub_model_id ORGANIZATION/NAME"),
-    "torchdynamo": NoMeaning(str, "see --torch_compile", ("",), "use --torch_compile_backend"),
-    "use_mps_device": NoMeaning(bool, "an Apple GPU is used where there is one"),
-    "use_ipex": NoMeaning(bool, _OLD_GPU_ONLY, (False,), "leave it out"),
-    "jit_mode_eval": NoMeaning(bool, _OLD_GPU_ONLY, (False,), "leave it out, or use --torch_compile True"),
-    "use_legacy_prediction_loop": NoMeaning(bool, _OLD_GPU_ONLY, (False,), "leave it out"),
-    "past_index": NoMeaning(int, _OLD_GPU_ONLY, (-1,), "leave it out"),
-    "tpu_num_cores": NoMeaning(int, _OLD_GPU_ONLY, (), "leave it out"),
-    "tpu_metrics_debug": NoMeaning(bool, _OLD_GPU_ONLY, (False,), "leave it out"),
-    "ray_scope": NoMeaning(str, "it speaks of searches with Ray, which are not done here"),
-    "mp_parameters": NoMeaning(str, _OLD_GPU_ONLY, ("",), "leave it out"),
-}
-# Say together what trains.
-SWITCHES = ("lora_enable", "tune_mm_mlp_adapter")
-
-# A command line with one of these is in the original's words. Those that only say how LoRA is done are not among them.
-MARKERS = frozenset(
-    (*SWITCHES, "freeze_backbone", "freeze_mm_mlp_adapter", "vision_tower", "pretrain_mm_mlp_adapter")
-    + ("mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature", "mm_use_im_start_end")
-    + ("mm_use_im_patch_token", "mm_patch_merge_type", "image_grid_pinpoints", "lazy_preprocess", "is_multimodal")
-    + ("mpt_attn_impl", "lora_weight_path", "cache_dir")
-)
+from hf_llava_ft.settings.original_table import FLAGS, SWITCHES, SWITCHES_OF_NEXT, NoMeaning
+from hf_llava_ft.settings.tunable_parts import translate_next
 
 # What the original does where ours differs, when nothing is said. Its default template is called v0 and trains v1.
 ORIGINAL_DEFAULTS: dict[str, Any] = {
@@ -150,6 +34,9 @@ ORIGINAL_DEFAULTS: dict[str, Any] = {
     "lora_alpha": 16,
     "lora_dropout": 0.05,
     "learning_rate": 5e-5,
+    "num_train_epochs": 3.0,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
     "lr_scheduler_type": "linear",
     "warmup_steps": 0.0,
     "logging_steps": 500.0,
@@ -170,6 +57,9 @@ USE_LORA_DEFAULTS: dict[str, Any] = {
     "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
     "dtype": "bfloat16",
     "learning_rate": 5e-5,
+    "num_train_epochs": 3.0,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
     "lr_scheduler_type": "linear",
     "warmup_steps": 0.0,
     "logging_steps": 500.0,
@@ -193,7 +83,7 @@ class Translation:
 def add_original_flags(parser: ArgumentParser, known: set[str]) -> None:
     """Teaches `parser` the flags that are not among the `known`, as strings, numbers and truth values."""
     group = parser.add_argument_group("flags of the original LLaVA", "Translated, or named in an error.")
-    kinds = {name: flag.kind for name, flag in FLAGS.items()} | dict.fromkeys(SWITCHES, bool)
+    kinds = {name: flag.kind for name, flag in FLAGS.items()} | dict.fromkeys(SWITCHES, bool) | SWITCHES_OF_NEXT
     for name, kind in kinds.items():
         if name in known:
             continue  # an older transformers that still has it
@@ -231,6 +121,7 @@ def translate(given: dict[str, Any]) -> Translation:
             values[flag.name], sources[flag.name] = value, name
             share = ", where a number below 1 is the share of all steps" if name == "warmup_ratio" else ""
             notes.append(f"--{name} {shown}: now --{flag.name} {shown}{share}.")
+    translate_next(values, sources, notes)
     _translate_switches(values, sources, notes)
     old, new = "gradient_checkpointing", checkpointing_flags()[0]
     if old in given and new != old:
@@ -266,6 +157,11 @@ def _translate_switches(values: dict[str, Any], sources: dict[str, str], notes: 
     notes.append(f"--{name} {switches[name]}: --train_type {kind}.")
     if chosen and values.pop("freeze_backbone", False):
         notes.append(f"--freeze_backbone True: without effect; --train_type {kind} does so anyway.")
+
+
+def next_defaults() -> dict[str, Any]:
+    """Where LLaVA-NeXT's differ from `ORIGINAL_DEFAULTS`. Its attention is FlashAttention, which computes the same."""
+    return {"model_max_length": 4096, checkpointing_flags()[0]: True}
 
 
 def original_dtype(values: dict[str, Any]) -> str:

@@ -1,11 +1,10 @@
 """The command line of training: flags, a recipe, a preset and defaults become the settings of a run.
 
 The command line overrides the recipe, the recipe the preset, and the preset the defaults. Each layer is read by
-itself, so that the origin of every setting is known.
+itself, so that the origin of every setting is known. What is still open then follows from what trains.
 """
 
 import dataclasses
-import difflib
 import re
 from argparse import SUPPRESS
 from collections.abc import Sequence
@@ -15,20 +14,27 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.settings.arguments import DataArguments, LlavaTrainingArguments, ModelArguments, TuningArguments
+from hf_llava_ft.settings.arguments import DataArguments, ModelArguments, TuningArguments
+from hf_llava_ft.settings.by_what_trains import put_defaults
+from hf_llava_ft.settings.defaults import DEFAULT
+from hf_llava_ft.settings.flags.help import USAGE, wants_help
+from hf_llava_ft.settings.flags.known import OF_THE_PARSER
+from hf_llava_ft.settings.flags.wrong_names import sentence_on
 from hf_llava_ft.settings.machine import has_bf16_gpu
 from hf_llava_ft.settings.original_flags import (
-    MARKERS,
     OF_A_NEW_LLAVA,
     ORIGINAL_DEFAULTS,
     USE_LORA_DEFAULTS,
     add_original_flags,
+    next_defaults,
     original_dtype,
     translate,
 )
-from hf_llava_ft.settings.presets import PRESETS, preset_flags
-from hf_llava_ft.settings.recipes import read_recipe
-from hf_llava_ft.settings.resolved import ARGUMENT_CLASSES, DEFAULT, Setting, Settings, default_of
+from hf_llava_ft.settings.original_table import MARKERS, NEXT_MARKERS
+from hf_llava_ft.settings.presets import preset_flags
+from hf_llava_ft.settings.recipes import read_recipe, split_recipe
+from hf_llava_ft.settings.resolved import ARGUMENT_CLASSES, Setting, Settings, default_of
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 
 FLAG, ORIGINAL_DEFAULT = "flag", "default of the original"
 
@@ -53,11 +59,11 @@ def resolve(argv: Sequence[str]) -> Settings:
     Raises:
         UserError: for an unknown flag, a wrong value, or settings that contradict each other.
     """
-    recipe_path, words = _split_recipe(argv)
-    parser = _Parser()
-    if "-h" in words or "--help" in words:
-        parser.print_help()
+    recipe_path, words = split_recipe(argv)
+    if (page := wants_help(words)) is not None:
+        print(page, end="")
         raise SystemExit(0)
+    parser = _Parser()
     line = parser.layer(words)
     dry_run = line.pop("dry_run", False)
     recipe: dict[str, Any] = {}
@@ -80,8 +86,9 @@ def resolve(argv: Sequence[str]) -> Settings:
     given = {**preset, **from_recipe.values, **from_line.values}
     chosen = [values for values in (recipe, line) if "train_type" in values]
     in_original_words = preset_name is None and not chosen and bool(MARKERS & {*recipe, *line})
+    original = ORIGINAL_DEFAULTS | (next_defaults() if NEXT_MARKERS & {*recipe, *line} else {})
     if in_original_words:
-        put(ORIGINAL_DEFAULTS, ORIGINAL_DEFAULT)
+        put(original, ORIGINAL_DEFAULT)
     elif chosen and chosen[-1]["train_type"] == "use_lora":
         put(USE_LORA_DEFAULTS, "default of --train_type use_lora")
         said = _said(USE_LORA_DEFAULTS, given)
@@ -90,17 +97,17 @@ def resolve(argv: Sequence[str]) -> Settings:
     put(from_recipe.values, f"recipe {recipe_path}", from_recipe.sources)
     put(from_line.values, FLAG, from_line.sources)
     if in_original_words:
-        notes.append(
-            f"With the original's flags, what is not set is as there: {_said(_settle(settings, given), given)}."
-        )
+        as_there = _said(_settle(settings, given, original), given)
+        notes.append(f"With the original's flags, what is not set is as there: {as_there}.")
+    put_defaults(settings)
     assumed = frozenset(name for name in OF_A_NEW_LLAVA if settings[name].origin == ORIGINAL_DEFAULT)
     return Settings(settings, notes, assumed, dry_run=dry_run)
 
 
-def _settle(settings: dict[str, Setting], given: dict[str, Any]) -> dict[str, Any]:
+def _settle(settings: dict[str, Setting], given: dict[str, Any], original: dict[str, Any]) -> dict[str, Any]:
     """Adds the original's defaults that depend on other settings; returns all of them."""
     values = {name: setting.value for name, setting in settings.items()}
-    defaults = ORIGINAL_DEFAULTS | {"dtype": original_dtype(values)}
+    defaults = original | {"dtype": original_dtype(values)}
     if values.get("streaming"):
         del defaults["sampler_order"]  # which needs all rows at once
         settings["sampler_order"] = Setting(given.get("sampler_order", "default"), settings["sampler_order"].origin)
@@ -118,16 +125,6 @@ def _fields() -> dict[str, dataclasses.Field]:
     return {field.name: field for each in ARGUMENT_CLASSES for field in dataclasses.fields(each) if field.init}
 
 
-def _split_recipe(argv: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The recipe, if the first word is none of the flags, and the other words."""
-    words = list(argv)
-    for index, word in enumerate(words):
-        if re.match(r"--local[_-]rank=", word):
-            continue  # the launcher of DeepSpeed puts it in front
-        return (None, words) if word.startswith("-") else (word, words[:index] + words[index + 1 :])
-    return None, words
-
-
 class _Parser(HfArgumentParser):
     """Reads one layer at a time: what is not given is not in the result."""
 
@@ -135,20 +132,13 @@ class _Parser(HfArgumentParser):
         super().__init__(
             ARGUMENT_CLASSES,
             prog="llava-ft train",
-            usage="llava-ft train [RECIPE.yaml] [--preset NAME] [--FLAG VALUE ...]",
-            description="Fine-tune a LLaVA on images with conversations. RECIPE.yaml holds flags by name; the flags "
-            f"of the command line change them. --preset is one of {', '.join(PRESETS)}.",
+            usage=USAGE,
             allow_abbrev=False,
+            add_help=False,  # `flags/help.py`
         )
         self.where = ""
-        self.add_argument("--preset", help="Begin with the flags of a recipe of LLaVA-1.5.")
-        self.add_argument(
-            "--dry_run",
-            type=string_to_bool,
-            nargs="?",
-            const=True,
-            help="Print all settings as JSON, and where each comes from, and stop: no weights or data are loaded.",
-        )
+        self.add_argument("--preset", help=OF_THE_PARSER["preset"])
+        self.add_argument("--dry_run", type=string_to_bool, nargs="?", const=True, help=OF_THE_PARSER["dry_run"])
         add_original_flags(self, {action.dest for action in self._actions})
         for action in self._actions:
             action.required = False
@@ -156,7 +146,9 @@ class _Parser(HfArgumentParser):
                 action.nargs, action.const = "?", True  # also those whose default is none
             if action.dest == "report_to":
                 action.nargs = "+"  # as the original's transformers has it
-        self.names = {action.dest for action in self._actions} - {"help"}
+            if action.dest == "image_aspect_ratio":
+                action.choices, action.type = None, str  # LLaVA-NeXT has more of them, which `translate` knows
+        self.names = {action.dest for action in self._actions}
 
     def layer(self, words: list[str], where: str = "") -> dict[str, Any]:
         """
@@ -173,10 +165,7 @@ class _Parser(HfArgumentParser):
             for action, default in defaults:
                 action.default = default
         if unknown:
-            flag = unknown[0].partition("=")[0]
-            close = difflib.get_close_matches(flag.lstrip("-"), self.names, n=1)
-            hint = f"did you mean --{close[0]}? " if close else ""
-            raise UserError(f"unknown argument {flag}; {hint}llava-ft train --help lists them all.")
+            raise UserError(sentence_on(unknown[0].partition("=")[0], self.names))
         values = vars(namespace)
         if len(values.get("report_to", "")) == 1:
             values["report_to"] = values["report_to"][0]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,12 +13,13 @@ import torch
 
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.processing.chat_templates_llava import CHAT_TEMPLATES
-from hf_llava_ft.settings.arguments import DataArguments, LlavaTrainingArguments, ModelArguments, TuningArguments
-from hf_llava_ft.settings.machine import follows_bf16, machine_problems, without_missing_tf32
+from hf_llava_ft.settings.arguments import DataArguments, ModelArguments, TuningArguments
+from hf_llava_ft.settings.defaults import DEFAULT, UNTIL_KNOWN, is_by_what_trains
+from hf_llava_ft.settings.machine import machine_problems, settles_precision, without_missing_tf32
 from hf_llava_ft.settings.ranges import check_ranges
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 
 ARGUMENT_CLASSES: tuple[Any, ...] = (ModelArguments, DataArguments, TuningArguments, LlavaTrainingArguments)
-DEFAULT = "default"  # the origin of what nobody said
 SECRET = re.compile(r"token$|password|secret")
 
 
@@ -68,19 +68,18 @@ class Settings:
             has_bf16 (`bool`): whether there is a GPU that computes in bfloat16.
         """
         if not has_bf16 or self._says_precision():
-            return self
+            left_out = Setting(bool(self.by_name["bf16"].value), self.by_name["bf16"].origin)
+            return dataclasses.replace(self, by_name=self.by_name | {"bf16": left_out})
         note = "--bf16 True: chosen, since this GPU has it and nothing else was said; --bf16 False leaves it out."
         by_name = self.by_name | {"bf16": Setting(True, "chosen for this GPU")}
         return dataclasses.replace(self, by_name=by_name, notes=[*self.notes, note])
 
     def _says_precision(self) -> bool:
         said = {name for name, setting in self.by_name.items() if setting.origin != DEFAULT}
-        values = {name: self.by_name[name].value for name in ("use_cpu", "dtype", "deepspeed")}
-        if said & {"bf16", "fp16"} or values["use_cpu"] or ("dtype" in said and values["dtype"] == "float32"):
+        use_cpu, dtype, deepspeed = (self.by_name[name].value for name in ("use_cpu", "dtype", "deepspeed"))
+        if said & {"bf16", "fp16"} or ("dtype" in said and dtype == "float32"):
             return True
-        if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":  # accelerate launch --mixed_precision
-            return True
-        return values["deepspeed"] is not None and not follows_bf16(values["deepspeed"])
+        return settles_precision(use_cpu, deepspeed)
 
     def build(self) -> tuple[ModelArguments, DataArguments, TuningArguments, LlavaTrainingArguments]:
         """
@@ -93,7 +92,9 @@ class Settings:
         values = self._of(LlavaTrainingArguments)
         for problem in machine_problems({name: setting.value for name, setting in self.by_name.items()}):
             raise UserError(problem)
-        return model, data, tuning, _built(LlavaTrainingArguments, without_missing_tf32(values))
+        training = _built(LlavaTrainingArguments, without_missing_tf32(values))
+        training.leave_open(name for name in UNTIL_KNOWN if is_by_what_trains(self.by_name[name].origin))
+        return model, data, tuning, training
 
     def to_json(self, check_model: Callable[[ModelArguments, TuningArguments], object] | None = None) -> str:
         """

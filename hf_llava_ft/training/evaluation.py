@@ -10,9 +10,11 @@ from datasets import Dataset
 from transformers import IntervalStrategy, TrainerState
 
 from hf_llava_ft.checking.bad_rows import SoundRows, sound_rows
+from hf_llava_ft.data.formats.column_choice import parse_choice
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
-from hf_llava_ft.settings.arguments import DataArguments, LlavaTrainingArguments
+from hf_llava_ft.settings.arguments import DataArguments
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 
 
 def check_evaluation(data_args: DataArguments, args: LlavaTrainingArguments) -> None:
@@ -37,6 +39,7 @@ def open_eval_rows(data_args: DataArguments, args: LlavaTrainingArguments) -> So
     """
     if data_args.eval_data_path is None:
         return None
+    columns = parse_choice(data_args.eval_columns or data_args.columns)
     return sound_rows(
         data_args.eval_data_path,
         data_args.eval_image_folder or data_args.image_folder,
@@ -44,6 +47,7 @@ def open_eval_rows(data_args: DataArguments, args: LlavaTrainingArguments) -> So
         allow_outside=data_args.allow_images_outside,
         allow_urls=data_args.allow_image_urls,
         seed=data_seed(args),
+        columns=columns._replace(is_inherited=data_args.eval_columns is None),
     )
 
 

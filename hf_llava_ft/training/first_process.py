@@ -6,7 +6,7 @@ from typing import Any
 import torch.distributed
 
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.settings.arguments import LlavaTrainingArguments
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 
 
 def in_first_process(args: LlavaTrainingArguments, action: Callable[[], Any]) -> Any:

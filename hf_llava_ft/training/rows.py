@@ -1,7 +1,8 @@
 """The rows that a run trains on and those that it is evaluated on, opened as its settings say."""
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,22 @@ from datasets import Dataset
 from hf_llava_ft.checking.bad_rows import SoundRows, sound_rows, told_of_skipped
 from hf_llava_ft.checking.preview import first_rows
 from hf_llava_ft.data.formats import Source, open_source
-from hf_llava_ft.data.skipped_rows import SKIPPED_FILE
-from hf_llava_ft.data.stream_loader import refuse_grouping
-from hf_llava_ft.data.streaming import LlavaStream, told_of_rows_left_out
+from hf_llava_ft.data.formats.column_choice import SaidOfColumns
+from hf_llava_ft.data.skipped_rows import SKIPPED_FILE, told_of_rows_left_out
+from hf_llava_ft.data.streaming import LlavaStream
+from hf_llava_ft.data.streaming.loader import refuse_grouping
 from hf_llava_ft.data.token_limit import TokenLimit
 from hf_llava_ft.data.unchanged import RowsAsTheyWere
+from hf_llava_ft.errors import UserError
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
-from hf_llava_ft.settings.arguments import DataArguments, LlavaTrainingArguments
+from hf_llava_ft.settings.arguments import DataArguments
+from hf_llava_ft.settings.by_what_trains import put_by_rows
+from hf_llava_ft.settings.resolved import Settings
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.training.evaluation import data_seed, eval_rows_that_fit, held_out, open_eval_rows
 from hf_llava_ft.training.summary import data_facts, row_counts
+
+_MAX_BYTES_AT_A_GLANCE = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,15 @@ class OpenedRows:
         rows = self.rows
         return rows.sources if isinstance(rows, LlavaStream) else [part.source for part in rows.parts]
 
+    @property
+    def num_rows(self) -> int:
+        """Rows that an epoch trains on, unless some turn out too long; those that are held out are not among them."""
+        if isinstance(self.rows, LlavaStream):
+            return self.rows.num_rows
+        number = sum(max(1, int(part.source.weight * len(part.dataset) + 0.5)) for part in self.rows.parts)
+        share = self.data_args.eval_split
+        return number if share is None else number - max(1, round(share * number))
+
     def facts(self) -> dict[str, Any]:
         """[`data_facts`] of the files, in which no row is counted."""
         return data_facts(self._sources)
@@ -107,6 +124,9 @@ class OpenedRows:
             UserError: see `SoundRows.that_fit` and `held_out`.
         """
         output_dir, speaks = Path(str(self.args.output_dir)), self.args.process_index == 0
+        for source in self._sources if speaks else []:
+            if source.dialect.columns is not None:
+                tell(f"{source.where}: {source.dialect.columns.told()}.")
         train: Dataset | LlavaStream
         if isinstance(self.rows, LlavaStream):
             takes_longer = self.data_args.on_bad_row == "skip"
@@ -144,6 +164,33 @@ def open_all_rows(data_args: DataArguments, args: LlavaTrainingArguments, starte
     return OpenedRows(rows, open_eval_rows(data_args, args), data_args, args)
 
 
+def with_counted_rows(settings: Settings) -> Settings:
+    """For a dry run: with what follows from the number of rows, where they are quickly counted."""
+    values = {name: settings.by_name[name].value for name in ("data_path", "image_folder", "columns", "eval_split")}
+    number = _rows_at_a_glance(**values) if isinstance(values["data_path"], str) else None
+    if not number:
+        return settings
+    devices = int(os.environ.get("WORLD_SIZE", "1"))
+    return replace(settings, by_name=put_by_rows(settings.by_name, number, devices))
+
+
+def _rows_at_a_glance(
+    data_path: str, image_folder: str, columns: SaidOfColumns = None, eval_split: float | None = None
+) -> int | None:
+    """How many rows a file or folder here would be trained on, unchecked; None where counting them takes long."""
+    if not os.path.exists(data_path):
+        return None
+    try:
+        sources = open_source(data_path, image_folder, allow_outside=True, columns=columns)
+        files = [file for source in sources for file in source.container.files]
+        if sum(os.path.getsize(file) for file in files) > _MAX_BYTES_AT_A_GLANCE:
+            return None
+        number = sum(sum(1 for _ in source.iter_raw()) for source in sources)
+    except (UserError, OSError):
+        return None  # of which a run will speak
+    return number if eval_split is None else number - max(1, round(eval_split * number))
+
+
 def tell_of_rows_left_out(rows: TrainingRows, output_dir: Path, tell: Callable[[str], None]) -> None:
     """Says how many rows a stream left out while it was trained on; of rows in memory it was said before."""
     told = told_of_rows_left_out(output_dir / SKIPPED_FILE) if isinstance(rows.opened, LlavaStream) else None
@@ -159,6 +206,7 @@ def _open_rows(data_args: DataArguments, args: LlavaTrainingArguments) -> SoundR
         allow_outside=data_args.allow_images_outside,
         allow_urls=data_args.allow_image_urls,
         seed=data_seed(args),
+        columns=data_args.columns,
     )
 
 
@@ -169,6 +217,7 @@ def _open_stream(data_args: DataArguments, args: LlavaTrainingArguments, started
         data_args.image_folder,
         allow_outside=data_args.allow_images_outside,
         allow_urls=data_args.allow_image_urls,
+        columns=data_args.columns,
     )
     return LlavaStream(
         sources,

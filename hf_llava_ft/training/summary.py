@@ -19,8 +19,8 @@ from transformers import TrainerState, TrainingArguments
 from hf_llava_ft.checkpoints.run_files import SUMMARY_FILE
 from hf_llava_ft.data.formats import Source
 from hf_llava_ft.reports.page import write_atomically
-from hf_llava_ft.settings.arguments import LlavaTrainingArguments
 from hf_llava_ft.settings.resolved import SECRET, default_of
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.training.throughput import Counts
 from hf_llava_ft.training.tuning import TrainedPart, learning_rate_of
 
@@ -46,7 +46,7 @@ def settings_of(*arguments: Any) -> dict[str, Any]:
     Secrets are hidden and the home folder is `~`.
 
     Args:
-        arguments: objects of the four classes of `arguments.py`, as they were parsed.
+        arguments: objects of the four classes of arguments, as they were parsed.
     """
     theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
     found = {}
@@ -99,9 +99,9 @@ def data_facts(sources: Iterable[Source], trained_on: Dataset | None = None) -> 
 
     Returns:
         `rows`, `rows_with_images` and `images`, or None; `sources`, of which each has `where`, `name` (the same
-        without the folders it lies in), `format`, `weight`, `bytes` and `fingerprint`; and `fingerprint` of all. It is
-        the BLAKE2b of the data files, in order, without their names; of a file past 1 GiB that of its size and its
-        first and last 16 MiB. Images that lie beside a file are not in it.
+        without the folders it lies in), `format`, `weight`, `bytes`, `fingerprint`, and of a table `columns`; and
+        `fingerprint` of all. It is the BLAKE2b of the data files, in order, without their names; of a file past 1 GiB
+        that of its size and its first and last 16 MiB. Images that lie beside a file are not in it.
     """
     facts = []
     for source in sources:
@@ -117,6 +117,7 @@ def data_facts(sources: Iterable[Source], trained_on: Dataset | None = None) -> 
                 "weight": source.weight,
                 "bytes": sum(file.stat().st_size for file in files),
                 "fingerprint": digest.hexdigest(),
+                **({} if source.dialect.columns is None else {"columns": source.dialect.columns.reading}),
             }
         )
     together = json.dumps([[each["fingerprint"], each["weight"]] for each in facts]).encode()
@@ -223,11 +224,16 @@ def train_summary(
         "device": device,
         "num_processes": args.world_size,
         "base": base,
-        "trained": [{**dataclasses.asdict(part), "learning_rate": learning_rate_of(part, args)} for part in trained],
+        "trained": described(trained, args),
         "data": data,
         "settings": settings,
         "versions": versions(),
     }
+
+
+def described(trained: list[TrainedPart], args: LlavaTrainingArguments) -> list[dict[str, Any]]:
+    """The parts as plain data, each with its peak learning rate as text."""
+    return [{**dataclasses.asdict(part), "learning_rate": learning_rate_of(part, args)} for part in trained]
 
 
 def write_summary(summary: dict[str, Any], output_dir: str | Path) -> None:

@@ -16,26 +16,28 @@ from torch.utils.data import DataLoader
 from hf_llava_ft.data.builder import modality_lengths
 from hf_llava_ft.data.collator import LlavaCollator
 from hf_llava_ft.data.sampler import ModalityLengthSampler, OriginalOrderSampler
-from hf_llava_ft.data.stream_loader import StreamPosition, refuse_grouping, stream_dataloader
 from hf_llava_ft.data.streaming import LlavaStream
+from hf_llava_ft.data.streaming.loader import StreamPosition, refuse_grouping, stream_dataloader
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
 from hf_llava_ft.modeling.part_names_llava import PROJECTOR, VISION_TOWER, part_of
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.processing.uint8_pixels_llava import can_hand_over_uint8, normalize_pixels
-from hf_llava_ft.settings.arguments import LlavaTrainingArguments
+from hf_llava_ft.settings.defaults import training_with_defaults
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.training.evaluation import row_losses, untouched_rng
-from hf_llava_ft.training.finite import FiniteTraining
 from hf_llava_ft.training.fsdp import check_fsdp, share_out_by_layers
-from hf_llava_ft.training.longest_batch import LongestBatch
+from hf_llava_ft.training.guards.finite import FiniteTraining
+from hf_llava_ft.training.guards.longest_batch import LongestBatch
+from hf_llava_ft.training.guards.moved_weights import MovedWeights
+from hf_llava_ft.training.guards.out_of_memory import advice, advice_for_evaluation, told_of_out_of_memory
 from hf_llava_ft.training.loss import LossOverTokens
-from hf_llava_ft.training.masters import with_float32_masters, without_float16_on_cpu
-from hf_llava_ft.training.moved_weights import MovedWeights
-from hf_llava_ft.training.out_of_memory import advice, advice_for_evaluation, told_of_out_of_memory
+from hf_llava_ft.training.precision.masters import with_float32_masters, without_float16_on_cpu
 from hf_llava_ft.training.resuming.changed_settings import ChangedSettings, settings_of_groups
 from hf_llava_ft.training.resuming.resume import checkpoint_to_resume
 from hf_llava_ft.training.throughput import Throughput
 from hf_llava_ft.training.trainer_checkpoints import CheckpointingTrainer
+from hf_llava_ft.training.tuning import what_trains
 
 # Steps whose rows are sorted by length together, as transformers' own LengthGroupedSampler has it. The original sorts
 # within one step, which balances the ranks but saves no padding.
@@ -66,6 +68,14 @@ class LlavaTrainer(CheckpointingTrainer):
         own = [StreamPosition(), self.longest_batch, self.finite, MovedWeights(), ChangedSettings(self)]
         kwargs["callbacks"] = [*own, *(kwargs.get("callbacks") or [])]
         args = args or LlavaTrainingArguments()
+        if isinstance(model, LlavaForCausalLM) and all(each.requires_grad for each in model.parameters()):
+            # Of a model that was tuned, be it as a whole, the tower's last layers are frozen.
+            logger.warning(
+                "All weights of the model will be trained, its vision tower among them: "
+                "hf_llava_ft.with_tuning(model, TuningArguments()) chooses, by default LoRA and the projector."
+            )
+        if model is not None and args.unsaid:
+            args = training_with_defaults(args, what_trains(model), _num_rows(kwargs.get("train_dataset")))
         if model is not None and args.deepspeed_plugin is None:
             without_float16_on_cpu(with_float32_masters(model), args)
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
@@ -227,6 +237,12 @@ class LlavaTrainer(CheckpointingTrainer):
         self._eval_sums += self.accelerator.gather_for_metrics(sums).to("cpu", torch.float64).sum(0)
         total, num_tokens = sums.sum(0)
         return total / num_tokens.clamp(min=1), None, None
+
+
+def _num_rows(dataset: Any) -> int | None:
+    if isinstance(dataset, LlavaStream):
+        return dataset.num_rows
+    return len(dataset) if hasattr(dataset, "__len__") else None
 
 
 def _split_off(optimizer: torch.optim.Optimizer, parameters: set[nn.Parameter], learning_rate: float) -> None:

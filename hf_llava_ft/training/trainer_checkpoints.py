@@ -26,11 +26,11 @@ from hf_llava_ft.checkpoints.run_files import (
 )
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
 from hf_llava_ft.modeling.weight_names_llava import name_in_memory
-from hf_llava_ft.settings.arguments import LlavaTrainingArguments
-from hf_llava_ft.training.finite import FiniteTraining
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.training.fsdp import whole_state_dict
-from hf_llava_ft.training.masters import dtype_of_result
-from hf_llava_ft.training.one_dtype import Rounded, in_one_dtype, name_dtype
+from hf_llava_ft.training.guards.finite import FiniteTraining
+from hf_llava_ft.training.precision.masters import dtype_of_result
+from hf_llava_ft.training.precision.one_dtype import Rounded, in_one_dtype, name_dtype
 from hf_llava_ft.training.resuming.fingerprint import refuse_another_course, settings_course
 from hf_llava_ft.training.resuming.interruption import EvaluationStopped, Interruption, TrainingInterrupted
 from hf_llava_ft.training.resuming.resume import Run, begin, remove_older, seal
@@ -149,6 +149,8 @@ class CheckpointingTrainer(PushingTrainer):
         super()._save(output_dir, state_dict)
         if self._in_one_dtype and isinstance(model, LlavaForCausalLM):
             name_dtype(Path(output_dir or str(self.args.output_dir)), dtype_of_result(model))
+        if isinstance(model, PeftModel):
+            self.write_own_card(Path(output_dir or str(self.args.output_dir)))
 
     def _load_best_model(self) -> None:
         """A checkpoint of the whole model has the names of the native layout; transformers would load none of it."""

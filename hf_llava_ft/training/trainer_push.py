@@ -6,15 +6,10 @@ whole, and may be deleted while it leaves. Here each push is one commit of files
 own.
 """
 
-import json
 import logging
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +17,17 @@ from huggingface_hub import CommitInfo, HfApi
 from peft import PeftModel
 from transformers import Trainer
 
-from hf_llava_ft.checkpoints.opening import Kind
-from hf_llava_ft.checkpoints.run_files import TRAINER_STATE_NAME
+from hf_llava_ft.checkpoints.inspection import Kind
+from hf_llava_ft.checkpoints.training_facts import TrainingFacts
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.hub.model_card import ASSETS_FOLDER, CARD_FILE, write_card
+from hf_llava_ft.hub.model_card import ASSETS_FOLDER, CARD_FILE, BaseOnCard, write_card, write_local_card
 from hf_llava_ft.hub.private_text import check_nothing_private
 from hf_llava_ft.hub.refusals import push_refusal
 from hf_llava_ft.hub.staging import hub_name, replaced_by, stage
 from hf_llava_ft.hub.upload import Upload, Uploaded, patiently
 from hf_llava_ft.library_differences import HTTPError
-from hf_llava_ft.training.resuming.resume import SEAL, Run, seal
+from hf_llava_ft.training.push_folder import PushFolder, stage_state
+from hf_llava_ft.training.summary import settings_of
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +35,16 @@ LAST_CHECKPOINT = "last-checkpoint"
 
 
 class PushingTrainer(Trainer):
-    """As `transformers.Trainer`; what differs is what a push holds."""
+    """
+    As `transformers.Trainer`; what differs is what a push holds.
+
+    Attributes:
+        known (`dict`, *optional*): what a card can tell of the run before it is over, in the form of
+            `train_summary.json`.
+    """
+
+    known: dict[str, Any] | None = None
+    _base_on_card: BaseOnCard | None = None
 
     # Of checkpoints; transformers' own `push_in_progress` stays empty.
     _running_pushes: Sequence[Future[CommitInfo]] = ()
@@ -83,7 +88,7 @@ class PushingTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         folder = Path(str(self.args.output_dir))
-        with _PushFolder.new(folder) as push:
+        with PushFolder.new(folder) as push:
             stage(folder, self._kind, push.staged)
             self._write_card(push.staged, folder, language=language, license=license, tags=tags, datasets=dataset_tags)
             for file in (push.staged / CARD_FILE, *push.staged.glob(f"{ASSETS_FOLDER}/*")):
@@ -137,7 +142,7 @@ class PushingTrainer(Trainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         folder = Path(str(self.args.output_dir))
         try:
-            with _PushFolder.new(folder) as push:
+            with PushFolder.new(folder) as push:
                 stage(folder, self._kind, push.staged)
                 self._write_card(push.staged, folder, **card)
                 self._wait_for_pushes()
@@ -163,12 +168,12 @@ class PushingTrainer(Trainer):
         with_state = {"checkpoint": LAST_CHECKPOINT, "all_checkpoints": checkpoint.name}
         name = next((name for known, name in with_state.items() if strategy == known), None)
         try:
-            with _PushFolder.new(checkpoint.parent) as push:
+            with PushFolder.new(checkpoint.parent) as push:
                 push.keep(checkpoint)
                 stage(push.kept, self._kind, push.staged)
                 self._write_card(push.staged, None)
                 if name is not None:
-                    _stage_state(push.kept, push.staged / name)
+                    stage_state(push.kept, push.staged / name)
                 future = self._upload(push, f"Training in progress, step {self.state.global_step}")
         except UserError as error:
             _tell_of_failure(error)  # no reason to end the training
@@ -197,6 +202,23 @@ class PushingTrainer(Trainer):
     def _kind(self) -> Kind:
         return "adapter" if isinstance(self.model, PeftModel) else "model"
 
+    def write_own_card(self, folder: Path, facts: TrainingFacts | None = None, plot: str | None = None) -> None:
+        """
+        The card of an adapter that was saved to `folder`, in place of PEFT's.
+
+        Args:
+            facts (`TrainingFacts`, *optional*): by default what is known so far.
+            plot (`str`, *optional*): file of the loss curve in the folder.
+        """
+        if facts is None:
+            known = self.known or {"settings": settings_of(self.args)}
+            numbers = {"steps": self.state.global_step, "epochs": self.state.epoch}
+            facts = TrainingFacts.of_run(known | numbers, self.state.log_history)
+        if self._base_on_card is None:
+            self._base_on_card = BaseOnCard.of(folder, facts)
+        name = self.args.hub_model_id or Path(str(self.args.output_dir)).name
+        write_local_card(folder, name, facts, self._base_on_card, plot)
+
     def _write_card(self, staged: Path, run: Path | None, *, tags=None, datasets=None, **facts: Any) -> None:
         name = self.hub_model_id or self.args.hub_model_id or Path(str(self.args.output_dir)).name
         base = None if self._kind == "adapter" else str(getattr(self.model, "name_or_path", "") or "") or None
@@ -211,7 +233,7 @@ class PushingTrainer(Trainer):
             card.save(staged / CARD_FILE)
 
     def _upload(
-        self, push: "_PushFolder", message: str, token: str | None = None, revision: str | None = None
+        self, push: "PushFolder", message: str, token: str | None = None, revision: str | None = None
     ) -> Future[CommitInfo]:
         """Uploads what is staged in one commit, in the background, and removes the folder."""
         kind, has_state = self._kind, (push.staged / LAST_CHECKPOINT).is_dir()
@@ -230,55 +252,13 @@ class PushingTrainer(Trainer):
         return future
 
 
-@dataclass(frozen=True)
-class _PushFolder:
-    """
-    A folder inside the output folder, so that files get a second name there instead of a copy.
-
-    Args:
-        root (`Path`): holds all of it.
-    """
-
-    root: Path
-
-    @classmethod
-    @contextmanager
-    def new(cls, output_dir: Path) -> Iterator["_PushFolder"]:
-        """One that is removed if the block ends badly; else it is for the block to see to that."""
-        push = cls(Path(tempfile.mkdtemp(prefix=".push-", dir=output_dir)))
-        push.staged.mkdir()
-        try:
-            yield push
-        except BaseException:
-            push.remove()
-            raise
-
-    @property
-    def staged(self) -> Path:
-        """What goes."""
-        return self.root / "staged"
-
-    @property
-    def kept(self) -> Path:
-        """A checkpoint, which stays here when the Trainer deletes it."""
-        return self.root / "checkpoint"
-
-    def keep(self, checkpoint: Path) -> None:
-        for file in checkpoint.rglob("*"):
-            if file.is_file():
-                _link(file, self.kept / file.relative_to(checkpoint))
-
-    def remove(self) -> None:
-        shutil.rmtree(self.root, ignore_errors=True)
-
-
 def _commit_info(uploaded: Uploaded, message: str) -> CommitInfo:
     """What `huggingface_hub` tells of a commit."""
     url = f"{HfApi().endpoint}/{uploaded.repo_id}/commit/{uploaded.commit}"
     return CommitInfo(commit_url=url, commit_message=message, commit_description="", oid=uploaded.commit)
 
 
-def _after_upload(done: Future, push: _PushFolder) -> None:
+def _after_upload(done: Future, push: PushFolder) -> None:
     push.remove()
     error = done.exception()
     if error is not None:
@@ -287,24 +267,3 @@ def _after_upload(done: Future, push: _PushFolder) -> None:
 
 def _tell_of_failure(error: BaseException) -> None:
     logger.warning(f"A push to the Hub failed: {error}")
-
-
-def _stage_state(checkpoint: Path, folder: Path) -> None:
-    """Puts all of `checkpoint` into `folder`, but for the paths of this machine that its state holds."""
-    for file in sorted(checkpoint.rglob("*")):
-        if file.is_file() and file.name not in (SEAL, TRAINER_STATE_NAME, CARD_FILE):
-            _link(file, folder / file.relative_to(checkpoint))
-    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    if state.get("best_model_checkpoint"):
-        state["best_model_checkpoint"] = Path(state["best_model_checkpoint"]).name
-    (folder / TRAINER_STATE_NAME).write_text(json.dumps(state, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    seal(folder, Run.of(checkpoint))
-
-
-def _link(source: Path, target: Path) -> None:
-    """A second name for the file, which stays when the first goes; a copy where the file system has none."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

@@ -16,9 +16,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.table import Table
 from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_llava_ft.checkpoints.adapters import with_adapter
 from hf_llava_ft.checkpoints.files import name_for_anywhere
+from hf_llava_ft.checkpoints.training_facts import hub_commit
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
 from hf_llava_ft.modeling.part_names_llava import (
@@ -30,9 +32,12 @@ from hf_llava_ft.modeling.part_names_llava import (
     VISION_TOWER,
     part_of,
 )
-from hf_llava_ft.settings.arguments import LlavaTrainingArguments, TuningArguments
-from hf_llava_ft.training.masters import with_float32_masters
-from hf_llava_ft.training.quantization import is_quantized, prepare_quantized
+from hf_llava_ft.settings.arguments import TuningArguments
+from hf_llava_ft.settings.defaults import tuning_with_defaults
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
+from hf_llava_ft.training.fused_lora import fuse_lora
+from hf_llava_ft.training.precision.masters import with_float32_masters
+from hf_llava_ft.training.precision.quantization import is_quantized, prepare_quantized
 
 
 def lora_target_pattern(model: LlavaForCausalLM, names: list[str] | None = None, *, vision_tower: bool = False) -> str:
@@ -93,7 +98,7 @@ def with_lora(
         base (`str`): the folder or Hub id the adapter will name as its base, a folder by its absolute path.
         adapter (*optional*): name and revision of one that is trained further, instead of a new one.
     """
-    base = name_for_anywhere(base)
+    base, arguments = name_for_anywhere(base), tuning_with_defaults(arguments)
     if is_quantized(model):
         prepare_quantized(model)
     model.config.use_cache = False
@@ -107,11 +112,13 @@ def with_lora(
         peft_model = get_peft_model(model, _new_lora(model, arguments, revision))
     peft_model.peft_config["default"].base_model_name_or_path = base  # get_peft_model takes it from the loaded model
     with_float32_masters(peft_model)
+    fuse_lora(peft_model, shared=not is_deepspeed_zero3_enabled())
     _only_biases_of_the_language_model(peft_model, arguments)
     return peft_model
 
 
 def _new_lora(model: LlavaForCausalLM, arguments: TuningArguments, revision: str | None) -> LoraConfig:
+    assert arguments.lora_r is not None and arguments.lora_alpha is not None  # of `tuning_with_defaults`
     return LoraConfig(
         r=arguments.lora_r,
         lora_alpha=arguments.lora_alpha,
@@ -151,19 +158,34 @@ FROZEN_BACKBONE: tuple[str, ...] = (LANGUAGE_MODEL, OTHER)
 
 def with_tuning(
     model: LlavaForCausalLM,
-    arguments: TuningArguments,
-    base: str,
+    arguments: TuningArguments | None = None,
+    base: str | None = None,
     revision: str | None = None,
     adapter: tuple[str, str | None] | None = None,
     *,
     float32_masters: bool = True,
+    num_rows: int | None = None,
 ) -> LlavaForCausalLM | PeftModel:
     """
     `model` with exactly those weights trainable that `arguments` name, in float32; for LoRA see [`with_lora`].
 
+        model = with_tuning(load_model(name, processor), TuningArguments(train_type="lora", lora_r=16))
+
+    LoRA's first weights are drawn here: `transformers.set_seed` before it makes them those of a seed.
+
     Args:
+        arguments (`TuningArguments`, *optional*): by default LoRA on the language model, and the projector.
+        base (`str`, *optional*): what an adapter will name as its base; by default where `model` was loaded from.
+        revision (`str`, *optional*): of `base`: the one that `load_model` was given; without one, the commit of its
+            main branch that is in the cache.
+        adapter (*optional*): name and revision of one that is trained further, instead of a new one.
+        num_rows (`int`, *optional*): that are trained on, by which LoRA's rank is chosen where `arguments` have none.
         float32_masters (`bool`): false where an engine keeps float32 copies of its own of a whole model.
     """
+    arguments = tuning_with_defaults(arguments or TuningArguments(), num_rows)
+    if base is None:
+        base = model.name_or_path
+        revision = revision or hub_commit(base, None)
     if arguments.is_lora:
         tuned: LlavaForCausalLM | PeftModel = with_lora(model, arguments, base, revision, adapter)
     else:
@@ -237,6 +259,16 @@ def trained_parts(model: nn.Module) -> list[TrainedPart]:
         for part in (*PARTS, OTHER)
         if part in counts
     ]
+
+
+def what_trains(model: nn.Module) -> str:
+    """The `train_type` that a model was set up for, by what of it trains."""
+    if isinstance(model, PeftModel):
+        return "qlora" if is_quantized(model.get_base_model()) else "lora"
+    trained = {part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if VISION_TOWER in trained:
+        return "full"
+    return "projector" if trained == {PROJECTOR} else "freeze_vision"
 
 
 def learning_rate_of(part: TrainedPart, args: LlavaTrainingArguments) -> str:

@@ -6,7 +6,6 @@ changed is taken away before our code runs.
 
 import os
 import subprocess
-import sys
 import traceback
 import warnings
 from pathlib import Path
@@ -17,6 +16,7 @@ import transformers
 
 from hf_llava_ft import releases
 from hf_llava_ft.releases import newer_than_tried, sentence_for, warn_of_newer
+from tests import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
 TRANSFORMERS_TRIED = ".".join(map(str, releases.TRIED["transformers"]))
@@ -169,9 +169,7 @@ def run(folder: Path, *arguments, change="nothing", **environment) -> subprocess
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "", **environment}
     for rank in ("RANK", "LOCAL_RANK"):
         environment.pop(rank, None)
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=folder, env=environment, capture_output=True, text=True
-    )
+    return warm_python.run(list(map(str, arguments)), cwd=folder, env=environment)
 
 
 def test_import_warns_once(installed):
@@ -193,6 +191,7 @@ GENERATING = ("-m", "hf_llava_ft.cli", "generate", "--model", "nowhere", "--prom
         (GENERATING, "argument", "unexpected keyword argument"),
     ],
 )
+@pytest.mark.new_python  # what Python does before its first line is what is changed
 def test_a_command_ends_with_one_sentence(installed, words, change, error):
     folder = installed(transformers="99.1.0")
     done = run(folder, *words, change=change)

@@ -4,11 +4,11 @@ import ast
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("hf_llava_ft", "modeling", "processing", "hub_scripts")
@@ -110,20 +110,9 @@ def stranger(tiny_checkpoint, golden, tmp_path_factory):
 def test_no_command_runs_the_code_of_a_folder_or_asks_whether_it_may(stranger, words):
     if words[0] == "train":
         words = (*words, "--data_path", "data.json")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "hf_llava_ft.cli", *words],
-        cwd=stranger,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_MODULES_CACHE": str(stranger / "modules")},
-        stdin=subprocess.PIPE,  # from which no answer comes
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        process.wait(timeout=120)
-    finally:
-        process.kill()
-    said = process.stdout.read()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_MODULES_CACHE": str(stranger / "modules")}
+    done = warm_python.run(["-m", "hf_llava_ft.cli", *words], cwd=stranger, env=environment)
+    said = done.stdout + done.stderr
     assert "[y/N]" not in said
     assert "Traceback" not in said
     assert not (stranger / "was_run").exists()

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +17,7 @@ from hf_llava_ft.errors import UserError
 from hf_llava_ft.processing.chat_templates_llava import CHAT_TEMPLATES
 from hf_llava_ft.processing.conversation_llava import IGNORE_INDEX
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
+from tests import warm_python
 from tests.examples import examples
 from tests.processing.conversations import (
     CASES,
@@ -505,7 +504,8 @@ def test_without_this_package_the_folder_is_a_native_processor_with_the_same_ids
                 if part["type"] == "image":
                     part["path"] = str(tmp_path / "picture.png")
         (folder / "messages.json").write_text(json.dumps(messages))
-    subprocess.run([sys.executable, "-c", NATIVE, *map(str, folders.values())], check=True, cwd=tmp_path)
+    done = warm_python.run(["-c", NATIVE, *map(str, folders.values())], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     for (kind, template), folder in folders.items():
         ours = encoded(processor_for(kind, template), chat_for(template))
         native = np.load(folder / "inputs.npz")

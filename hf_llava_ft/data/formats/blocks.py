@@ -59,7 +59,7 @@ def blocks_of(container: Container, cache_dir: str | os.PathLike | None = None) 
         cache_dir (`str`, *optional*): where the cuts of a JSON file are kept; the cache of `datasets` by default.
 
     Raises:
-        `UserError`: if a file is broken. Rows are not looked at.
+        UserError: if a file is broken. Rows are not looked at.
     """
     container = _table_of(container)
     cache_root = Path(os.path.expanduser(cache_dir or datasets.config.HF_DATASETS_CACHE))
@@ -90,7 +90,7 @@ def iter_block(container: Container, block: Block, start: int = 0) -> Iterator[t
         start (`int`): rows of it to leave out at its start.
 
     Raises:
-        `UserError`: if the file is broken, or no longer what it was.
+        UserError: if the file is broken, or no longer what it was.
     """
     container = _table_of(container)
     if isinstance(block.part, JsonPart):

@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_llava_ft.data.formats.images import StoredImage
 from hf_llava_ft.data.formats.source import Source
-from hf_llava_ft.data.pictures import decode_failure
+from hf_llava_ft.data.pictures import decode_failure, undecodable
 from hf_llava_ft.errors import UserError
 
 _ROWS_AT_ONCE = 64  # whose pictures are decoded in parallel
@@ -22,7 +22,7 @@ def checked_rows(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
     Yields (number from 1, row as `FEATURES` has it) of a source, every distinct picture decoded once.
 
     Raises:
-        `UserError`: at the first row or image that is wrong.
+        UserError: at the first row or image that is wrong.
     """
     seen: set[bytes] = set()
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -80,8 +80,7 @@ def _refuse_undecodable(place: str, images: list[StoredImage], failures: dict[by
     for image in images:
         reason = failures.get(_digest(image))
         if reason is not None:
-            name = "an image" if image["path"] is None else f"image {os.path.basename(image['path'])!r}"
-            raise UserError(f"{place}: {name} can't be decoded ({reason}); replace it or remove the row.")
+            raise undecodable(place, image["path"], reason)
 
 
 def _digest(image: StoredImage) -> bytes:

@@ -48,6 +48,10 @@ class Container:
         """Yields (number from 1, row); raises `UserError` if the container is broken."""
         raise NotImplementedError
 
+    def column_names(self) -> list[str]:
+        """Of a table all its columns; of other files none, since any row may have others."""
+        return []
+
 
 class JsonFile(Container):
     """A JSON list of rows, or one row per line."""
@@ -61,42 +65,58 @@ class JsonFile(Container):
 
 
 class CsvFile(Container):
-    """Comma-separated values under a line of names. Every value is text; an empty one is a key that is not there."""
+    """
+    Values under a line of names, separated by commas, tabs or semicolons. Every value is text; an empty one is a key
+    that is not there.
+    """
 
-    name = "CSV"
+    def __init__(self, path: str, separator: str = ","):
+        self.where, self.files, self._separator = path, [path], separator
+        self.name = {",": "CSV", "\t": "TSV"}.get(separator, "CSV (semicolons)")
 
-    def __init__(self, path: str):
-        self.where, self.files = path, [path]
+    def column_names(self) -> list[str]:
+        return next(self._records())[1]
 
     def iter_raw(self) -> Iterator[tuple[int, Any]]:
+        number, header = 0, []
+        for number, values in self._records():
+            if not number:
+                header = values
+                continue
+            if len(values) != len(header):
+                in_words = {",": "comma", "\t": "tab"}.get(self._separator, "semicolon")
+                raise UserError(
+                    f"{row_place(self.where, number)} has {len(values)} values under {len(header)} names; "
+                    f"write a value that holds a {in_words} in quotes."
+                )
+            yield number, {name: value for name, value in zip(header, values, strict=True) if value}
+        if not number:
+            raise UserError(f"{self.where} has no rows; write at least one below the names of the columns.")
+
+    def _records(self) -> Iterator[tuple[int, list[str]]]:
+        """(number, values); of the line of names the number is 0."""
         number = 0
         try:
             with open(self.where, encoding="utf-8-sig", newline="") as file:
-                reader = csv.reader(self._lines(file), strict=True)
+                reader = csv.reader(self._lines(file), delimiter=self._separator, strict=True)
                 header = next(reader, None) or []
                 twice = next((name for index, name in enumerate(header) if name in header[:index]), None)
                 if twice is not None:
                     raise UserError(f"{self.where} has two columns called {twice[:40]!r}; rename one of them.")
-                for values in reader:
-                    if not values:
-                        continue  # an empty line
+                yield 0, header
+                for values in filter(None, reader):  # an empty line is no row
                     number += 1
-                    if len(values) != len(header):
-                        raise UserError(
-                            f"{row_place(self.where, number)} has {len(values)} values under {len(header)} names; "
-                            "write a value that holds a comma in quotes."
-                        )
-                    yield number, {name: value for name, value in zip(header, values, strict=True) if value}
+                    yield number, values
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{self.where} is not UTF-8 text ({error.reason} after row {number}); save it as UTF-8."
             ) from None
         except csv.Error as error:
-            raise UserError(f"{row_place(self.where, number + 1)} is not valid CSV ({error}); correct it.") from None
+            raise UserError(
+                f"{row_place(self.where, number + 1)} is not valid {self.name} ({error}); correct it."
+            ) from None
         except OSError as error:
             raise UserError(f"{self.where} can't be read ({error.strerror or error}); check the path.") from None
-        if not number:
-            raise UserError(f"{self.where} has no rows; write at least one below the names of the columns.")
 
     def _lines(self, file: TextIO) -> Iterator[str]:
         while line := file.readline(MAX_ROW_CHARS + 1):
@@ -161,6 +181,9 @@ class ParquetFiles(Container):
                 yield RowGroup(path, index, number, group.num_rows, group.total_byte_size)
                 number += group.num_rows
 
+    def column_names(self) -> list[str]:
+        return self._open(self.files[0]).schema_arrow.names
+
     def iter_row_group(self, group: "RowGroup") -> Iterator[tuple[int, Any]]:
         """The rows of one of [`row_groups`], as `iter_raw` gives them."""
         path, number = group.path, group.first_row - 1
@@ -197,6 +220,9 @@ class ArrowRows(Container):
     def iter_raw(self) -> Iterator[tuple[int, Any]]:
         return self.iter_rows(0, len(self.dataset))
 
+    def column_names(self) -> list[str]:
+        return self.dataset.column_names
+
     def iter_rows(self, start: int, stop: int) -> Iterator[tuple[int, Any]]:
         """The rows at `start`, counted from 0, up to `stop`, as `iter_raw` gives them."""
         rows = self.dataset.with_format("arrow")  # as stored: formatting would decode the pictures
@@ -215,6 +241,9 @@ class ImageFolderMetadata(Container):
 
     def iter_raw(self) -> Iterator[tuple[int, Any]]:
         return self.table.iter_raw()
+
+    def column_names(self) -> list[str]:
+        return self.table.column_names()
 
 
 def _plain_rows(batch: pa.RecordBatch | pa.Table) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from filelock import FileLock
 
 from hf_llava_ft.data.builder import FEATURES, load_llava_json, undecoded
 from hf_llava_ft.data.formats.checked_rows import checked_rows
+from hf_llava_ft.data.formats.column_choice import SaidOfColumns
 from hf_llava_ft.data.formats.containers import JsonFile
 from hf_llava_ft.data.formats.dialects import LLAVA, SHAREGPT
 from hf_llava_ft.data.formats.mixture import draw_rows
@@ -59,7 +60,7 @@ class SourceRows(datasets.GeneratorBasedBuilder):
         kwargs: for `datasets.DatasetBuilder`.
 
     Raises:
-        `UserError`: from `download_and_prepare`, at the first row or image that is wrong; no cache is left then.
+        UserError: from `download_and_prepare`, at the first row or image that is wrong; no cache is left then.
     """
 
     VERSION = datasets.Version("1.0.0")  # raise it when the same files give other rows
@@ -96,12 +97,13 @@ def load_data(
     allow_urls: bool = False,
     seed: int = 42,
     cache_dir: str | os.PathLike | None = None,
+    columns: SaidOfColumns = None,
 ) -> datasets.Dataset:
     """
     Open data of any format as one dataset on disk, after checking all of it, images included.
 
     Args:
-        data_path, image_folder, allow_outside, allow_urls, cache_dir: see [`open_source`].
+        data_path, image_folder, allow_outside, allow_urls, cache_dir, columns: see [`open_source`].
         seed (`int`, defaults to 42): decides which rows a weight below 1 draws.
 
     Returns:
@@ -109,10 +111,15 @@ def load_data(
         mixture follow one another in the order given, rows in the order of their files.
 
     Raises:
-        `UserError`: at the first thing that is wrong. `bad_rows.sound_rows` opens a set without its wrong rows.
+        UserError: at the first thing that is wrong. `bad_rows.sound_rows` opens a set without its wrong rows.
     """
     sources = open_source(
-        data_path, image_folder, allow_outside=allow_outside, allow_urls=allow_urls, cache_dir=cache_dir
+        data_path,
+        image_folder,
+        allow_outside=allow_outside,
+        allow_urls=allow_urls,
+        cache_dir=cache_dir,
+        columns=columns,
     )
     root = os.path.expanduser(cache_dir or datasets.config.HF_DATASETS_CACHE)
     parts = []
@@ -132,7 +139,7 @@ def load_source(source: Source, cache_dir: str | os.PathLike) -> datasets.Datase
         except ImageAddressError:
             pass  # a later row holds a picture after all, or its sentence is for the store of images to say
     root = Path(cache_dir) / "llava_rows_states"
-    files = blake2b(_files_state(source).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    files = blake2b(files_state(source).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
     known = root / f"{files}.json"
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{known}.lock"):  # one process of many builds
@@ -175,7 +182,7 @@ def _only_names_files(source: Source) -> bool:
     return True
 
 
-def _files_state(source: Source) -> str:
+def files_state(source: Source) -> str:
     """What the cache of a source depends on, apart from the images: its files, and how it is read."""
     states: list[Any] = [source.container.fingerprint]
     for path in source.container.files:
@@ -184,7 +191,7 @@ def _files_state(source: Source) -> str:
         states.append([path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino])
     images = source.images
     folder = None if images.folder is None else os.path.realpath(images.folder)
-    return json.dumps([source.where, source.format, states, folder, images.allow_outside, images.allow_urls])
+    return json.dumps([source.where, source.reading, states, folder, images.allow_outside, images.allow_urls])
 
 
 def _images_state(dataset: datasets.Dataset) -> str:

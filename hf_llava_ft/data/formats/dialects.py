@@ -7,6 +7,8 @@
 | prompt/completion | `prompt` and `completion` |
 | image-caption | an image (`file_name` or `image`) and `text` or `caption` |
 
+and a table of one's own, whose columns are named or have usual names (`columns.py`).
+
 What may surprise:
 * Where a row of the messages or prompt/completion dialect has images and no place for them at all, they go to the
   front of the first human turn, a line each. TRL does so with such rows, and its datasets are written that way.
@@ -18,6 +20,7 @@ What may surprise:
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from hf_llava_ft.data.formats.columns import Columns
 from hf_llava_ft.data.schema import (
     IMAGE_PLACEHOLDER,
     Row,
@@ -40,10 +43,12 @@ class Dialect(NamedTuple):
     Args:
         name (`str`): in words, for messages.
         parse (`Callable`): (raw row, file for messages, row number from 1) to `Row`; raises `UserError`.
+        columns (`Columns`, *optional*): of a table of one's own, what is read.
     """
 
     name: str
     parse: Callable[[Any, str, int], Row]
+    columns: Columns | None = None
 
 
 def detect_dialect(row: Any) -> Dialect | None:
@@ -82,7 +87,7 @@ def parse_messages_row(row: Any, where: str, number: int = 1) -> Row:
         number (`int`): the row's number from 1.
 
     Raises:
-        `UserError`: if the row can't be trained on; the sentence names row and turn.
+        UserError: if the row can't be trained on; the sentence names row and turn.
     """
     row_id, place = identify_row(row, where, number)
     return _row_of_messages(row_id, row, _messages(row.get("messages"), f'{place}: "messages"'), place)
@@ -93,7 +98,7 @@ def parse_prompt_completion_row(row: Any, where: str, number: int = 1) -> Row:
     Translate a row of `prompt` and `completion`, each text or a list of messages, with `image` or `images`.
 
     Raises:
-        `UserError`: if the row can't be trained on; also if the prompt holds answers, which would be learned too.
+        UserError: if the row can't be trained on; also if the prompt holds answers, which would be learned too.
     """
     row_id, place = identify_row(row, where, number)
     for key in ("prompt", "completion"):
@@ -122,7 +127,7 @@ def parse_image_caption_row(row: Any, where: str, number: int = 1) -> Row:
         row (`dict`): `{"file_name" or "image": image, "text" or "caption": str}`.
 
     Raises:
-        `UserError`: if image or caption is missing.
+        UserError: if image or caption is missing.
     """
     row_id, place = identify_row(row, where, number)
     refuse_other_media(row, place)
@@ -146,6 +151,11 @@ SHAREGPT = Dialect("ShareGPT", parse_llava_row)
 MESSAGES = Dialect("messages", parse_messages_row)
 PROMPT_COMPLETION = Dialect("prompt/completion", parse_prompt_completion_row)
 IMAGE_CAPTION = Dialect("image-caption", parse_image_caption_row)
+
+
+def own_table(columns: Columns) -> Dialect:
+    """The dialect of a table whose columns are known."""
+    return Dialect("image-caption table" if columns.prompt is None else "question/answer", columns.parse, columns)
 
 
 def _messages(value: Any, place: str) -> list[dict[str, Any]]:

@@ -69,7 +69,7 @@ def load_hub_dataset(name: str, split: str | None) -> Container:
         split (`str`, *optional*): `train` by default, or the only one; a slice as `datasets` writes it, `train[:100]`.
 
     Raises:
-        `UserError`: if it can't be had, or is of a form that would not arrive as it is.
+        UserError: if it can't be had, or is of a form that would not arrive as it is.
     """
     where = name if split is None else f"{name}:{split}"
     try:

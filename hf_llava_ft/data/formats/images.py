@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 import datasets
 from filelock import FileLock
 
-from hf_llava_ft.data.image_folder import ImageFolder, MissingImageError
+from hf_llava_ft.data.image_folder import ImageFolder, MissingImageError, what_to_do_about_missing
 from hf_llava_ft.data.pictures import decode_failure
 from hf_llava_ft.data.values import EmbeddedImage, ImageRef
 from hf_llava_ft.errors import UserError
@@ -49,8 +49,11 @@ class ImageStore:
         allow_urls (`bool`): fetch http and https addresses.
         cache_dir (`str`, *optional*): where fetched pictures are kept; the cache of `datasets` by default.
 
+    Attributes:
+        real_folder (`str`): the folder without links; empty if there is none.
+
     Raises:
-        `UserError`: if the folder is given and is none.
+        UserError: if the folder is given and is none.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class ImageStore:
         self.allow_urls = allow_urls
         self.cache_dir = None if cache_dir is None else os.fspath(cache_dir)
         self._files = ImageFolder(self.folder)
+        self.real_folder = self._files.real_path or ""
 
     def locate(self, image: ImageRef, place: str) -> StoredImage:
         """
@@ -75,7 +79,7 @@ class ImageStore:
             place (`str`): the row, for messages.
 
         Raises:
-            `UserError`: if it is missing, not allowed, or not to be had.
+            UserError: if it is missing, not allowed, or not to be had.
         """
         if not isinstance(image, str):
             return self._embedded(image, place)
@@ -94,7 +98,9 @@ class ImageStore:
             return self._files.resolve(name, place)
         path = os.path.realpath(os.path.join(self.folder or os.getcwd(), name))
         if not os.path.isfile(path):
-            raise MissingImageError(f"{place}: image {_short(name)} is no file; add the file or remove the row.")
+            raise MissingImageError(
+                f"{place}: image {_short(name)} is no file; {what_to_do_about_missing(self.folder)}."
+            )
         return path
 
     @staticmethod

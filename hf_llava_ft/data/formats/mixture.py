@@ -20,7 +20,7 @@ MAX_WEIGHT = 1000
 _WEIGHT = re.compile(r"\d+(\.\d*)?|\.\d+")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # With one of these, a name that leads nowhere is a file that is missing, and not worth a question to the Hub.
-_FILE_ENDINGS = (".json", ".jsonl", ".parquet", ".csv", ".arrow", ".txt", ".zip", ".tar", ".gz")
+_FILE_ENDINGS = (".json", ".jsonl", ".yaml", ".yml", ".parquet", ".csv", ".arrow", ".txt", ".zip", ".tar", ".gz")
 
 
 class DataPath(NamedTuple):
@@ -48,15 +48,22 @@ def parse_data_path(data_path: str | os.PathLike | Sequence[str | os.PathLike]) 
             is taken as it stands, whatever commas and colons its name has.
 
     Raises:
-        `UserError`: if one leads nowhere, or a weight is none.
+        UserError: if one leads nowhere, or a weight is none.
     """
     if isinstance(data_path, os.PathLike):
         data_path = [data_path]
     if isinstance(data_path, str):
-        data_path = [data_path] if _exists(data_path) else [item for item in data_path.split(",") if item.strip()]
+        data_path = [data_path] if _exists(data_path) else [item for item in _items(data_path) if item.strip()]
     if not data_path:
         raise UserError("no data is given; give the path of a file or folder, or a dataset of the Hub, user/name.")
     return [_parse_item(os.fspath(item).strip()) for item in data_path]
+
+
+def _items(data_path: str) -> list[str]:
+    """Between commas; `{a,b}.json` is `a.json,b.json`, as LLaVA-NeXT has it."""
+    if braces := re.fullmatch(r"([^{},]*)\{([^{}]*)\}([^{},]*)", data_path):
+        return [f"{braces[1]}{name.strip()}{braces[3]}" for name in braces[2].split(",")]
+    return data_path.split(",")
 
 
 def draw_rows(num_rows: int, weight: float, seed: int, position: int = 0) -> np.ndarray:

@@ -6,6 +6,7 @@ What may surprise:
   `train` is taken unless another is asked for.
 """
 
+import csv
 import os
 import stat
 from typing import Any
@@ -23,6 +24,7 @@ from hf_llava_ft.data.formats.containers import (
 )
 from hf_llava_ft.errors import UserError
 
+_SEPARATORS = ("\t", ",", ";")
 _METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of `imagefolder` in `datasets`
 
 
@@ -33,7 +35,7 @@ def open_container(path: str, split: str | None = None) -> Container:
         split (`str`, *optional*): of a folder with several; `train` if there is one by default.
 
     Raises:
-        `UserError`: if it holds nothing that can be read as rows.
+        UserError: if it holds nothing that can be read as rows.
     """
     if os.path.isdir(path):
         return _open_folder(path, split)
@@ -54,14 +56,36 @@ def open_container(path: str, split: str | None = None) -> Container:
         raise UserError(f"{path} is an archive; unpack it and give what was in it.")
     if head[:8] == b"ARROW1\0\0":
         raise UserError(f"{path} is an Arrow file; give the folder that save_to_disk wrote, or Parquet.")
+    if path.lower().endswith((".yaml", ".yml")):
+        raise UserError(
+            f"{path} is YAML, in which LLaVA-NeXT lists datasets; name them in --data_path instead, with the share of "
+            "each: a.json:0.3,b.json."
+        )
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    first_line = text.splitlines()[0] if text else b""
-    # A table has at least two columns; anything else is left to the JSON reader, which says what is wrong and where.
-    if text[:1] not in (b"[", b"{", b'"', b"") and b"," in first_line and b"\0" not in first_line:
-        return CsvFile(path)
-    if text[:1] == b'"' and b'","' in first_line:
-        return CsvFile(path)
-    return JsonFile(path, text[:1])
+    separator = _separator(text, path)
+    return JsonFile(path, text[:1]) if separator is None else CsvFile(path, separator)
+
+
+def _separator(text: bytes, path: str) -> str | None:
+    """What stands between the columns of a table; None if its first line has only one."""
+    # Anything else is left to the JSON reader, which says what is wrong and where.
+    if text[:1] in (b"[", b"{", b"") or b"\0" in text.splitlines()[0]:
+        return None
+    lines = text.decode("utf-8", "replace").splitlines(keepends=True)
+    if text[:1] == b'"' and not any(f'"{each}' in lines[0] for each in _SEPARATORS):
+        return None
+    num_columns = {}
+    for each in _SEPARATORS:
+        try:
+            num_columns[each] = len(next(csv.reader(lines, delimiter=each)))
+        except csv.Error:
+            num_columns[each] = 1
+    separator = max(_SEPARATORS, key=lambda each: num_columns[each])
+    if num_columns[","] == num_columns[";"] == num_columns[separator] > 1:
+        raise UserError(
+            f"{path}: its first line could be cut at commas or at semicolons; put names that hold one in quotes."
+        )
+    return separator if num_columns[separator] > 1 else None
 
 
 def _open_folder(folder: str, split: str | None) -> Container:
@@ -93,7 +117,7 @@ def _open_folder(folder: str, split: str | None) -> Container:
     held = f"{len(others)} JSON files" if others else "no data file"
     raise UserError(
         f"{folder} holds {held}, no Parquet, no metadata.csv and nothing that save_to_disk wrote; "
-        "give the data file itself."
+        "give the data file itself, or make one with llava-ft init if these are pictures with captions."
     )
 
 

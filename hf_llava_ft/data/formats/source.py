@@ -5,8 +5,18 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+from hf_llava_ft.data.formats.column_choice import SaidOfColumns, given_for, parse_choice
+from hf_llava_ft.data.formats.columns import Given, asks_more_than_captions, find_columns, has_own_picture
 from hf_llava_ft.data.formats.containers import Container
-from hf_llava_ft.data.formats.dialects import LLAVA, SHAREGPT, Dialect, detect_dialect
+from hf_llava_ft.data.formats.dialects import (
+    IMAGE_CAPTION,
+    LLAVA,
+    PROMPT_COMPLETION,
+    SHAREGPT,
+    Dialect,
+    detect_dialect,
+    own_table,
+)
 from hf_llava_ft.data.formats.hub_datasets import load_hub_dataset
 from hf_llava_ft.data.formats.images import ImageStore, StoredImage
 from hf_llava_ft.data.formats.mixture import parse_data_path
@@ -47,11 +57,19 @@ class Source:
     def num_rows(self) -> int | None:
         return self.container.num_rows
 
+    @property
+    def reading(self) -> str:
+        """[`format`], and which columns are read where that is a choice: what a cache of the rows depends on."""
+        columns = self.dialect.columns
+        return self.format if columns is None else f"{self.format} {columns.reading}"
+
     def describe(self, num_rows: int | None = None) -> str:
-        """`a.json: detected ShareGPT JSON, 1,203 rows`; the number is left out where it is not known."""
+        """`a.json: detected ShareGPT JSON, 1,203 rows`; the number is left out where it is not known. Of a table, what
+        its columns are taken for is said too."""
         num_rows = self.num_rows if num_rows is None else num_rows
         rows = "" if num_rows is None else f", {num_rows:,} row{'' if num_rows == 1 else 's'}"
-        return f"{self.where}: detected {self.format}{rows}"
+        columns = "" if self.dialect.columns is None else f": {self.dialect.columns.told()}"
+        return f"{self.where}: detected {self.format}{rows}{columns}"
 
     def iter_raw(self) -> Iterator[tuple[int, Any]]:
         """
@@ -61,7 +79,7 @@ class Source:
             `(number, raw)`, with numbers from 1; `raw` is plain data, images as bytes or paths.
 
         Raises:
-            `UserError`: where the file itself is broken.
+            UserError: where the file itself is broken.
         """
         return self.container.iter_raw()
 
@@ -78,7 +96,7 @@ class Source:
             number (`int`): its number from 1.
 
         Raises:
-            `UserError`: if it can't be trained on as it stands, with row number and id.
+            UserError: if it can't be trained on as it stands, with row number and id.
         """
         return self.dialect.parse(raw, self.where, number)
 
@@ -91,7 +109,7 @@ class Source:
             place (`str`): [`place`] of the row.
 
         Raises:
-            `UserError`: if it is missing, outside the image folder, or an address, with row number and id.
+            UserError: if it is missing, outside the image folder, or an address, with row number and id.
         """
         return self.images.locate(image, place)
 
@@ -112,6 +130,7 @@ def open_source(
     allow_outside: bool = False,
     allow_urls: bool = False,
     cache_dir: str | os.PathLike | None = None,
+    columns: SaidOfColumns = None,
 ) -> list[Source]:
     """
     Tell what the datasets are, from what is in them. Reads the first rows only.
@@ -127,24 +146,49 @@ def open_source(
             Fetch images from http and https addresses.
         cache_dir (`str`, *optional*):
             Where fetched images are kept; the cache of `datasets` by default.
+        columns (*optional*):
+            Of tables, which column is what: `image=img,prompt=question,response=answer` (`column_choice.py`).
 
     Raises:
-        `UserError`: if one can't be read, or its first rows are written in no known dialect.
+        UserError: if one can't be read, or its first rows are written in no known dialect.
     """
-    sources = []
-    for path, is_hub, split, weight in parse_data_path(data_path):
+    choice = parse_choice(columns)
+    sets = parse_data_path(data_path)
+    paths = [each.path for each in sets]
+    unknown = next((name for name in choice.of_dataset if name not in paths), None)
+    if unknown is not None and not choice.is_inherited:
+        raise UserError(
+            f"--columns speaks of {unknown!r}, and the data is {', '.join(paths)}; write the name as there."
+        )
+    opened: list[tuple[Container, list[Any], list[str], Given]] = []
+    for path, is_hub, split, _ in sets:
         container = load_hub_dataset(path, split) if is_hub else open_container(path, split)
+        rows = [row for _, row in islice(container.iter_raw(), _ROWS_LOOKED_AT)]
+        names = container.column_names() or _keys_of(rows)
+        opened.append((container, rows, names, given_for(choice, path, names, len(sets) == 1)))
+    if choice.everywhere and not choice.is_inherited and not any(given for *_, given in opened):
+        raise UserError(f"--columns: none of {', '.join(paths)} has all the columns that it names; correct it.")
+    sources = []
+    for (container, rows, names, given), (_, _, _, weight) in zip(opened, sets, strict=True):
         images = ImageStore(container.image_folder or image_folder, allow_outside, allow_urls, cache_dir)
-        sources.append(Source(container, _dialect_of(container), images, weight))
+        sources.append(Source(container, _dialect_of(container.where, rows, names, given), images, weight))
     return sources
 
 
-def _dialect_of(container: Container) -> Dialect:
-    rows = [row for _, row in islice(container.iter_raw(), _ROWS_LOOKED_AT)]
+def _keys_of(rows: Sequence[Any]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row))
+
+
+def _dialect_of(where: str, rows: Sequence[Any], names: Sequence[str], given: Given) -> Dialect:
     found = [dialect for dialect in map(detect_dialect, rows) if dialect is not None]
-    if found:
+    if found and not given and not _is_own_table(found[0], names):
         # Rows of text alone look like LLaVA in a ShareGPT file too.
         return SHAREGPT if found[0] is LLAVA and SHAREGPT in found else found[0]
+    columns = find_columns(names, given, where)
+    if columns is not None:
+        cells = [(row.get(columns.prompt), row.get(columns.response)) for row in rows if isinstance(row, dict)]
+        has_lists = any(isinstance(answer, list) and not isinstance(question, list) for question, answer in cells)
+        return own_table(columns._replace(has_lists=has_lists))
     first = rows[0]
     if not isinstance(first, dict):
         held = f"is {json_type(first)}"
@@ -152,6 +196,14 @@ def _dialect_of(container: Container) -> Dialect:
         names = ", ".join(map(str, list(first)[:_MAX_KEYS_NAMED])) or "nothing"
         held = f"has {names}" + (", ..." if len(first) > _MAX_KEYS_NAMED else "")
     raise UserError(
-        f'{row_place(container.where, 1)} {held}; a row needs "conversations", "messages", "prompt" and "completion", '
-        'or an image ("file_name" or "image") with "text" or "caption".'
+        f'{row_place(where, 1)} {held}; a row needs "conversations", "messages", "prompt" and "completion", '
+        'or an image ("file_name" or "image") with "text" or "caption"; of a table of your own, say what is what with '
+        "--columns image=NAME,prompt=NAME,response=NAME."
     )
+
+
+def _is_own_table(dialect: Dialect, names: Sequence[str]) -> bool:
+    """Whether rows that look like that dialect have more to say than it reads."""
+    if dialect is IMAGE_CAPTION:
+        return asks_more_than_captions(names)
+    return dialect is PROMPT_COMPLETION and has_own_picture(names)

@@ -44,7 +44,7 @@ def file_index(path: str, cache_root: Path) -> FileIndex:
         cache_root (`Path`): where the list is kept.
 
     Raises:
-        `UserError`: if the file can't be read, or is no JSON.
+        UserError: if the file can't be read, or is no JSON.
     """
     try:
         status = os.stat(path)

@@ -22,7 +22,7 @@ def iter_llava_json(path: str, images: ImageFolder) -> Iterator[dict[str, Any]]:
         What [`checked_row`] returns.
 
     Raises:
-        `UserError`: at the first row that is wrong.
+        UserError: at the first row that is wrong.
     """
     for number, value in iter_json_rows(path):
         yield checked_row(value, path, number, images)
@@ -34,7 +34,7 @@ def checked_row(value: Any, path: str, number: int, images: ImageFolder) -> dict
         [`parse_llava_row`]'s `Row` with absolute `images`; besides, `num_words` ([`count_words`]) and `num_images`.
 
     Raises:
-        `UserError`: if the row is wrong.
+        UserError: if the row is wrong.
     """
     row = parse_llava_row(value, path, number)
     if row["images"]:

@@ -80,7 +80,7 @@ def index_json(path: str, num_proc: int | None = None) -> JsonIndex:
         num_proc (`int`, *optional*): processes; by default one for each core.
 
     Raises:
-        `UserError`: as `iter_json_rows`.
+        UserError: as `iter_json_rows`.
     """
     num_proc = num_workers() if num_proc is None else num_proc
     index = _index_of_parts(path, num_proc) if num_proc > 1 else None
@@ -99,7 +99,7 @@ def iter_part(part: JsonPart) -> Iterator[tuple[int, Any]]:
     The raw rows of a part with their numbers, counted from its first one's.
 
     Raises:
-        `UserError`: if it does not hold whole rows (any more).
+        UserError: if it does not hold whole rows (any more).
     """
     if part.stop is None:
         for number, row in iter_json_rows(part.path):

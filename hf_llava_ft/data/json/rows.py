@@ -20,7 +20,7 @@ MAX_ROW_CHARS = 64 * 2**20
 
 _CHUNK_CHARS = 2**20
 # By one of these an object is a row, in any of the dialects of data/formats/.
-_ROW_KEYS = {"conversations", "messages", "prompt", "file_name", "image"}
+_ROW_KEYS = {"conversations", "messages", "prompt", "question", "file_name", "image"}
 _WHITESPACE = re.compile(r"[ \t\n\r]*")
 # Where a number, a word or an escape (\ud83d\ude00) is cut by the buffer's end, the decoder stops this near to it.
 _LONGEST_CUT = 16
@@ -37,7 +37,7 @@ def iter_json_rows(path: str) -> Iterator[tuple[int, Any]]:
         `(number, value)`.
 
     Raises:
-        `UserError`: if the file can't be read, isn't JSON (with line and column), isn't a list of rows, or has none.
+        UserError: if the file can't be read, isn't JSON (with line and column), isn't a list of rows, or has none.
     """
     number = 0
     try:

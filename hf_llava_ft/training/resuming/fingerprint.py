@@ -15,8 +15,9 @@ from typing import Any
 
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
-from hf_llava_ft.settings.arguments import DataArguments, LlavaTrainingArguments, ModelArguments, TuningArguments
+from hf_llava_ft.settings.arguments import DataArguments, ModelArguments, TuningArguments
 from hf_llava_ft.settings.resolved import SECRET
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.training.summary import plain
 
 # They may be changed on resume, and the rest of the run follows them (`changed_settings.py`).
@@ -30,8 +31,10 @@ FREE = frozenset(
     # Where things are. The digests say whether they are the same.
     ("model_name_or_path", "revision", "data_path", "image_folder", "pretrain_mm_mlp_adapter", "output_dir")
     + ("allow_images_outside", "allow_image_urls", "resume_from_checkpoint", "resume_anyway", "overwrite_output_dir")
+    + ("columns",)
     # What is shown, evaluated, saved and pushed.
     + ("preview", "eval_data_path", "eval_image_folder", "eval_prompts", "eval_max_new_tokens", "eval_strategy")
+    + ("num_eval_answers", "eval_columns")
     + ("eval_steps", "eval_delay", "per_device_eval_batch_size", "prediction_loss_only", "eval_on_start")
     + ("eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps", "include_for_metrics")
     + ("batch_eval_metrics", "bf16_full_eval", "fp16_full_eval", "do_train", "do_eval", "do_predict")
@@ -43,7 +46,7 @@ FREE = frozenset(
     + ("save_steps", "save_on_each_node", "save_total_limit", "enable_jit_checkpoint", "push_to_hub", "hub_token")
     + ("hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision")
     + ("restore_callback_states_from_checkpoint", "ignore_data_skip")
-    # How fast, and in how much memory. Of a stream, the number of workers is part of the order (`stream_loader.py`).
+    # How fast, and in how much memory. Of a stream, the number of workers is part of the order (data/streaming).
     + ("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers")
     + ("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataloader_in_order")
     + ("activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing")
@@ -114,6 +117,7 @@ def course_of(
     course = settings_course(model_args, data_args, tuning_args, args)
     sources = [
         {"name": source["name"], "weight": source["weight"], "digest": source["fingerprint"][:12]}
+        | ({"columns": source["columns"]} if "columns" in source else {})
         for source in data["sources"]
     ]
     said = [processor.chat_template, processor.tokenizer.chat_template, processor.image_processor.to_json_string()]

@@ -22,12 +22,12 @@ from hf_llava_ft.checkpoints.run_files import (
     TRAINER_STATE_NAME,
     TRAINING_FILE,
 )
-from hf_llava_ft.checkpoints.starting_point import COMPOSED
+from hf_llava_ft.checkpoints.starting.starting_point import COMPOSED
 from hf_llava_ft.data.skipped_rows import SKIPPED_FILE
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.hub.model_card import ASSETS_FOLDER, CARD_FILE
 from hf_llava_ft.reports.run_report import PLOT_FILE, REPORT_FILE
-from hf_llava_ft.settings.arguments import LlavaTrainingArguments
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.training.first_process import in_first_process
 from hf_llava_ft.training.resuming.fingerprint import refuse_another_course
 from hf_llava_ft.training.resuming.resume import SEAL, UNFINISHED, Run, checkpoints_in

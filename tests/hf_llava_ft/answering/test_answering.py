@@ -9,7 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_llava_ft.answering.conversation import Conversation, load_for_answering, open_image, up_to
+from hf_llava_ft.answering.conversation import Conversation
+from hf_llava_ft.answering.loading import load_for_answering
+from hf_llava_ft.answering.pictures import open_image
+from hf_llava_ft.answering.prompts import up_to
 from hf_llava_ft.checkpoints.opening import fit_to_processor
 from hf_llava_ft.data.collator import open_picture
 from hf_llava_ft.errors import UserError

@@ -226,7 +226,9 @@ def test_numbers_are_those_of_encoding_every_row(folder, tiny_processor, num_pro
         "rows_left_out": 0,
     }
     num_rows = 150
-    assert report["steps"] == {"batch_size": 8, "rows_per_epoch": num_rows, "steps_per_epoch": -(-num_rows // 8)}
+    num_steps = -(-num_rows // 8)
+    expected = {"batch_size": 8, "accumulation": 1, "rows_per_epoch": num_rows, "steps_per_epoch": num_steps}
+    assert report["steps"] == expected
 
 
 def test_rows_that_no_cut_can_help_are_counted(folder, tiny_processor):
@@ -238,7 +240,9 @@ def test_rows_that_no_cut_can_help_are_counted(folder, tiny_processor):
     )
     cut = result.to_json()["cut"]
     assert (cut["rows"], cut["rows_left_out"]) == (1, 1) and f"the last {cut['tokens']})" in early
-    assert result.to_json()["steps"]["rows_per_epoch"] == 1
+    # As training has it that is told of no batch (`settings/defaults.py`).
+    steps = {"batch_size": 4, "accumulation": 1, "rows_per_epoch": 1, "steps_per_epoch": 1}
+    assert result.to_json()["steps"] == steps
 
 
 def test_llava_next_counts_by_the_size_of_each_picture(folder, tiny, golden):
@@ -362,7 +366,7 @@ def test_hostile_rows_end_in_sentences(llava_ft, folder, tiny_checkpoint):
         {"id": "deep", "conversations": deep},
         row("nul", "q", "a\x00b"),
         row("surrogate", "q", "\ud800"),
-        row("huge", "q", "spam" * 1_000_000),
+        row("huge", "q", "spam" * 100_000),
         row(["list"], "q", "a"),
         row("path", "<image>\nq", "a", "/etc/passwd"),
         row("web", "<image>\nq", "a", "http://127.0.0.1:9/x.png"),
@@ -387,7 +391,7 @@ def test_hostile_rows_end_in_sentences(llava_ft, folder, tiny_checkpoint):
         for text in (problem["what"], problem["what_to_do"])
         if str(folder) in text
     ]
-    assert "4,000,178 characters" in result["problems"][3]["what"] and result["problems"][3]["kind"] == "too_long"
+    assert "400,178 characters" in result["problems"][3]["what"] and result["problems"][3]["kind"] == "too_long"
 
 
 @pytest.mark.parametrize(

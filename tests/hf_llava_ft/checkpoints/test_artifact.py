@@ -1,8 +1,8 @@
 """Folders appear whole, and nothing is left of what did not."""
 
 import errno
+import os
 import signal
-import subprocess
 import sys
 import time
 
@@ -10,6 +10,7 @@ import pytest
 
 from hf_llava_ft.checkpoints.artifact import staged_files, staged_folder
 from hf_llava_ft.errors import UserError
+from tests import warm_python
 
 
 def test_what_a_killed_command_left_is_removed_and_said(tmp_path, caplog):
@@ -52,11 +53,10 @@ with staged_folder(sys.argv[1]) as staged:
 @pytest.mark.parametrize(("whose", "code", "left"), [("ours", 143, 0), ("python's", -signal.SIGTERM, 1)])
 def test_sigterm_cleans_up_as_ctrl_c_does(tmp_path, whose, code, left):
     """Without our handler the folder stays, which shows that the test would see one."""
-    words = [sys.executable, "-c", PROGRAM, str(tmp_path / "out"), whose]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "writing\n"
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == code
+    process = warm_python.Started(["-c", PROGRAM, str(tmp_path / "out"), whose])
+    assert process.stdout.readline() == "writing\n"
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait() == code
     time.sleep(0.1)
     assert len(list(tmp_path.glob(".out.partial-*"))) == left and not (tmp_path / "out").exists()
 
@@ -76,4 +76,5 @@ assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
 @pytest.mark.skipif(sys.platform == "win32", reason="nothing is forked there")
 def test_workers_that_are_forked_end_at_once():
     """With a handler of Python's, a worker that just begins to wait for its pool never would."""
-    subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=60)
+    done = warm_python.run(["-c", FORKED])
+    assert done.returncode == 0, done.stderr

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 import time
 
 import pytest
@@ -13,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_llava_ft.checkpoints.opening import load_model, load_processor
 from hf_llava_ft.errors import UserError
+from tests import warm_python
 
 MODEL, ADAPTER = "model.safetensors", "adapter_model.safetensors"
 DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
@@ -289,12 +288,12 @@ def test_the_command_line_says_it_and_exits_with_2(tiny_checkpoint, tmp_path, na
     shutil.copytree(tiny_checkpoint, tmp_path / "broken")
     BROKEN[name][0](tmp_path / "broken")
     words = ("generate", "--model", tmp_path / "broken", "--prompt", "What?", "--max_new_tokens", "2")
-    command = [sys.executable, "-m", "hf_llava_ft.cli", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    command = ["-m", "hf_llava_ft.cli", *map(str, words)]
+    done = warm_python.run(command)
     assert done.returncode == 2
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert BROKEN[name][1] in line
     assert "Traceback" not in done.stderr
     if name == "NaN":
-        taken = subprocess.run([*command, "--allow_nan"], capture_output=True, text=True, check=False, timeout=300)
+        taken = warm_python.run([*command, "--allow_nan"])
         assert taken.returncode == 0

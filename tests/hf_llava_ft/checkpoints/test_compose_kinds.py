@@ -5,8 +5,6 @@ imported, loads all the folders and asks them.
 """
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,8 +43,10 @@ from hf_llava_ft.checkpoints.opening import load_model, load_processor
 from hf_llava_ft.checkpoints.verify import default_image
 from hf_llava_ft.modeling.part_names_llava import PROJECTOR, part_of
 from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
-from hf_llava_ft.settings.arguments import LlavaTrainingArguments, TuningArguments
+from hf_llava_ft.settings.arguments import TuningArguments
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.training.tuning import with_lora
+from tests import warm_python
 
 SIZES = {
     "hidden_size": 64,
@@ -224,8 +224,7 @@ def root(tmp_path_factory, golden) -> Path:
         hf_llava_ft.compose_llava(
             str(root / "tower"), str(root / f"language-{name}-{tie}"), root / f"llava-{name}-{tie}"
         )
-    command = [sys.executable, "-c", STRANGER, str(root), json.dumps(MESSAGES)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, timeout=300)
+    done = warm_python.run(["-c", STRANGER, str(root), json.dumps(MESSAGES)], cwd=root)
     assert done.returncode == 0, done.stderr[-4000:]
     return root
 

@@ -17,8 +17,9 @@ from transformers import (
 
 import hf_llava_ft
 from hf_llava_ft.checkpoints.convert import convert
+from hf_llava_ft.checkpoints.inspection import inspect_checkpoint
 from hf_llava_ft.checkpoints.merge import merge_adapter
-from hf_llava_ft.checkpoints.opening import inspect_checkpoint, load_model, load_processor
+from hf_llava_ft.checkpoints.opening import load_model, load_processor
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
 

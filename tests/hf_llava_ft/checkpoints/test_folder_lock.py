@@ -1,10 +1,9 @@
 """Two commands do not write one folder at once."""
 
+import contextlib
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -12,6 +11,7 @@ import pytest
 from hf_llava_ft.checkpoints.artifact import staged_folder
 from hf_llava_ft.checkpoints.folder_lock import lock_files, locked_folder
 from hf_llava_ft.errors import UserError
+from tests import warm_python
 
 HOLDING = """
 import sys, time
@@ -27,10 +27,11 @@ with locked_folder({folder!r}):
 def holder(tmp_path):
     """Another process that holds the lock of `tmp_path / "out"`."""
     script = HOLDING.format(folder=str(tmp_path / "out"))
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stdout.readline() == "held\n"
-        yield process
-        process.kill()
+    process = warm_python.Started(["-c", script])
+    assert process.stdout.readline() == "held\n"
+    yield process
+    with contextlib.suppress(ProcessLookupError):  # the test has waited for it
+        os.kill(process.pid, signal.SIGKILL)
 
 
 def test_the_second_is_told_of_the_first_and_a_dead_one_does_not_block(holder, tmp_path):

@@ -14,7 +14,7 @@ from hf_llava_ft.checkpoints.merge import merge_adapter
 from hf_llava_ft.checkpoints.opening import load_model, load_processor
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.settings.arguments import TuningArguments
-from hf_llava_ft.training.quantization import quantization_config
+from hf_llava_ft.training.precision.quantization import quantization_config
 from hf_llava_ft.training.tuning import with_lora
 from tests.parts import parts_of
 

@@ -4,7 +4,6 @@ and without anybody's code being run by it."""
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from hf_llava_ft.modeling.checkpoint_mixin_llava import AUTO_MAP
 from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
 from hf_llava_ft.settings.arguments import TuningArguments
 from hf_llava_ft.training.tuning import with_tuning
+from tests import warm_python
 
 ANYRES = {"image_aspect_ratio": "anyres", "image_grid_pinpoints": [[112, 56], [56, 112], [112, 112]]}
 # name: (language model, tower, fields of the configuration). Native `llava` and `llava_next` lack the projector, or
@@ -129,13 +129,10 @@ def stranger(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("elsewhere")
 
     def run(program: str, *args, **environment) -> list:
-        done = subprocess.run(
-            [sys.executable, "-I", "-c", f"QUESTION = {QUESTION!r}\n{STRANGER}\n{program}", *map(str, args)],
+        done = warm_python.run(
+            ["-I", "-c", f"QUESTION = {QUESTION!r}\n{STRANGER}\n{program}", *map(str, args)],
             cwd=cwd,
             env={**os.environ, "HF_MODULES_CACHE": str(cwd / "modules"), **environment},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
         )
         assert done.returncode == 0, done.stderr
         lines = [line.partition(": ") for line in done.stdout.splitlines()]
@@ -258,6 +255,7 @@ def test_what_a_stranger_saves_is_whole_again(written, loaded_elsewhere, case):
     assert_same_files(again, folder)
 
 
+@pytest.mark.new_python
 def test_a_pipeline_answers_a_stranger(written, stranger, photo, golden):
     folder, expected = written["mlp3x"]
     [answer] = stranger(PIPELINE, photo, folder)
@@ -324,6 +322,7 @@ def test_native_and_original_folders_carry_no_code(tiny, tmp_path):
         assert not carries_our_code(tmp_path / folder)
 
 
+@pytest.mark.new_python
 def test_verification_is_a_strangers(written, monkeypatch, tmp_path):
     """In the fresh process the package cannot be imported, and the user's cache of code stays as it is."""
     folder, expected = written["mlp3x"]
@@ -477,7 +476,7 @@ def test_nobody_is_asked_to_trust_an_unknown_model(trap, tmp_path, monkeypatch):
     settings = json.loads((trap / "config.json").read_text()) | {"model_type": "unheard_of"}
     (trap / "config.json").write_text(json.dumps(settings))
     monkeypatch.setattr("builtins.input", lambda question="": "y")
-    with pytest.raises(UserError, match="is not a LLaVA this package can read"):
+    with pytest.raises(UserError, match="is not a LLaVA: it is a model of type .unheard_of"):
         load_model(str(trap))
     assert not (tmp_path / "sprung").exists()
 

@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 
-from hf_llava_ft.checkpoints.opening import inspect_checkpoint
+from hf_llava_ft.checkpoints.inspection import inspect_checkpoint
 from hf_llava_ft.checkpoints.rewriting import rewriting, save_for_others
 from hf_llava_ft.errors import UserError
 

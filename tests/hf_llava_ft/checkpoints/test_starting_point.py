@@ -10,7 +10,7 @@ from transformers import LlavaForConditionalGeneration
 
 import hf_llava_ft
 from hf_llava_ft.checkpoints.merge import merge_adapter
-from hf_llava_ft.checkpoints.starting_point import check_starting_point, read_projector_of
+from hf_llava_ft.checkpoints.starting.starting_point import check_starting_point, read_projector_of
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.modeling.weight_names_llava import name_in_memory
 from hf_llava_ft.settings.arguments import ModelArguments, TuningArguments

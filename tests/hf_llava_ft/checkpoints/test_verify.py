@@ -21,6 +21,12 @@ def written(tiny_checkpoint, tmp_path):
     return folder, reference_outputs(model, processor, probe), processor, probe
 
 
+@pytest.mark.new_python
+def test_an_undamaged_folder_passes_in_a_new_python(written):
+    verification = verify(*written)
+    assert verification.ok and verification.loader == "transformers"
+
+
 def test_an_undamaged_folder_passes(written):
     verification = verify(*written)
     assert verification.ok and verification.logit_difference < 1e-6 and verification.loader == "transformers"
@@ -85,6 +91,7 @@ def test_nan_is_a_difference(written):
     assert "the logits differ by nan" in verify(*written).differences[0]
 
 
+@pytest.mark.new_python
 def test_a_folder_that_does_not_load_is_an_error(written):
     folder = written[0]
     (folder / "model.safetensors").write_bytes(b"not weights")

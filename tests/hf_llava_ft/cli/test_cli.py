@@ -5,8 +5,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from safetensors.torch import load_file
 
 import hf_llava_ft
 from hf_llava_ft.train import parse_arguments
+from tests import warm_python
 
 
 def train_flags(model, data, folder, output_dir, **more) -> list[str]:
@@ -166,7 +165,7 @@ def test_a_model_that_is_no_llava(llava_ft, llava_json, tmp_path, tiny_processor
     tiny_processor.save_pretrained(tmp_path / "bert")
     (tmp_path / "bert/config.json").write_text('{"model_type": "bert"}')
     code, _, err = llava_ft("train", *train_flags(tmp_path / "bert", *llava_json(2), tmp_path / "out"))
-    assert code == 2 and "'bert' is not a LLaVA" in sentence(err)
+    assert code == 2 and "is a model of type 'bert'" in sentence(err)
 
 
 def test_an_output_folder_that_cannot_be_written(llava_ft, tiny_checkpoint, llava_json, tmp_path):
@@ -247,16 +246,18 @@ def test_a_run_goes_on_from_its_last_checkpoint(llava_ft, tiny_checkpoint, llava
 
 
 @pytest.mark.parametrize("launcher", [["-m", "hf_llava_ft.train"], ["-m", "accelerate.commands.launch", "--cpu"]])
-def test_other_ways_to_start(tiny_checkpoint, llava_json, tmp_path, checkout, launcher):
+def test_other_ways_to_start(tiny_checkpoint, llava_json, tmp_path, checkout, launcher, monkeypatch):
     if "accelerate" in launcher[1]:
         launcher = [*launcher, "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no"]
         launcher += ["--dynamo_backend", "no", "-m", "hf_llava_ft.train"]
     flags = train_flags(tiny_checkpoint, *llava_json(2), tmp_path / "out", max_steps=1)
-    done = subprocess.run([sys.executable, *launcher, *flags], cwd=checkout, capture_output=True, text=True)
+    done = warm_python.run([*launcher, *flags], cwd=checkout)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out/adapter_config.json").is_file()
     flags[flags.index("--data_path") + 1] = "nowhere.json"
-    done = subprocess.run([sys.executable, *launcher, *flags], cwd=checkout, capture_output=True, text=True)
+    # accelerate starts a new Python by itself.
+    monkeypatch.setattr(warm_python, "ALWAYS_NEW", "accelerate" not in launcher[1])
+    done = warm_python.run([*launcher, *flags], cwd=checkout)
     assert "error: " in done.stderr and "nowhere.json" in done.stderr
     # accelerate reports a failed child in its own way, as exit code 1.
     assert done.returncode == (1 if "accelerate" in launcher[1] else 2)
@@ -264,9 +265,7 @@ def test_other_ways_to_start(tiny_checkpoint, llava_json, tmp_path, checkout, la
 
 def test_scripts_are_the_commands(tiny_checkpoint, checkout, tmp_path):
     for script in ("compose", "merge_lora"):
-        done = subprocess.run(
-            [sys.executable, f"hub_scripts/{script}.py", "--help"], cwd=checkout, capture_output=True, text=True
-        )
+        done = warm_python.run([f"hub_scripts/{script}.py", "--help"], cwd=checkout)
         assert done.returncode == 0 and "--output_dir" in done.stdout
 
 

@@ -11,7 +11,7 @@ from hf_llava_ft.checkpoints.opening import load_model, load_processor
 from hf_llava_ft.data.collator import LlavaCollator
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.processing.uint8_pixels_llava import normalize_pixels
-from hf_llava_ft.settings.arguments import LlavaTrainingArguments
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 
 
 class Unknown(LlavaImageProcessorPil):

@@ -14,6 +14,7 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from datasets import Image as ImageFeature
 from datasets import List
 from datasets.table import embed_table_storage
@@ -150,6 +151,32 @@ def test_the_card_tells_the_hub_and_a_reader(folder):
     assert card.data.dataset_info["download_size"] == exported.download_bytes
     assert "# cats" in card.text and "12 rows with 12 images" in card.text
     assert 'load_dataset("user/cats"' in card.text and "--data_path user/cats" in card.text
+
+
+def test_the_card_says_license_and_language_or_that_it_does_not_know(folder):
+    exported = write(folder)
+    unknown, known = (
+        dataset_card(exported, "user/cats"),
+        dataset_card(exported, "user/cats", "cc-by-4.0", ["en", "no"]),
+    )
+    assert "- License: not stated. Ask" in unknown and "- Language: not stated." in unknown
+    assert DatasetCard(unknown).data.license is None and "not recorded here" in unknown
+    page = html.unescape(known)
+    assert "- License: cc-by-4.0, as stated" in page and "- Language: en, no." in page
+    assert DatasetCard(known).data.license == "cc-by-4.0" and "not stated" not in page
+
+
+OF_YAML = ["no", "on", "1.0", "1_0", "0x1", "12:30", "2026-11-28", "null", "~", "a: b", "- a"]
+
+
+def test_text_that_yaml_takes_for_something_else_stays_text_on_the_card(folder):
+    """Norwegian is `no`, which YAML takes for false."""
+    exported = write(folder)
+    for text in OF_YAML:
+        assert yaml.safe_load(f"language:\n- {text}")["language"] != [text], "or it would need no care"
+        header = re.match(r"---\n(.*?)\n---\n", dataset_card(exported, "user/cats", text, [text]), re.DOTALL)
+        read = yaml.safe_load(header[1])
+        assert (read["license"], read["language"]) == (text, [text])
 
 
 @pytest.mark.parametrize("change", ["an answer", "a byte of a picture", "a row too few", "two rows swapped"])

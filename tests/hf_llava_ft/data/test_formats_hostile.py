@@ -20,6 +20,7 @@ from PIL import Image
 from hf_llava_ft.data.formats import containers, load_data, open_source
 from hf_llava_ft.data.formats import images as images_module
 from hf_llava_ft.data.formats.dialects import IMAGE_CAPTION, LLAVA, MESSAGES, PROMPT_COMPLETION
+from hf_llava_ft.data.formats.mixture import parse_data_path
 from hf_llava_ft.errors import UserError
 from tests.examples import examples
 
@@ -336,7 +337,7 @@ def test_tables_with_two_columns_of_one_name(folder):
         ('image,caption\na.png,"A"B\n', "row 1 is not valid CSV"),
         ("image,caption\na.png," + "a" * 200_000 + "\n", "row 1 is not valid CSV (field larger than field limit"),
         ("image,caption\n", "has no rows"),
-        ("image,caption\na.png,\n", "row 1 has image; a row needs"),
+        ("image,caption\na.png,\n", "row 1: column 'caption' is empty; write the answer"),
         ("image,caption\na.png,A\na.png,\n", "row 2 has no caption"),
         ("image,caption\na.png,A\n,B\n", "row 2 has 0 images"),
         ("name,size\na,b\n", 'row 1 has name, size; a row needs "conversations"'),
@@ -359,6 +360,17 @@ def test_files_that_are_not_yet_the_data(folder):
     with zipfile.ZipFile(folder / "data", "w") as archive:
         archive.writestr("data.json", "[]")
     assert "data is an archive; unpack it" in refusal(folder, str(folder / "data"))
+    (folder / "ov.yaml").write_text("datasets:\n  - json_path: a.json\n    sampling_strategy: first:3\n")
+    assert "ov.yaml is YAML, which LLaVA-NeXT lists" in refusal(folder, str(folder / "ov.yaml"))
+
+
+def test_several_files_in_braces(folder):
+    for name in ("a", "b"):
+        (folder / f"{name}.json").write_text("[]")
+    found = parse_data_path(f"{folder}/{{a, b}}.json")
+    assert [each.path for each in found] == [f"{folder}/a.json", f"{folder}/b.json"]
+    with pytest.raises(UserError, match="c.json"):
+        parse_data_path(f"{folder}/{{a,c}}.json")
 
 
 def test_folders_without_data(folder):
@@ -386,9 +398,9 @@ def test_a_readme_that_names_files_elsewhere(folder):
 
 
 def test_rows_in_no_dialect(folder):
-    path = write(folder, [{"question": "?", "answer": "!"}], "lines")
-    (folder / "data").write_text('[{"question": "?", "answer": "!"}]')
-    assert 'data: row 1 has question, answer; a row needs "conversations", "messages", ' in refusal(folder, path)
+    path = write(folder, [{"what": "?", "why": "!"}], "lines")
+    (folder / "data").write_text('[{"what": "?", "why": "!"}]')
+    assert 'data: row 1 has what, why; a row needs "conversations", "messages", ' in refusal(folder, path)
     (folder / "data").write_text("[1, 2]")
     assert "data: row 1 is a number; a row needs" in refusal(folder, path)
 

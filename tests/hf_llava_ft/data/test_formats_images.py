@@ -229,3 +229,14 @@ def quiet():
     datasets.disable_progress_bars()
     yield
     datasets.enable_progress_bars()
+
+
+def test_a_missing_image_asks_for_the_folder_where_nobody_named_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder, allow_outside in ((".", False), (".", True), (None, True)):
+        with pytest.raises(UserError, match="name the folder that the images are in with --image_folder, add"):
+            ImageStore(folder, allow_outside).locate("no.png", "row 1")
+    (tmp_path / "images").mkdir()
+    for allow_outside in (False, True):
+        with pytest.raises(UserError, match="; add the file or remove the row"):
+            ImageStore("images", allow_outside).locate("no.png", "row 1")

@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from tests import warm_python
 from tests.loopback_hub import LoopbackHub
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -81,8 +80,7 @@ def test_pushed_and_loaded_again(tmp_path):
 
     with LoopbackHub() as hub:
         environment = {**os.environ, **hub.environment(tmp_path / "home")}
-        command = [sys.executable, "-c", PUSH_AND_LOAD, str(tmp_path)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+        done = warm_python.run(["-c", PUSH_AND_LOAD, str(tmp_path)], cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr + str(hub.unknown)
     assert f"Uploaded: {hub.endpoint}/datasets/user/ours" in done.stderr
     assert hub.unknown == []

@@ -3,13 +3,12 @@
 import io
 import json
 import os
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 from PIL import Image
 
+from tests import warm_python
 from tests.loopback_hub import LoopbackHub
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -63,8 +62,7 @@ def lines(rows) -> bytes:
 def read(names: list[str], folder: Path, hub: LoopbackHub, **environment) -> dict:
     (folder / "names.json").write_text(json.dumps(names))
     environment = {**os.environ, **hub.environment(folder / "home"), **environment}
-    command = [sys.executable, "-c", READ, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    done = warm_python.run(["-c", READ, str(folder)], cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr + str(hub.unknown)
     return json.loads((folder / "found.json").read_text())
 

@@ -20,14 +20,14 @@ from transformers import set_seed
 
 import hf_llava_ft
 from hf_llava_ft.checkpoints.opening import load_model, load_processor
-from hf_llava_ft.data import stream_loader
 from hf_llava_ft.data.builder import LlavaConversations
 from hf_llava_ft.data.collator import LlavaCollator, open_picture
 from hf_llava_ft.data.formats import load_data, open_source
 from hf_llava_ft.data.json import parts as json_parts
-from hf_llava_ft.data.streaming import PASSED, LlavaStream
+from hf_llava_ft.data.streaming import PASSED, LlavaStream, loader
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.settings.arguments import LlavaTrainingArguments, TuningArguments
+from hf_llava_ft.settings.arguments import TuningArguments
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.train import main
 from hf_llava_ft.training.tuning import with_lora
 
@@ -327,7 +327,7 @@ def test_passing_over_is_what_drawing_and_throwing_away_would_be(tiny_checkpoint
     unbroken.train()
     checkpoint = str(tmp_path / "unbroken" / "checkpoint-3")
     monkeypatch.setattr(LlavaStream, "pass_over", lambda *args: None)
-    monkeypatch.setattr(stream_loader, "_refuse_other_order", lambda *args: None)
+    monkeypatch.setattr(loader, "_refuse_other_order", lambda *args: None)
     for seed in (42, 43):
         resumed = make_trainer(tiny_checkpoint, mixed_stream(seed=seed), tmp_path / f"{seed}")
         resumed.train(resume_from_checkpoint=checkpoint)
@@ -418,7 +418,8 @@ RUN = """
 import json, sys
 from pathlib import Path
 import torch.distributed
-from hf_llava_ft.settings.arguments import LlavaTrainingArguments, TuningArguments
+from hf_llava_ft.settings.arguments import TuningArguments
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.checkpoints.opening import load_model, load_processor
 from hf_llava_ft.data.collator import LlavaCollator
 from hf_llava_ft.data.formats import open_source

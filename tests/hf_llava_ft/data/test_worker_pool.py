@@ -2,11 +2,12 @@
 
 import os
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
+
+from tests import warm_python
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there are no worker processes")
 
@@ -38,21 +39,20 @@ def is_alive(pid: int) -> bool:
 
 @pytest.mark.parametrize("pool", ["items", "stream"])
 def test_a_kill_leaves_no_worker(pool):
-    with subprocess.Popen([sys.executable, "-c", PROGRAM, pool], stdout=subprocess.PIPE, text=True) as parent:
-        workers = set()
-        try:
-            while len(workers) < 3:
-                line = parent.stdout.readline()
-                assert line, "the program ended by itself"
-                workers |= {int(line)} if line.strip().isdigit() else set()  # libraries print too
-            assert all(map(is_alive, workers))
-        finally:
-            parent.kill()
-        parent.wait()
-        end = time.monotonic() + 10
-        while any(map(is_alive, workers)) and time.monotonic() < end:
-            time.sleep(0.02)
-        left = [worker for worker in workers if is_alive(worker)]
-        for worker in left:
-            os.kill(worker, signal.SIGKILL)
+    parent, workers = warm_python.Started(["-c", PROGRAM, pool]), set()
+    try:
+        while len(workers) < 3:
+            line = parent.stdout.readline()
+            assert line, "the program ended by itself"
+            workers |= {int(line)} if line.strip().isdigit() else set()  # libraries print too
+        assert all(map(is_alive, workers))
+    finally:
+        os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    end = time.monotonic() + 10
+    while any(map(is_alive, workers)) and time.monotonic() < end:
+        time.sleep(0.02)
+    left = [worker for worker in workers if is_alive(worker)]
+    for worker in left:
+        os.kill(worker, signal.SIGKILL)
     assert left == []

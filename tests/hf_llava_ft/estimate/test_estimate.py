@@ -3,6 +3,7 @@
 import gc
 import json
 import weakref
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,10 @@ from benchmarks.llava_sizes import llava_1_5
 from hf_llava_ft.cli import app
 from hf_llava_ft.estimate.memory import StateBytes, divided, state_bytes
 from hf_llava_ft.estimate.trace import Batch, Precision, build_model, trace_micro_batch
-from hf_llava_ft.settings.arguments import LlavaTrainingArguments, TuningArguments
+from hf_llava_ft.settings.arguments import TuningArguments
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.training.loss import LossOverTokens
-from hf_llava_ft.training.quantization import quantization_config
+from hf_llava_ft.training.precision.quantization import quantization_config
 from hf_llava_ft.training.tuning import with_tuning
 
 FLOAT32 = Precision(torch.float32)
@@ -120,21 +122,35 @@ def saved_bytes(model, inputs: dict) -> int:
     return total
 
 
+@pytest.fixture(scope="module")
+def config(tiny):
+    """With more layers than are traced."""
+    config = tiny.config()
+    config.text_config.num_hidden_layers = 6
+    return config
+
+
+@pytest.fixture(scope="module")
+def traced(config):
+    """`traced(train_type, checkpointing)`, once each."""
+
+    @cache
+    def trace(train_type: str, checkpointing: bool):
+        return trace_micro_batch(config, tuning(train_type), FLOAT32, ROWS, gradient_checkpointing=checkpointing)
+
+    return trace
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("train_type", ["lora", "projector", "freeze_vision", "full"])
-def test_what_is_held_is_what_autograd_saves(tiny, train_type, checkpointing):
-    config = tiny.config()
-    config.text_config.num_hidden_layers = 6  # more than are traced
-    arguments = tuning(train_type)
+def test_what_is_held_is_what_autograd_saves(config, traced, train_type, checkpointing):
     real = hf_llava_ft.LlavaForCausalLM(config)
     real.loss_function = LossOverTokens(num_tokens=1088, image_token_id=1024)
-    model = with_tuning(real, arguments, "").train()
+    model = with_tuning(real, tuning(train_type), "").train()
     if checkpointing:
         model.gradient_checkpointing_enable()
     measured = saved_bytes(model, real_inputs())
-    estimates = {
-        on: trace_micro_batch(config, arguments, FLOAT32, ROWS, gradient_checkpointing=on) for on in (False, True)
-    }
+    estimates = {on: traced(train_type, on) for on in (False, True)}
     assert estimates[checkpointing].held == pytest.approx(measured, rel=0.15)
     assert estimates[not checkpointing].held != pytest.approx(measured, rel=0.15)
     assert estimates[checkpointing].peak >= estimates[checkpointing].held
@@ -242,6 +258,20 @@ def test_the_command_needs_no_weights_and_fits(tiny, tmp_path, checkout):
     plan = json.loads(out.read_text())["plan"]
     assert (plan["batch"]["size"], plan["accumulation"], plan["gradient_checkpointing"]) == (4, 1, False)
     assert run(*words, "--fit", "1.0001").exit_code == 2
+
+
+def test_the_rows_say_rank_and_batch_as_in_training(tiny, tmp_path):
+    tiny.config().save_pretrained(tmp_path)
+    trained = {}
+    for rows in ("50", "500"):
+        result = run("--model", str(tmp_path), "--rows", rows, "--json", str(tmp_path / "out.json"))
+        assert result.exit_code == 0, result.output
+        content = json.loads((tmp_path / "out.json").read_text())
+        plan = content["plan"]
+        language_model = next(part for part in content["parameters"] if part["part"] == "language_model")
+        trained[rows] = (plan["batch"]["size"], plan["accumulation"], language_model["num_trainable"])
+    assert trained["50"][:2] == (4, 1) and trained["500"][:2] == (8, 1)
+    assert trained["500"][2] == 2 * trained["50"][2] > 0  # r 16 and r 8
 
 
 @pytest.mark.parametrize(

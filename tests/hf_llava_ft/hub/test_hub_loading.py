@@ -8,7 +8,6 @@ programs run in processes of their own; each does many things, since each pays f
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from hf_llava_ft.checkpoints.verify import Probe, default_image, reference_outpu
 from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
 from hf_llava_ft.settings.arguments import TuningArguments
 from hf_llava_ft.training.tuning import with_tuning
+from tests import warm_python
 from tests.loopback_hub import CutRequest, LoopbackHub, Status
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -43,7 +43,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 import hf_llava_ft
 from hf_llava_ft import LlavaForCausalLM
-from hf_llava_ft.checkpoints.opening import fit_to_processor, inspect_checkpoint, load_config
+from hf_llava_ft.checkpoints.inspection import inspect_checkpoint
+from hf_llava_ft.checkpoints.opening import fit_to_processor, load_config
 from hf_llava_ft.checkpoints.opening import load_model, load_processor
 from hf_llava_ft.checkpoints.verify import Probe, reference_outputs
 
@@ -311,14 +312,8 @@ def hub(folders):
 
 
 def run(hub, program: str, *arguments, home: Path, **environment) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        [sys.executable, "-c", program, *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, **hub.environment(home), **environment},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
+    environment = {**os.environ, **hub.environment(home), **environment}
+    done = warm_python.run(["-c", program, *map(str, arguments)], cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-3000:] + str(hub.unknown)
     return done
 
@@ -403,10 +398,8 @@ def test_refusals_are_one_sentence(pushed):
 def test_without_this_package(hub, pushed, folders, tmp_path):
     default_image().save(tmp_path / "image.png")
     environment = {**os.environ, **hub.environment(tmp_path / "home")}
-    command = [sys.executable, "-I", "-c", LOAD_WITHOUT, str(tmp_path / "image.png"), str(tmp_path), QUESTION]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
-    )
+    command = ["-I", "-c", LOAD_WITHOUT, str(tmp_path / "image.png"), str(tmp_path), QUESTION]
+    done = warm_python.run(command, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_as_expected(tmp_path / "without.safetensors", folders)
     processor = hf_llava_ft.load_processor(str(folders[0] / "native"))

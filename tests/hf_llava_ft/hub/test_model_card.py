@@ -18,8 +18,10 @@ from huggingface_hub import HfApi, ModelCard, constants
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from hf_llava_ft.answering.conversation import Conversation, load_for_answering, open_image
-from hf_llava_ft.checkpoints.starting_point import check_starting_point, read_projector_of
+from hf_llava_ft.answering.conversation import Conversation
+from hf_llava_ft.answering.loading import load_for_answering
+from hf_llava_ft.answering.pictures import open_image
+from hf_llava_ft.checkpoints.starting.starting_point import check_starting_point, read_projector_of
 from hf_llava_ft.checkpoints.training_facts import TrainingFacts
 from hf_llava_ft.checkpoints.verify import Verification
 from hf_llava_ft.errors import UserError
@@ -197,7 +199,8 @@ def test_of_an_unknown_folder_nothing_is_invented(staged):
         assert absent not in card.text
     for said in ("How it was trained is not recorded", "No evaluation is recorded", "was not loaded again"):
         assert said in card.text
-    assert "No license is stated" in card.text and not (staged / "training.json").exists()
+    assert "Which languages it was trained on is not stated" in card.text
+    assert "## License\n\nNo license is stated" in card.text and not (staged / "training.json").exists()
 
 
 def test_of_a_new_model_the_parts_are_told(tiny_checkpoint, tmp_path):
@@ -250,10 +253,12 @@ def test_the_license_is_that_of_the_base(staged, run, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     put_on_hub(tmp_path / "cache", "org/base", "license: other\nlicense_name: the-license\nlicense_link: LICENSE")
     put_on_hub(tmp_path / "cache", "org/tower", "license: mit")
-    adapter_card(staged, run)
+    card = adapter_card(staged, run)
     data = front_matter(staged)
     assert (data["license"], data["license_name"], data["license_link"]) == ("other", "the-license", "LICENSE")
-    adapter_card(staged, run, license="apache-2.0")
+    assert "the-license, taken over from [org/base]" in card.text
+    card = adapter_card(staged, run, license="apache-2.0")
+    assert "apache-2.0, as stated by who uploaded it. What it was made of has a license of its own: [org" in card.text
     assert front_matter(staged)["license"] == "apache-2.0" and "license_name" not in front_matter(staged)
     # Of two parts with different ones nobody can say without asking.
     facts = json.loads((staged / "training.json").read_text())
@@ -263,6 +268,17 @@ def test_the_license_is_that_of_the_base(staged, run, tmp_path, monkeypatch):
     data = front_matter(staged)
     assert "license" not in data
     assert (data["base_model"], data["base_model_relation"]) == (["org/base", "org/tower"], "merge")
+
+
+def test_what_yaml_takes_for_something_else_survives(staged, run, tmp_path, monkeypatch):
+    """Norwegian is `no`, and a license's name may be a version or a date."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    put_on_hub(tmp_path / "cache", "org/base", "license: other\nlicense_name: 2.0\nlicense_link: 2026-11-28")
+    card = adapter_card(staged, run, language=["no", "on"])
+    data = front_matter(staged)
+    assert (data["license_name"], data["license_link"], data["language"]) == ("2.0", "2026-11-28", ["no", "on"])
+    assert ModelCard.load(staged / "README.md").data.language == ["no", "on"]
+    assert "Which languages" not in card.text
 
 
 def test_data_of_the_hub_is_named(staged, run):

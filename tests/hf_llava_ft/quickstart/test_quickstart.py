@@ -1,14 +1,14 @@
 """The whole job, with a real small language model and real photographs; a few minutes on two cores."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 from PIL import Image
 
 from hf_llava_ft.errors import UserError
+from hf_llava_ft.quickstart import command
 from hf_llava_ft.quickstart.command import DATA, MARK, QUESTION, QuickstartResult, _fresh, run_quickstart
+from tests import warm_python
 
 PLAIN = """
 import json, sys
@@ -36,8 +36,11 @@ print(json.dumps(answers))
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
+    """Of the answers before there is only the beginning."""
     output_dir = tmp_path_factory.mktemp("quickstart") / "run"
-    return run_quickstart(output_dir), output_dir
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "MAX_NEW_TOKENS", 8)
+        return run_quickstart(output_dir), output_dir
 
 
 @pytest.mark.timeout(1500)
@@ -58,12 +61,7 @@ def test_the_quickstart_learns_the_photographs_and_looks_at_them(result):
 def test_plain_transformers_gives_the_same_answers(result, tmp_path):
     outcome, output_dir = result
     photos = [DATA / row["image"] for row in json.loads((DATA / "conversations.json").read_text())]
-    done = subprocess.run(
-        [sys.executable, "-c", PLAIN, str(output_dir / "merged"), *map(str, photos)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    done = warm_python.run(["-c", PLAIN, str(output_dir / "merged"), *map(str, photos)], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == outcome.expected
     assert QUESTION in PLAIN

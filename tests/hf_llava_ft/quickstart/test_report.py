@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from hf_llava_ft.quickstart.report import AnsweredPhoto, answers_picture, write_report
-from hf_llava_ft.reports.plots import loss_figure, loss_plot_svg, save_loss_plot, smoothed
+from hf_llava_ft.reports.plots import curve_key, loss_figure, loss_plot_svg, save_loss_plot, smoothed
 
 LOSSES = [4.0, 2.0, 1.0, 0.5]
 COLORS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200)}
@@ -229,6 +229,23 @@ def test_the_curve_starts_at_step_one_on_the_left_and_ends_on_the_right():
     assert [x for x, _ in points] == pytest.approx([0, 1000 / 3, 2000 / 3, 1000], abs=0.1)
     # Loss 4 is at the top (0), loss 0 would be at the bottom (220).
     assert [y for _, y in points] == pytest.approx([0, 110, 165, 192.5], abs=0.1)
+
+
+def test_a_long_tail_is_not_a_line_at_the_bottom():
+    losses = [11.0, 4.0, 2.0, 1.6, 1.5, 1.4, 1.3, 1.2, 1.1, 1.0]
+    svg = loss_plot_svg(losses)
+    (path,) = re.findall(r'<path d="([^"]+)"', svg)
+    heights = [float(point.split()[1]) for point in re.split("[ML]", path)[1:]]
+    assert heights[0] == 0 and heights[-1] - heights[4] > 30  # from 0 it would be 10 of 220
+    assert "loss (logarithmic)" in svg and ">10</text>" in svg and ">2</text>" in svg
+    assert loss_figure(losses).axes[0].get_yscale() == "log"
+    for linear in ([11.0, 8.0, 5.0, 2.0, 1.0], [11.0, 2.0, 1.5, 0.0], [2.0, 0.1, 0.05, float("nan")][:1]):
+        assert "logarithmic" not in loss_plot_svg(linear) and loss_figure(linear).axes[0].get_yscale() == "linear"
+
+
+def test_the_key_names_the_lines_that_are_drawn():
+    assert curve_key([1.0] * 50) == [("line", "loss")]
+    assert [name for name, _ in curve_key([1.0] * 51, [(5, 1.0)])] == ["thin", "line", "evaluation"]
 
 
 def test_a_small_fall_is_seen_to_fall():

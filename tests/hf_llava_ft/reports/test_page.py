@@ -17,7 +17,7 @@ from hf_llava_ft.quickstart.report import AnsweredPhoto, write_report
 from hf_llava_ft.reports import page as page_module
 from hf_llava_ft.reports.page import ENVIRONMENT, Picture, write_page
 from hf_llava_ft.reports.plots import loss_plot_svg
-from hf_llava_ft.reports.run_report import MAX_STEPS, write_run_report
+from hf_llava_ft.reports.run_report import MAX_BETWEEN, write_run_report
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -90,7 +90,7 @@ def run_report(path, text="a", steps=(0, 5), **changes):
         **changes,
     }
     log = [{"step": step, "loss": 2.0, "learning_rate": 0.1} for step in range(1, 6)] + [{"step": 5, "eval_loss": 1.0}]
-    answers = [{"step": step, "index": 0, "prompt": text, "answer": text} for step in steps]
+    answers = [{"step": step, "index": 0, "prompt": text, "answer": text, "expected": text} for step in steps]
     picture = Image.new("RGB", (4, 3))
     write_run_report(path.parent, summary, log, [(text, 1, 2, text)], answers, [[picture]])
     (path.parent / "report.html").replace(path)
@@ -162,15 +162,21 @@ def test_every_page_forbids_requests_before_anything_else(tmp_path):
     assert html.startswith("<!doctype html>\n") and "<style>\n/* Of every page. */" in html
 
 
-def test_a_page_of_a_long_run_shows_some_of_its_answers(tmp_path):
+def test_a_page_shows_first_and_last_answers_and_folds_those_between(tmp_path):
     run_report(tmp_path / "page.html", steps=range(0, 1001, 10))
     html = (tmp_path / "page.html").read_text("utf-8")
-    steps = [int(step) for step in re.findall(r"<th>step (\d+)</th>", html)]
-    assert len(steps) == MAX_STEPS - 1 and steps[-1] == 1000 and steps == sorted(set(steps))
-    assert "<th>before training</th>" in html and f"{MAX_STEPS} of 101 times" in html
+    shown, folded = html.split("<h2>Answers</h2>")[1].split("<details>")
+    assert re.findall(r"<h4>(.*?)</h4>", shown) == ["before training", "step 1000", "expected"]
+    folded = folded.split("</details>")[0]
+    steps = [int(step) for step in re.findall(r"<h4>step (\d+)</h4>", folded)]
+    assert "<summary>99 evaluations between</summary>" in folded and f"{MAX_BETWEEN} of them" in folded
+    assert len(steps) == MAX_BETWEEN and steps == sorted(set(steps)) and (steps[0], steps[-1]) == (10, 990)
     run_report(tmp_path / "page.html", steps=(0, 5, 9))
     html = (tmp_path / "page.html").read_text("utf-8")
-    assert re.findall(r"<th>step (\d+)</th>", html) == ["5", "9"] and "times; all are in" not in html
+    assert re.findall(r"<h4>step (\d+)</h4>", html) == ["9", "5"]
+    assert "<summary>1 evaluation between</summary>" in html and "of them" not in html
+    run_report(tmp_path / "page.html", steps=(7,))
+    assert re.findall(r"<h4>(.*?)</h4>", (tmp_path / "page.html").read_text("utf-8")) == ["step 7", "expected"]
 
 
 def test_names_do_not_turn_the_sentence_around(tmp_path):
@@ -182,7 +188,7 @@ def test_names_do_not_turn_the_sentence_around(tmp_path):
 def test_a_model_that_said_nothing_is_told_so(tmp_path):
     run_report(tmp_path / "page.html", text=" \n")
     html = (tmp_path / "page.html").read_text("utf-8")
-    assert html.count('<td dir="auto" data-name="step 5"><i>(nothing)</i></td>') == 1
+    assert html.count('<p dir="auto"><i>(nothing)</i></p>') == 3  # before, after, and what was expected
 
 
 def test_a_curve_names_what_it_draws_as_text():

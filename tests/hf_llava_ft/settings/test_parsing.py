@@ -4,15 +4,15 @@ import importlib.util
 import json
 import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.settings.parsing import parse_arguments, resolve
 from hf_llava_ft.train import main as train_main
+from tests import warm_python
 
 MINIMAL = ["--model_name_or_path", "m", "--data_path", "d.json", "--output_dir", "o"]
 
@@ -126,6 +126,17 @@ def test_a_wrong_command_line_is_refused_in_a_sentence(argv, sentence):
     assert "\n" not in str(caught.value)
 
 
+def test_what_yaml_takes_for_something_else_reaches_its_setting_as_it_stands(recipe):
+    """`no` is false to YAML, 1.10 is 1.1, 1:30 is 90 and a date is a date."""
+    for text in ("no", "1.10", "1:30", "2026-11-28", "1_0", "0123"):
+        assert str(yaml.safe_load(text)) != text or text == "2026-11-28", "or it would need no care"
+        values = resolve([recipe(f"run_name: {text}\nlora_target_modules: [{text}, q_proj]\n"), *MINIMAL]).by_name
+        assert (values["run_name"].value, values["lora_target_modules"].value) == (text, [text, "q_proj"])
+    # What only YAML can read stays what YAML says.
+    values = resolve([recipe("seed: 0x10\nbf16: on\nmax_grad_norm: .inf\n"), *MINIMAL]).by_name
+    assert (values["seed"].value, values["bf16"].value, values["max_grad_norm"].value) == (16, True, float("inf"))
+
+
 @pytest.mark.parametrize(
     ("flag", "value", "allowed"),
     [
@@ -209,8 +220,8 @@ def test_secrets_are_not_shown():
 
 def test_a_dry_run_prints_json_alone_and_leaves_nothing(tmp_path, recipe):
     path = recipe("lora_r: 5\n")
-    command = [sys.executable, "-m", "hf_llava_ft.cli", "train", path, *MINIMAL, "--dry_run", "--lora_enable"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"RANK": "0"})
+    command = ["-m", "hf_llava_ft.cli", "train", path, *MINIMAL, "--dry_run", "--lora_enable"]
+    done = warm_python.run(command, cwd=tmp_path, env=os.environ | {"RANK": "0"})
     assert done.returncode == 0, done.stderr
     shown = json.loads(done.stdout)
     assert shown["settings"]["lora_r"] == {"value": 5, "from": f"recipe {path}"}

@@ -5,14 +5,13 @@ accumulation steps. Rows with and without a picture take turns.
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
+from tests import warm_python
 from tests.ranks import ENGINES, OFFLOADS, Run, logged, num_processes, run, saved_weights, write_rows
 
 pytestmark = pytest.mark.slow
@@ -125,8 +124,7 @@ def test_peft_alone_loads_an_adapter_of_a_model_that_was_shared_out(trained, tin
         "print(sum(p.abs().sum().item() for n, p in model.named_parameters() if 'lora_B' in n))"
     )
     output_dir = trained(engine, "--train_type", "lora")
-    command = [sys.executable, "-c", program, str(tiny_checkpoint), str(output_dir)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = warm_python.run(["-c", program, str(tiny_checkpoint), str(output_dir)])
     assert done.returncode == 0, done.stderr
     sums = [tensor.abs().sum().item() for name, tensor in saved_weights(output_dir).items() if "lora_B" in name]
     assert sum(sums) > 0 and float(done.stdout.split()[-1]) == pytest.approx(sum(sums))

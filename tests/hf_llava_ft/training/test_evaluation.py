@@ -3,11 +3,13 @@
 import json
 import random
 import sys
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import Trainer
 
@@ -19,6 +21,8 @@ from hf_llava_ft.errors import UserError
 from hf_llava_ft.settings.parsing import resolve
 from hf_llava_ft.train import main as train_main
 from hf_llava_ft.train import train
+from hf_llava_ft.training.answer_logs import AnswerLogs
+from hf_llava_ft.training.eval_prompts import held_out_prompts
 from hf_llava_ft.training.evaluation import held_out, untouched_rng
 from hf_llava_ft.training.loss import LossOverTokens
 
@@ -196,6 +200,107 @@ def test_a_run_ends_when_evaluation_gets_no_better_and_keeps_the_best(run, data,
         model = load_model(str(result.adapter_dir), processor)
     expected, _ = plain_loss(model.eval(), processor, sound_rows(path, folder).that_fit(processor, 512))
     assert min(losses) == pytest.approx(expected, rel=1e-5)
+
+
+def test_rows_that_are_held_out_are_asked_and_shown_beside_what_was_expected(run, data, tmp_path):
+    flags = {"eval_split": 0.4, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    result, _ = run("out", **flags)
+    lines = [json.loads(line) for line in (tmp_path / "out" / ANSWERS_FILE).read_text().splitlines()]
+    assert [(line["step"], line["index"]) for line in lines] == [
+        (step, index) for step in (0, 2, 4) for index in range(3)
+    ]
+    rows = {row["conversations"][0]["value"].removeprefix("<image>\n"): row for row in json.loads(data[0].read_text())}
+    asked = {line["prompt"]: line for line in lines}
+    assert len(asked) == 3
+    for prompt, line in asked.items():
+        assert line["expected"] == rows[prompt]["conversations"][1]["value"]
+        assert line["images"] == ([rows[prompt]["image"]] if "image" in rows[prompt] else [])
+
+    said = "\n".join(result.last_lines)
+    first = [line for line in lines if line["index"] == 0]
+    assert f"expected: {first[0]['expected']}" in said and said.index("before:") < said.index("after:")
+    assert str(tmp_path / "out" / "report.html") in said and "rows that were not trained on" in said
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("<summary>1 evaluation between</summary>") == 3 and page.count("<h4>expected</h4>") == 3
+
+    # The card is ours wherever an adapter lies, and names no folder of this machine.
+    for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-2"):
+        card = (folder / "README.md").read_text()
+        assert "A LoRA adapter for" in card and "hf_llava_ft" in card and "More Information Needed" not in card
+        assert "## Training" in card and str(tmp_path) not in card and "not recorded" not in card
+    assert (
+        "![" in (tmp_path / "out" / "README.md").read_text()
+        or "loss.png" in (tmp_path / "out" / "README.md").read_text()
+    )
+
+    run("none", **flags | {"num_eval_answers": 0, "save_strategy": "no"})
+    assert not (tmp_path / "none" / ANSWERS_FILE).exists()
+
+
+def test_a_row_is_asked_its_first_question_with_the_pictures_of_it():
+    def content(*parts):
+        return [{"type": "image", "text": None} if part is None else {"type": "text", "text": part} for part in parts]
+
+    row = {
+        "messages": [
+            {"role": "system", "content": content("Be brief.")},
+            {"role": "user", "content": content(None, "What is it?")},
+            {"role": "assistant", "content": content("A cat.")},
+            {"role": "user", "content": content(None, "And that?")},
+            {"role": "assistant", "content": content("A dog.")},
+        ],
+        "images": [{"bytes": None, "path": "/somewhere/cat.png"}, {"bytes": None, "path": "/somewhere/dog.png"}],
+    }
+    [prompt] = held_out_prompts([row], 3)
+    assert (prompt.question, prompt.expected, prompt.images) == ("What is it?", "A cat.", ["cat.png"])
+    assert prompt.stored == row["images"][:1]
+    assert prompt.conversation() == [
+        {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
+    ]
+    assert held_out_prompts(None, 3) == [] and held_out_prompts([row], 0) == []
+
+
+class Reporter(ModuleType):
+    """What `wandb` and `trackio` have in common, as the two were seen to take it: wandb 0.31, trackio 0.43."""
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.run, self.logged = object(), []
+        self.context_vars = SimpleNamespace(current_run=SimpleNamespace(get=lambda: self.run))
+
+    def Image(self, picture):
+        return ("picture", picture.size)
+
+    def Table(self, columns, data):
+        return [dict(zip(columns, row, strict=True)) for row in data]
+
+    def log(self, values):
+        self.logged.append(values)
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_answers_and_pictures_go_to_other_reporters_too(name, monkeypatch):
+    reporter = Reporter(name)
+    monkeypatch.setitem(sys.modules, name, reporter)
+    logs = AnswerLogs()
+    logs.tables = [name]
+    answers = [
+        {"step": 0, "index": 0, "prompt": "What?", "images": ["a.png"], "answer": "no", "expected": "yes"},
+        {"step": 2, "index": 0, "prompt": "What?", "images": ["a.png"], "answer": "yes", "expected": "yes"},
+        {"step": 2, "index": 1, "prompt": "Who?", "images": [], "answer": "I"},
+    ]
+    logs.show(answers, 2, lambda: [[Image.new("RGB", (4, 3))], []])
+    [logged] = reporter.logged
+    assert logged["train/global_step"] == 2
+    assert [tuple(row.values()) for row in logged["eval_prompts"]] == [
+        (0, "What?", ("picture", (4, 3)), "yes", "no"),
+        (2, "What?", ("picture", (4, 3)), "yes", "yes"),
+        (2, "Who?", None, None, "I"),
+    ]
+    reporter.run = None  # over
+    logs.show(answers, 3, lambda: [[], []])
+    assert len(reporter.logged) == 1
 
 
 class Killed(Exception):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from hf_llava_ft.training.finite import FiniteTraining, NotFinite, are_finite
+from hf_llava_ft.training.guards.finite import FiniteTraining, NotFinite, are_finite
 from tests.hf_llava_ft.training.test_trainer import make_trainer
 from tests.ranks import ENGINES, Run, write_rows
 

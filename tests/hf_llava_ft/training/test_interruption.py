@@ -76,7 +76,7 @@ def course_of(folder: Path) -> list[tuple[int, float]]:
 # What is being done, which call of it, under which settings: (exit code but for the signal, last checkpoint, calls).
 PHASES = {
     "reading": ((train_module, "open_all_rows", 1, {}), (143, None, 1)),
-    "loading": ((train_module, "load_model", 1, {}), (143, None, 1)),
+    "loading": ((train_module, "with_tuning", 1, {}), (143, None, 1)),
     "preparing": ((LlavaTrainer, "create_optimizer", 1, {}), (143, None, 1)),
     "an evaluation at the start": ((LlavaTrainer, "prediction_step", 2, {"eval_on_start": True}), (143, None, 2)),
     "a step": ((LlavaTrainer, "training_step", 3, {}), (143, 3, 3)),
@@ -88,10 +88,10 @@ PHASES = {
     "the best so far": ((LlavaTrainer, "prediction_step", 2, BEST), (143, 2, 2)),
     "the last evaluation": ((LlavaTrainer, "prediction_step", 6, IN_TRAINING), (143, 4, 6)),
     "the last step": ((LlavaTrainer, "training_step", 4, IN_TRAINING), (143, 4, 4)),
-    "the result, evaluation to come": ((train_module, "_save", 1, {}), (143, 4, 1)),
+    "the result, evaluation to come": ((train_module, "save_result", 1, {}), (143, 4, 1)),
     "the evaluation behind the result": ((LlavaTrainer, "prediction_step", 2, {"save_strategy": "no"}), (143, 4, 2)),
-    "the result": ((train_module, "_save", 1, {"eval_split": 0}), (0, 4, 1)),
-    "the report": ((train_module, "write_run_report", 1, {}), (0, 4, 1)),
+    "the result": ((train_module, "save_result", 1, {"eval_split": 0}), (0, 4, 1)),
+    "the report": ((train_module, "write_facts", 1, {}), (0, 4, 1)),
 }
 
 
@@ -142,7 +142,7 @@ def test_what_is_made_up_for_can_be_stopped_too(llava_ft, flags, tmp_path, monke
 
 @pytest.mark.parametrize("number", [number for number in SIGNALS if number != signal.SIGINT])
 def test_the_exit_code_says_which_signal_it_was(llava_ft, flags, tmp_path, monkeypatch, number):
-    for owner, name in ((train_module, "load_model"), (LlavaTrainer, "training_step")):
+    for owner, name in ((train_module, "with_tuning"), (LlavaTrainer, "training_step")):
         with monkeypatch.context() as patched:
             on_call(patched, owner, name, number, 1)
             assert llava_ft("train", *words_of({**flags, "output_dir": tmp_path / name}))[0] == 128 + number

@@ -14,12 +14,12 @@ import hf_llava_ft
 from hf_llava_ft.checkpoints.opening import load_model, load_processor
 from hf_llava_ft.data.collator import LlavaCollator
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.settings.arguments import LlavaTrainingArguments
 from hf_llava_ft.settings.parsing import resolve
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.train import main as train_main
 from hf_llava_ft.train import train
-from hf_llava_ft.training.longest_batch import LongestBatch, _room_for_states, heaviest_batches
-from hf_llava_ft.training.out_of_memory import is_out_of_memory
+from hf_llava_ft.training.guards.longest_batch import LongestBatch, _room_for_states, heaviest_batches
+from hf_llava_ft.training.guards.out_of_memory import is_out_of_memory
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_the_trial_leaves_no_trace(flags, monkeypatch, train_type):
     if train_type == "full":
         return
     # The control: with random numbers that the trial has used, dropout is another one.
-    monkeypatch.setattr(sys.modules["hf_llava_ft.training.longest_batch"], "untouched_rng", torch.enable_grad)
+    monkeypatch.setattr(sys.modules["hf_llava_ft.training.guards.longest_batch"], "untouched_rng", torch.enable_grad)
     assert run("touched", "true")[0] != losses
 
 

@@ -11,7 +11,7 @@ from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.settings.parsing import parse_arguments, resolve
 from hf_llava_ft.train import train
 from hf_llava_ft.training import tuning
-from hf_llava_ft.training.masters import dtype_of_result, with_float32_masters
+from hf_llava_ft.training.precision.masters import dtype_of_result, with_float32_masters
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_in_float16_itself_they_are_others(run, monkeypatch):
     as_it_is = lambda model: model  # noqa: E731
     monkeypatch.setattr(tuning, "with_float32_masters", as_it_is)
     monkeypatch.setattr("hf_llava_ft.training.trainer.with_float32_masters", as_it_is)
-    monkeypatch.setattr("hf_llava_ft.training.finite.FiniteTraining.see_gradients", lambda *_: None)
+    monkeypatch.setattr("hf_llava_ft.training.guards.finite.FiniteTraining.see_gradients", lambda *_: None)
     half = run("float16", "--train_type", "full").losses
     assert max(abs(a - b) for a, b in zip(half, whole, strict=True)) > 5e-3
 

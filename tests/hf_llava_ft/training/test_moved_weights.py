@@ -6,9 +6,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
 
 import hf_llava_ft
 from hf_llava_ft.checkpoints.opening import load_model, load_processor
-from hf_llava_ft.settings.arguments import LlavaTrainingArguments, TuningArguments
+from hf_llava_ft.settings.arguments import TuningArguments
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.train import main as train_main
-from hf_llava_ft.training.moved_weights import MAX_STEPS, MovedWeights, WrongWeightsMoved, checksums
+from hf_llava_ft.training.guards.moved_weights import MAX_STEPS, MovedWeights, WrongWeightsMoved, checksums
 from hf_llava_ft.training.tuning import with_tuning
 
 FROZEN = "base_model.model.model.vision_tower.encoder.layers.0.mlp.fc1.weight"

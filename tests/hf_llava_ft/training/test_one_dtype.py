@@ -9,7 +9,7 @@ from hf_llava_ft.checkpoints.opening import load_model
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.settings.parsing import parse_arguments
 from hf_llava_ft.train import train
-from hf_llava_ft.training.one_dtype import in_one_dtype
+from hf_llava_ft.training.precision.one_dtype import in_one_dtype
 
 
 def dtypes(folder) -> dict[str, set[torch.dtype]]:

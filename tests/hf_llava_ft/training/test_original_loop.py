@@ -20,7 +20,8 @@ import hf_llava_ft
 from hf_llava_ft.checkpoints.opening import load_model, load_processor
 from hf_llava_ft.data.collator import LlavaCollator
 from hf_llava_ft.data.sampler import modality_length_grouped_indices
-from hf_llava_ft.settings.arguments import LlavaTrainingArguments, TuningArguments
+from hf_llava_ft.settings.arguments import TuningArguments
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.training.tuning import with_tuning
 
 CHECKPOINT, RUN = "c_forward/mlp2x_patch/checkpoint", "f_lora"

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +17,8 @@ from hf_llava_ft.data.collator import LlavaCollator
 from hf_llava_ft.data.sampler import OriginalOrderSampler, modality_length_grouped_indices
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.modeling.weight_names_llava import ORIGINAL_NAMES
-from hf_llava_ft.settings.arguments import LlavaTrainingArguments, TuningArguments
+from hf_llava_ft.settings.arguments import TuningArguments
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.train import main as train_main
 from hf_llava_ft.train import parse_arguments
 from hf_llava_ft.training.loss import LossOverTokens
@@ -32,6 +31,7 @@ from hf_llava_ft.training.tuning import (
     part_of,
     with_tuning,
 )
+from tests import warm_python
 
 LORA_RUN, STAGE_1_RUN = "f_lora", "g_pretrain"
 # What the original's command line said, in our words.
@@ -479,9 +479,7 @@ def test_stage_1_from_the_command_line_leaves_one_folder_that_plain_transformers
         assert not [path for path in output_dir.iterdir() if "partial" in path.name]
         config = json.loads((output_dir / "config.json").read_text())
         assert config["model_type"] == "llava" and config.get("use_cache", True)
-        done = subprocess.run(
-            [sys.executable, "-c", NATIVE, str(output_dir)], capture_output=True, text=True, cwd=tmp_path
-        )
+        done = warm_python.run(["-c", NATIVE, str(output_dir)], cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     before, after = (load_file(path / "model.safetensors") for path in (tiny_checkpoint, tmp_path / "stage1"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}

@@ -16,7 +16,7 @@ from hf_llava_ft.errors import UserError
 from hf_llava_ft.modeling.weight_names_llava import name_in_memory
 from hf_llava_ft.settings.arguments import TuningArguments
 from hf_llava_ft.train import main as train_main
-from hf_llava_ft.training.quantization import loading_in_few_bits, quantization_config
+from hf_llava_ft.training.precision.quantization import loading_in_few_bits, quantization_config
 from hf_llava_ft.training.tuning import trained_parts, with_lora
 
 KINDS = [

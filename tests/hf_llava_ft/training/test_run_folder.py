@@ -3,18 +3,19 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
+import signal
 import time
 
 import pytest
 
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.settings.arguments import LlavaTrainingArguments
+from hf_llava_ft.reports.page import write_atomically
 from hf_llava_ft.settings.parsing import resolve
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.train import train
 from hf_llava_ft.training.resuming.resume import SEAL, Run, begin, checkpoint_to_resume, remove_older, run_id_of, seal
 from hf_llava_ft.training.resuming.run_folder import compared_with_before, open_run_folder
+from tests import warm_python
 
 
 @pytest.fixture
@@ -96,6 +97,18 @@ def test_logs_and_what_a_run_left_are_not_in_the_way(folder):
     opened(folder)
     (folder / "notes.txt").touch()
     with pytest.raises(UserError, match="holds notes.txt"):
+        opened(folder)
+
+
+def test_what_a_killed_run_left_of_a_file_is_not_in_the_way(folder, tmp_path):
+    opened(folder)
+    names = []
+    write_atomically(tmp_path / "report.html", lambda half: (names.append(half.name), half.touch()))
+    for name in names:
+        (folder / name).touch()
+    opened(folder)
+    (folder / "report.html.tmp").touch()
+    with pytest.raises(UserError, match="holds report.html.tmp"):
         opened(folder)
 
 
@@ -182,14 +195,17 @@ def test_a_run_with_a_clock_set_back_keeps_its_last_and_what_it_came_from(tiny_c
 
 def test_two_runs_at_once_and_then_one_more(tiny_checkpoint, llava_json, tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "hf_llava_ft.train"]
-    first = [*command, *flags(tiny_checkpoint, llava_json(6), out, max_steps=100000, save_strategy="no")]
-    with subprocess.Popen(first, stderr=subprocess.DEVNULL) as process:
+    words = flags(tiny_checkpoint, llava_json(6), out, max_steps=100000, save_strategy="no")
+    process = warm_python.Started(["-m", "hf_llava_ft.train", *words])
+    try:
+        end = time.monotonic() + 120
         while not (out / "run.json").is_file():
-            assert process.poll() is None
+            assert time.monotonic() < end
             time.sleep(0.1)
-        second = subprocess.run(first, capture_output=True, text=True, check=False, timeout=300)
-        process.kill()
+        second = warm_python.run(["-m", "hf_llava_ft.train", *words])
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
     told = " ".join(second.stderr.split())
     assert second.returncode == 2 and "Traceback" not in told
     assert f"error: {out} is being written by process {process.pid} on " in told and "(train.py, since 20" in told

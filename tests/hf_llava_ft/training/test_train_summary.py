@@ -14,8 +14,9 @@ from transformers import TrainerControl, TrainerState
 from hf_llava_ft.checkpoints.run_files import SUMMARY_FILE
 from hf_llava_ft.data.collator import LlavaCollator
 from hf_llava_ft.data.formats import load_data, open_source
-from hf_llava_ft.settings.arguments import DataArguments, LlavaTrainingArguments, ModelArguments
+from hf_llava_ft.settings.arguments import DataArguments, ModelArguments
 from hf_llava_ft.settings.parsing import resolve
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.train import train
 from hf_llava_ft.training.progress import LiveProgress, duration
 from hf_llava_ft.training.summary import data_facts, settings_of

@@ -1,8 +1,6 @@
 """Training runs for real on a tiny model, and the weights are looked at."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,7 +10,8 @@ from transformers import TrainerCallback, set_seed
 
 import hf_llava_ft
 from hf_llava_ft.checkpoints.opening import load_model, load_processor
-from hf_llava_ft.settings.arguments import LlavaTrainingArguments, TuningArguments
+from hf_llava_ft.settings.arguments import TuningArguments
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.training.tuning import (
     PROJECTOR,
     VISION_TOWER,
@@ -22,6 +21,7 @@ from hf_llava_ft.training.tuning import (
     with_lora,
     with_tuning,
 )
+from tests import warm_python
 
 
 def make_trainer(checkpoint, data, output_dir, *, lora: bool = True, callbacks=None, **arguments):
@@ -189,12 +189,7 @@ def test_peft_alone_loads_the_adapter_onto_the_native_base(tiny_checkpoint, llav
     names = set(load_file(adapter / "adapter_model.safetensors"))
     assert "base_model.model.model.multi_modal_projector.linear_1.weight" in names
     assert not (adapter / "training_args.bin").exists()
-    done = subprocess.run(
-        [sys.executable, "-c", PEFT_ALONE, str(tiny_checkpoint), str(adapter), str(folder / "0.png")],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    done = warm_python.run(["-c", PEFT_ALONE, str(tiny_checkpoint), str(adapter), str(folder / "0.png")], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     processor = load_processor(str(adapter))
     content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]

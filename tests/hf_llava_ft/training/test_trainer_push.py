@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +18,7 @@ from hf_llava_ft.checkpoints.opening import fit_to_processor, load_model
 from hf_llava_ft.hub.staging import goes
 from hf_llava_ft.training.resuming.resume import what_is_missing
 from hf_llava_ft.training.trainer_push import PushingTrainer
+from tests import warm_python
 from tests.loopback.cards import problems
 from tests.loopback_hub import LoopbackHub, Status
 
@@ -112,14 +111,8 @@ def trained(tiny, tiny_checkpoint, tiny_processor, tmp_path_factory):
         hub.fail(Status(503), "/commit/", nth=2)
         # And one that never does.
         hub.fail(Status(403), "/user/broken/commit/", times=1000)
-        done = subprocess.run(
-            [sys.executable, "-c", RUNS, str(folder), str(tiny_checkpoint)],
-            cwd=ROOT,
-            env={**os.environ, **hub.environment(root / "home")},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-        )
+        environment = {**os.environ, **hub.environment(root / "home")}
+        done = warm_python.run(["-c", RUNS, str(folder), str(tiny_checkpoint)], cwd=ROOT, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
         assert hub.unknown == []
         yield hub, folder, tiny_checkpoint, done

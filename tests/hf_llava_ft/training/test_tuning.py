@@ -11,7 +11,8 @@ from hf_llava_ft.checkpoints.opening import load_model, load_processor
 from hf_llava_ft.checkpoints.original_folders import write_original_lora
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.modeling.part_names_llava import PROJECTOR, VISION_TOWER, part_of
-from hf_llava_ft.settings.arguments import LlavaTrainingArguments, TuningArguments
+from hf_llava_ft.settings.arguments import TuningArguments
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.train import main as train_main
 from hf_llava_ft.training.tuning import learning_rate_of, trained_parts, with_tuning
 

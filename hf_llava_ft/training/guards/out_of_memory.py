@@ -9,8 +9,8 @@ from peft import PeftModel
 
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.library_differences import checkpointing_flags
-from hf_llava_ft.settings.arguments import LlavaTrainingArguments
-from hf_llava_ft.training.quantization import is_quantized
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
+from hf_llava_ft.training.precision.quantization import is_quantized
 
 # As CUDA, its libraries and PyTorch's allocator for the CPU say it, where they raise no exception of its own.
 _SIGNS = (

@@ -16,7 +16,7 @@ from transformers.trainer_callback import ExportableState
 
 from hf_llava_ft.data.streaming import PASSED, LlavaStream
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.settings.arguments import LlavaTrainingArguments
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 
 
 def stream_dataloader(
@@ -52,7 +52,7 @@ def stream_dataloader(
 def refuse_grouping(args: LlavaTrainingArguments) -> None:
     """
     Raises:
-        `UserError`: if the arguments ask for an order that only rows in memory can have.
+        UserError: if the arguments ask for an order that only rows in memory can have.
     """
     if args.group_by_modality_length:
         raise UserError(
@@ -82,7 +82,7 @@ class StreamPosition(TrainerCallback, ExportableState):
     goes on. Where rows lie in memory it only sees to it that a stream's run is not resumed so, or the other way round.
 
     Raises:
-        `UserError`: when a run begins that would go on in another order.
+        UserError: when a run begins that would go on in another order.
     """
 
     def __init__(self):

@@ -1,10 +1,5 @@
-"""QLoRA's quantised language model (arXiv 2305.14314): 4 or 8 bits through bitsandbytes.
+"""QLoRA's quantised language model (arXiv 2305.14314): 4 or 8 bits through bitsandbytes."""
 
-Tower, projector and head are never quantised: the first two are small and what they lose nothing wins back, and the
-head's rows are the answers.
-"""
-
-import importlib.util
 from typing import Any
 
 import torch
@@ -13,14 +8,11 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from hf_llava_ft.checkpoints.few_bits import few_bits_config
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.settings.arguments import LlavaTrainingArguments, TuningArguments
+from hf_llava_ft.settings.arguments import TuningArguments
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.training.fsdp import uses_fsdp
-
-# Matched from the start of the full path or as a suffix: a bare `vision_tower` would skip nothing.
-NEVER_QUANTIZED = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
-# Activations beyond this are computed in 16 bits by LLM.int8 (arXiv 2208.07339, section 3.2).
-INT8_OUTLIERS = 6.0
 
 
 def quantization_config(arguments: TuningArguments, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -35,16 +27,8 @@ def quantization_config(arguments: TuningArguments, compute_dtype: torch.dtype) 
     """
     if arguments.bits == 16:
         return None
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"--bits {arguments.bits} needs bitsandbytes: pip install 'hf-llava-ft[qlora]'.")
-    return BitsAndBytesConfig(
-        load_in_4bit=arguments.bits == 4,
-        load_in_8bit=arguments.bits == 8,
-        llm_int8_threshold=INT8_OUTLIERS,
-        llm_int8_skip_modules=list(NEVER_QUANTIZED),
-        bnb_4bit_compute_dtype=compute_dtype,
-        bnb_4bit_use_double_quant=arguments.double_quant,
-        bnb_4bit_quant_type=arguments.quant_type,
+    return few_bits_config(
+        arguments.bits, compute_dtype, double_quant=arguments.double_quant, quant_type=arguments.quant_type
     )
 
 

@@ -17,25 +17,27 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig
 from transformers.integrations import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from hf_llava_ft.checkpoints.adapters import tuning_of_adapter
 from hf_llava_ft.checkpoints.artifact import staged_folder
 from hf_llava_ft.checkpoints.compose import compose_llava
 from hf_llava_ft.checkpoints.files import read_json
-from hf_llava_ft.checkpoints.opening import ADAPTER_CONFIG, inspect_checkpoint, is_language_model, load_config
+from hf_llava_ft.checkpoints.inspection import ADAPTER_CONFIG, inspect_checkpoint, is_language_model
+from hf_llava_ft.checkpoints.opening import load_config, load_model
 from hf_llava_ft.checkpoints.original_folders import PROJECTOR_FILE, load_projector, read_weights
+from hf_llava_ft.checkpoints.starting.agreement import check_agreement
+from hf_llava_ft.checkpoints.training_facts import base_facts, hub_commit
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.modeling.configuration_llava import LlavaConfig
 from hf_llava_ft.modeling.part_names_llava import PROJECTOR
 from hf_llava_ft.modeling.weight_names_llava import name_in_memory
-from hf_llava_ft.settings.arguments import LlavaTrainingArguments, ModelArguments, TuningArguments
+from hf_llava_ft.processing.processing_llava import LlavaProcessor
+from hf_llava_ft.settings.arguments import ModelArguments, TuningArguments
 from hf_llava_ft.settings.composition import Composition
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 
 COMPOSED = "composed"
 _FINGERPRINT = "composed_from.sha256"
-_STRATEGIES = {"patch": "default", "cls_patch": "full"}
 _EXAMPLE_TOWER = "openai/clip-vit-large-patch14-336"
 
 
@@ -57,13 +59,39 @@ class StartingPoint:
     adapter: str | None = None
     adapter_revision: str | None = None
 
-    def put_projector_into(self, model: Any) -> None:
+    def load(self, processor: LlavaProcessor, model_args: ModelArguments, **kwargs: Any) -> Any:
         """
+        The model, without the adapter that is trained further, which `with_tuning` puts on it.
+
+        Args:
+            processor (`LlavaProcessor`): see `load_model`; there, too, is what `kwargs` may be.
+
         Raises:
-            UserError: if the projector is that of another kind of model.
+            UserError: see `load_model`; or if the projector is that of another kind of model.
         """
+        model = load_model(
+            self.name,
+            processor,
+            revision=self.revision,
+            dtype=model_args.dtype,
+            attn_implementation=model_args.attn_implementation,
+            allow_nan=model_args.allow_nan,
+            **kwargs,
+        )
         if self.projector is not None:
             load_projector(model, self.projector)
+        return model
+
+    @property
+    def commit(self) -> str | None:
+        """Of what came from the Hub; None for a folder."""
+        return hub_commit(self.name, self.revision)
+
+    def facts(self, model_args: ModelArguments) -> list[dict[str, str]]:
+        """Name and commit of the models on the Hub that it is, or was made of."""
+        if self.composed is None:
+            return base_facts([self.name], self.revision)
+        return base_facts([model_args.model_name_or_path, str(model_args.vision_tower)], model_args.revision)
 
     def remove_composed(self) -> None:
         if self.composed is not None:
@@ -146,9 +174,9 @@ def check_starting_point(model_args: ModelArguments, tuning_args: TuningArgument
                     f"out, or merge the adapter first (llava-ft merge)."
                 )
             settled_tuning(model_args, tuning_args)
-            _check_agreement(model_args, load_config(checkpoint.base, checkpoint.revision))
+            check_agreement(model_args, load_config(checkpoint.base, checkpoint.revision, adapter=name))
         else:
-            _check_agreement(model_args, load_config(name, model_args.revision))
+            check_agreement(model_args, load_config(name, model_args.revision))
         return False
     if model_args.vision_tower is None:
         raise UserError(
@@ -244,63 +272,3 @@ def _projector_in(file: Path) -> dict[str, torch.Tensor]:
             return {ours: tensors.get_tensor(name) for name, ours in names.items() if f".{PROJECTOR}." in ours}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} is not a readable weights file: {error}.") from error
-
-
-def _check_agreement(model_args: ModelArguments, config: LlavaConfig) -> None:
-    """What is said of a LLaVA that exists has to be so: the original would write it into the result all the same."""
-    has_class_token = config.vision_config.model_type == "clip_vision_model"
-    features = {strategy: feature for feature, strategy in _STRATEGIES.items()} if has_class_token else {}
-    pinpoints = model_args.image_grid_pinpoints
-    is_next = config.image_aspect_ratio == "anyres"
-    facts = {
-        "mm_projector_type": (model_args.mm_projector_type, config.projector_type),
-        "mm_vision_select_layer": (model_args.mm_vision_select_layer, config.vision_feature_layer),
-        "mm_vision_select_feature": (
-            model_args.mm_vision_select_feature,
-            features.get(config.vision_feature_select_strategy, model_args.mm_vision_select_feature),
-        ),
-        # Known of the original's folders; in others the chat template has it.
-        "mm_use_im_start_end": (
-            model_args.mm_use_im_start_end,
-            config.uses_image_start_end if config.original_config else model_args.mm_use_im_start_end,
-        ),
-        "mm_patch_merge_type": (model_args.mm_patch_merge_type, config.patch_merge_type if is_next else "flat"),
-        "image_grid_pinpoints": (
-            None if pinpoints is None else _pinpoints(pinpoints),
-            config.image_grid_pinpoints if is_next else None,
-        ),
-    }
-    for name, (said, fact) in facts.items():
-        if said is not None and said != fact and name not in model_args.assumed:
-            raise UserError(
-                f"--{name} {getattr(model_args, name)}: in {model_args.model_name_or_path} it is {fact}, which no "
-                f"flag can change: leave it out."
-            )
-    if model_args.vision_tower is not None and _is_another_tower(model_args.vision_tower, config):
-        raise UserError(
-            f"--vision_tower {model_args.vision_tower}: {model_args.model_name_or_path} has another one, which no "
-            f"flag can change: leave it out."
-        )
-
-
-def _pinpoints(text: str) -> list[list[int]]:
-    """`[[height, width], ...]` of the original's `"[(width, height), ...]"`."""
-    try:
-        return [[height, width] for width, height in json.loads(text.replace("(", "[").replace(")", "]"))]
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"--image_grid_pinpoints {text} is not a list of sizes such as [(336, 672), (672, 336)]."
-        ) from error
-
-
-def _is_another_tower(name: str, config: LlavaConfig) -> bool:
-    own_name = config.vision_tower_name
-    if own_name and Path(own_name).name == Path(name).name:
-        return False
-    try:
-        tower = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError):
-        return bool(own_name)  # nothing to compare but names
-    tower, own = getattr(tower, "vision_config", tower), config.vision_config
-    compared = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
-    return any(getattr(tower, each, None) != getattr(own, each) for each in compared)

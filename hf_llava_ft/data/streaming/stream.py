@@ -1,10 +1,4 @@
-"""Rows for training straight from their files, in an order that a position alone restores.
-
-    stream = LlavaStream(open_source("a.json:0.3,b.parquet", "images"), shuffle_buffer_size=1000, seed=42)
-    trainer = LlavaTrainer(model, args, train_dataset=stream, processing_class=processor)
-
-Nothing is prepared but the count of rows: each is translated and checked, and its pictures are decoded, when its turn
-comes.
+"""`LlavaStream`: which row comes when, for each rank and worker, and how to go on in the middle.
 
 The order is a function of seed and epoch. The blocks of all sources (`formats/blocks.py`), large ones in pieces, are
 shuffled and laid one after the other. Each rank takes a run of that, and each of its DataLoader workers a run of the
@@ -21,11 +15,9 @@ What may surprise:
 """
 
 import copy
-import io
 import logging
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from itertools import chain, repeat
@@ -34,18 +26,17 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from hf_llava_ft.data.formats import Source
 from hf_llava_ft.data.formats.blocks import Piece, RawRow, RowReader, blocks_of
 from hf_llava_ft.data.formats.mixture import draw_rows
-from hf_llava_ft.data.pictures import DEEPER_THAN_8_BITS, decode_failure
 from hf_llava_ft.data.problems import problem_of
-from hf_llava_ft.data.skipped_rows import skipped_line, write_whole
-from hf_llava_ft.data.unchanged import FileChanged, FilesAsTheyWere, refuse_younger
+from hf_llava_ft.data.skipped_rows import add_left_out
+from hf_llava_ft.data.streaming.decoding import decoded_row
+from hf_llava_ft.data.unchanged import FileChanged, FilesAsTheyWere
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.processing.picture_opening_llava import PictureOpening, rgb_picture
+from hf_llava_ft.processing.picture_opening_llava import PictureOpening
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +74,7 @@ class LlavaStream(IterableDataset):
             Where it is remembered how a JSON file can be read in parts; the cache of `datasets` by default.
 
     Raises:
-        `UserError`: here if a file is broken; from iterating, at a bad row.
+        UserError: here if a file is broken; from iterating, at a bad row.
     """
 
     def __init__(
@@ -160,7 +151,7 @@ class LlavaStream(IterableDataset):
         """What the order of the rows follows from, besides epoch and number of workers."""
         digest = blake2b(digest_size=8)
         for source, drawn in zip(self.sources, self._drawn, strict=True):
-            digest.update(f"{source.format}\t{source.weight}\t{drawn is None}\n".encode())
+            digest.update(f"{source.reading}\t{source.weight}\t{drawn is None}\n".encode())
         for piece in self._pieces:
             lies = (piece.source, piece.block.first_row, piece.block.num_bytes, piece.start, piece.stop)
             digest.update(repr(lies).encode())
@@ -277,48 +268,8 @@ class LlavaStream(IterableDataset):
             return
         source, given_id = self.sources[row.source], row.raw.get("id") if isinstance(row.raw, dict) else None
         problem = problem_of(error, source.where, row.number, given_id, source.place(row.raw, row.number))
-        Path(self.skipped_file).parent.mkdir(parents=True, exist_ok=True)
-        # One write for a line, so that those of several workers do not mix.
-        with open(self.skipped_file, "ab") as file:
-            file.write(skipped_line(problem, "left out").encode("utf-8", "replace"))
+        add_left_out(Path(self.skipped_file), problem)
 
     def _checked(self, source_index: int, number: int, raw: Any) -> dict[str, Any]:
-        source = self.sources[source_index]
-        row, place = source.row(raw, number), source.place(raw, number)
-        for image in row["images"]:
-            if image["path"] and not image["bytes"]:
-                refuse_younger(image["path"], self.since, place)
-        row["images"] = [_decoded(image, place, self.picture_opening) for image in row["images"]]
-        if self.row_check is not None:
-            try:
-                self.row_check(row)
-            except UserError:
-                raise
-            except ValueError as error:
-                raise UserError(f"{place}: {error}") from error
-        return row
-
-
-def told_of_rows_left_out(skipped_file: Path) -> str | None:
-    """Names each row once in the list of a stream that is done; returns a sentence with their number, or None if there
-    are none."""
-    if not skipped_file.exists():
-        return None
-    lines = list(dict.fromkeys(skipped_file.read_text(encoding="utf-8").splitlines(keepends=True)))
-    write_whole(skipped_file, lines)
-    return f"--on_bad_row skip: rows left out: {len(lines):,}; {skipped_file} lists them."
-
-
-def _decoded(image: dict[str, Any], place: str, opening: PictureOpening) -> Image.Image:
-    content = image["bytes"] or image["path"]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content) if image["bytes"] else content) as opened:
-                reason = decode_failure(content) if opened.mode in DEEPER_THAN_8_BITS else None
-                if reason is None:
-                    return rgb_picture(opened, opening)  # as `open_picture` does
-    except Exception as error:  # a damaged file may surface as nearly anything
-        reason = decode_failure(content) or " ".join(str(error).split())
-    name = "an image" if image["path"] is None else f"image {os.path.basename(image['path'])!r}"
-    raise UserError(f"{place}: {name} can't be decoded ({reason}); replace it or remove the row.")
+        opening, check = self.picture_opening, self.row_check
+        return decoded_row(self.sources[source_index], number, raw, since=self.since, opening=opening, check=check)

@@ -17,7 +17,7 @@ import torch.distributed
 from transformers import TrainerCallback
 
 from hf_llava_ft.checkpoints.run_files import PREFIX_CHECKPOINT_DIR
-from hf_llava_ft.training.moved_weights import held_here
+from hf_llava_ft.training.guards.moved_weights import held_here
 from hf_llava_ft.training.resuming.resume import SEAL
 
 # From 2^16, at which PyTorch and DeepSpeed begin, down to 2^-16; DeepSpeed waits once before it halves.

@@ -1,0 +1,122 @@
+"""An adapter merged into its base, and how much of what it learned the dtype of the result rounds away.
+
+A bfloat16 weight has 8 significant bits. Where an adapter changes it by a hundredth, the last bit of the sum is a good
+part of the change, and no rank or rate of learning mends that. So each matrix is merged in a wider dtype and rounded
+once, and what that took is added up.
+"""
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from hf_llava_ft.modeling.adapters_llava import PEFT_PREFIX
+
+_TRAINED_WHOLE, _UNTOUCHED = ".modules_to_save.default.", ".original_module."
+# Below it, nobody needs to be told of a wider dtype.
+_MUCH = 1e-3
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """
+    What became of the changes that an adapter makes.
+
+    Args:
+        dtype (`torch.dtype`): of the merged weights.
+        learned (`float`): the norm of all changes together: square root of the sum of their squares.
+        lost (`float`): that of what was rounded away.
+        num_weights (`int`): how many tensors were changed.
+    """
+
+    dtype: torch.dtype
+    learned: float
+    lost: float
+    num_weights: int
+
+    @property
+    def lost_share(self) -> float:
+        return self.lost / self.learned if self.learned else 0.0
+
+    @property
+    def sentence(self) -> str:
+        name, few = str(self.dtype).removeprefix("torch."), f"in {self.num_weights} weights"
+        if self.lost_share < _MUCH:
+            return f"Of what was learned, {name} keeps all but {self.lost_share:.1e} ({few})."
+        return (
+            f"Of what was learned, rounding to {name} loses {100 * self.lost_share:.3g} % (norm of what is lost over "
+            f"that of the change, {few}): --dtype float32 keeps it, in a folder of twice the size."
+        )
+
+
+def merged(model: PeftModel, saved: Mapping[str, torch.Tensor] | None = None) -> tuple[Any, Rounding]:
+    """
+    The base with the adapter in it, and what rounding took. `model` is used up.
+
+    Args:
+        saved (*optional*): weights of the adapter's file by their names in memory, of which those that were trained
+            whole may have been rounded when they were put into `model`.
+    """
+    sums = _Sums()
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, BaseTunerLayer):
+                _merge_layer(layer, sums)
+        _count_whole_modules(model, saved or {}, sums)
+    dtype = model.get_base_model().dtype
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All adapters are already merged")
+        whole: Any = model.merge_and_unload()  # what is left: modules that were trained whole
+    return whole, Rounding(dtype, math.sqrt(sums.learned), math.sqrt(sums.lost), sums.number)
+
+
+class _Sums:
+    """Sums of squares."""
+
+    def __init__(self) -> None:
+        self.learned = self.lost = 0.0
+        self.number = 0
+
+    def add(self, before: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor) -> None:
+        self.learned += _square(exact - before)
+        self.lost += _square(exact - rounded)
+        self.number += 1
+
+
+def _square(difference: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(difference, dtype=torch.float64)) ** 2
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def _merge_layer(layer: Any, sums: _Sums) -> None:
+    weight = getattr(layer.get_base_layer(), "weight", None)
+    if weight is None or not weight.is_floating_point():
+        return  # PEFT merges it by itself
+    before = weight.data
+    weight.data = before.to(_wide(before.dtype), copy=True)
+    layer.merge()
+    # Asked for again: PEFT may have put another tensor there.
+    weight = layer.get_base_layer().weight
+    exact = weight.data
+    weight.data = exact.to(before.dtype)
+    sums.add(before, exact, weight.data)
+
+
+def _count_whole_modules(model: PeftModel, saved: Mapping[str, torch.Tensor], sums: _Sums) -> None:
+    named = dict(model.named_parameters())
+    for name, parameter in named.items():
+        if _TRAINED_WHOLE not in name:
+            continue
+        before = named[name.replace(_TRAINED_WHOLE, _UNTOUCHED)].data
+        exact = saved.get(name.removeprefix(PEFT_PREFIX).replace(_TRAINED_WHOLE, "."), parameter.data)
+        wide = _wide(before.dtype)
+        rounded = parameter.data.to(before.dtype).to(wide)
+        sums.add(before.to(wide), exact.to(device=before.device, dtype=wide), rounded)
