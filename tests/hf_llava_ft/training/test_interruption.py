@@ -165,4 +165,7 @@ def test_a_signal_that_reaches_the_workers_too_is_their_parents(llava_ft, flags,
     words = {**flags, "output_dir": tmp_path / "out", "dataloader_num_workers": 2, "per_device_train_batch_size": 1}
     code, _, err = llava_ft("train", *words_of(words))
     assert code == 143 and err.count("Stopping after this step") == 1 and (tmp_path / "out/checkpoint-2").is_dir()
-    assert children and not any(process.is_alive() for process in children)
+    for process in children:
+        process.terminate()
+        process.join(30)
+    assert [process.exitcode for process in children] == [0, 0]
