@@ -44,7 +44,8 @@ from hf_llava_ft.training.precision.masters import keeps_own_masters, said_preci
 from hf_llava_ft.training.precision.quantization import loading_in_few_bits
 from hf_llava_ft.training.progress import LiveProgress
 from hf_llava_ft.training.resuming.fingerprint import COMPOSED_BASE, base_digest, course_of
-from hf_llava_ft.training.resuming.interruption import Interruption, TrainingInterrupted
+from hf_llava_ft.training.resuming.interruption import EvaluationStopped, Interruption
+from hf_llava_ft.training.resuming.missed_evaluation import MissedEvaluation
 from hf_llava_ft.training.resuming.resume import Run, checkpoint_to_resume, opening_to_resume
 from hf_llava_ft.training.resuming.run_folder import compared_with_before, one_run_at_a_time, open_run_folder
 from hf_llava_ft.training.rows import TrainingRows, open_all_rows, tell_of_rows_left_out, with_counted_rows
@@ -175,29 +176,32 @@ def _train(
     tell(said_precision(model, training_args))
 
     # It trains; and what comes of it is saved, evaluated, described, pushed.
-    seconds = _run(trainer, run.resumed_from, interruption)
-    seconds_training = seconds - trainer.throughput.paused_seconds
-    save_result(trainer, tell)
-    evaluate_once(trainer, answers)  # when nothing can be lost any more
-    trainer.save_state()
-    tell_of_early_stop(trainer.state, training_args, tell)
-    if trainer.is_world_process_zero():
-        tell_of_rows_left_out(rows, Path(str(training_args.output_dir)), tell)
-        if not isinstance(model, PeftModel):
-            start.remove_composed()  # an adapter goes on needing it
-    summary = train_summary(
-        settings=settings,
-        base=start.facts(model_args),
-        data=data,
-        trained=trained,
-        state=trainer.state,
-        counts=trainer.throughput.total(training_args.device),
-        seconds=seconds,
-        seconds_training=seconds_training,
-        args=training_args,
-    )
-    if trainer.is_world_process_zero():
-        write_facts(summary, trainer, answers)
+    with interruption:
+        seconds = _run(trainer, run.resumed_from)
+        seconds_training = seconds - trainer.throughput.paused_seconds
+        save_result(trainer, tell)
+        evaluate_once(trainer, answers)  # when nothing can be lost any more
+        trainer.save_state()
+        tell_of_early_stop(trainer.state, training_args, tell)
+        if trainer.is_world_process_zero():
+            tell_of_rows_left_out(rows, Path(str(training_args.output_dir)), tell)
+            if not isinstance(model, PeftModel):
+                start.remove_composed()  # an adapter goes on needing it
+        summary = train_summary(
+            settings=settings,
+            base=start.facts(model_args),
+            data=data,
+            trained=trained,
+            state=trainer.state,
+            counts=trainer.throughput.total(training_args.device),
+            seconds=seconds,
+            seconds_training=seconds_training,
+            args=training_args,
+        )
+        if trainer.is_world_process_zero():
+            write_facts(summary, trainer, answers)
+        if training_args.push_to_hub and interruption.is_over(training_args):
+            trainer.stop_interrupted(missing="its push to the Hub")
     if training_args.push_to_hub:
         trainer.push_output_folder()
         tell(f"Pushed: {trainer.hub_model_id}")
@@ -269,26 +273,25 @@ def _trainer(
         ],
     )
     trainer.remove_callback(PrinterCallback)  # the bar shows the loss
+    trainer.interruption = interruption
+    trainer.add_callback(MissedEvaluation(trainer))  # when the others are ready for it
     progress.throughput = answers.throughput = trainer.throughput
     trainer.longest_batch.tell = tell
     answers.logs.find(trainer.callback_handler.callbacks)
     return trainer, interruption
 
 
-def _run(trainer: LlavaTrainer, checkpoint: str | None, interruption: Interruption) -> float:
+def _run(trainer: LlavaTrainer, checkpoint: str | None) -> float:
     """Trains, and returns the seconds that it took.
 
     Raises:
         TrainingInterrupted: if a signal ended it.
     """
-    output_dir = Path(str(trainer.args.output_dir))
-    try:
-        with told_of_a_full_disk(output_dir):
+    with told_of_a_full_disk(Path(str(trainer.args.output_dir))):
+        try:
             output = trainer.train(resume_from_checkpoint=checkpoint)
-    finally:
-        interruption.restore()
-    if interruption.signal_number is not None:
-        raise TrainingInterrupted(trainer.state.global_step, output_dir, interruption.signal_number)
+        except EvaluationStopped:  # one before the first step
+            trainer.stop_interrupted()
     return float(output.metrics["train_runtime"])
 
 

@@ -158,6 +158,9 @@ class _Parser(HfArgumentParser):
             where (`str`): the file that `words` come from, for errors.
         """
         self.where = f"the recipe {where}: " if where else ""
+        empty = [word for word in words if word.startswith("--") and word.endswith("=--")]
+        if empty:  # argparse up to Python 3.12 makes an empty list of it, whatever the type
+            raise UserError(f"{self.where}{empty[0].removesuffix('=--')} needs a value, and -- is none.")
         defaults = [(action, action.default) for action in self._actions]
         for action in self._actions:
             action.default = SUPPRESS

@@ -161,5 +161,5 @@ def _built(kind: type, values: dict[str, Any]) -> Any:
         return kind(**values)
     except UserError:
         raise
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:  # a setting may name a file of settings
         raise UserError(str(error).strip().splitlines()[0]) from error

@@ -21,7 +21,7 @@ from hf_llava_ft.training.eval_prompts import EvalAnswers
 from hf_llava_ft.training.first_process import staged_in_first_process
 from hf_llava_ft.training.guards.finite import NotFinite
 from hf_llava_ft.training.guards.moved_weights import WrongWeightsMoved
-from hf_llava_ft.training.resuming.interruption import TrainingInterrupted
+from hf_llava_ft.training.resuming.interruption import EvaluationStopped, TrainingInterrupted
 from hf_llava_ft.training.summary import write_summary
 from hf_llava_ft.training.trainer import LlavaTrainer
 
@@ -40,13 +40,23 @@ def save_result(trainer: LlavaTrainer, tell: Callable[[str], None]) -> None:
 
 
 def evaluate_once(trainer: LlavaTrainer, answers: EvalAnswers) -> None:
-    """At the end of a run that was told of no other time for it."""
-    if trainer.args.eval_strategy != IntervalStrategy.NO:
+    """At the end of a run that was told of no other time for it.
+
+    Raises:
+        TrainingInterrupted: if a signal has come before its end.
+    """
+    has_rows = trainer.eval_dataset is not None
+    if trainer.args.eval_strategy != IntervalStrategy.NO or not (has_rows or answers.prompts):
         return
-    if trainer.eval_dataset is not None:
-        trainer.evaluate()
-    elif answers.prompts:
-        answers.on_evaluate(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    try:
+        if trainer.interruption is not None and trainer.interruption.is_over(trainer.args):
+            raise EvaluationStopped
+        if has_rows:
+            trainer.evaluate()
+        else:
+            answers.on_evaluate(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    except EvaluationStopped:
+        trainer.stop_interrupted(missing="its evaluation")
 
 
 def write_facts(summary: dict[str, Any], trainer: LlavaTrainer, answers: EvalAnswers) -> None:
