@@ -48,6 +48,7 @@ from hf_llava_ft.training.resuming.interruption import EvaluationStopped, Interr
 from hf_llava_ft.training.resuming.missed_evaluation import MissedEvaluation
 from hf_llava_ft.training.resuming.resume import Run, checkpoint_to_resume, opening_to_resume
 from hf_llava_ft.training.resuming.run_folder import compared_with_before, one_run_at_a_time, open_run_folder
+from hf_llava_ft.training.row_order import keep_order
 from hf_llava_ft.training.rows import TrainingRows, open_all_rows, tell_of_rows_left_out, with_counted_rows
 from hf_llava_ft.training.summary import described, settings_of, train_summary
 from hf_llava_ft.training.trainer import LlavaTrainer
@@ -115,6 +116,8 @@ def _train(
         picture_opening=opening_to_resume(opening, run.resumed_from),
     )
     opened = open_all_rows(data_args, training_args, run.started)
+    if run.resumed_from is not None:
+        keep_order(training_args, run.course)
     # What nobody said follows from what trains and from the rows; a run that goes on keeps its own.
     tuning_args, training_args, chosen = settled_arguments(
         model_args, tuning_args, training_args, opened.num_rows, run.course
@@ -174,6 +177,8 @@ def _train(
         data = {}
     console.print(table_of_parts(trained, training_args))
     tell(said_precision(model, training_args))
+    if trainer.is_world_process_zero() and (padding := trainer.told_of_padding()) is not None:
+        tell(padding)
 
     # It trains; and what comes of it is saved, evaluated, described, pushed.
     with interruption:

@@ -27,9 +27,6 @@ from hf_llava_ft.data.worker_pool import results_of_stream
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.settings.defaults import OF_BATCH, batch_of
 
-# Steps whose rows are sorted by length together, as LlavaTrainer has it.
-LENGTH_POOL_STEPS = 50
-
 _IMAGES_AT_ONCE = 32
 
 
@@ -156,11 +153,10 @@ def _token_summary(
             trained.append(rows if source.weight == 1 else rows[draw_rows(len(rows), source.weight, seed, index)])
     if trained:
         rows = np.concatenate(trained)
-        words = np.maximum(1, collected.column("num_words")[rows]) * np.where(num_images[rows] > 0, 1, -1)
         # As a run on one device has it that was told of no other.
         batch: dict[str, Any] = {OF_BATCH[0]: batch_size}
         size, accumulation = ((batch | batch_of("lora", len(rows), 1, batch))[name] for name in OF_BATCH)
-        summary["padding_waste"] = padding_waste(lengths[rows], words, size, LENGTH_POOL_STEPS)
+        summary["padding_waste"] = padding_waste(lengths[rows], num_images[rows] > 0, size, accumulation)
         summary["steps"] = {
             "batch_size": size,
             "accumulation": accumulation,

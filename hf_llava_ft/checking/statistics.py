@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from hf_llava_ft.data.sampler import modality_length_grouped_indices
+from hf_llava_ft.data.sampler import modality_length_grouped_indices, moderate_pool_steps, padding_share
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 _NUM_BINS = 24
@@ -34,28 +34,29 @@ def length_statistics(lengths: np.ndarray) -> dict:
     }
 
 
-def padding_waste(lengths: np.ndarray, signed_words: np.ndarray, batch_size: int, pool_steps: int) -> dict[str, float]:
+def padding_waste(
+    lengths: np.ndarray, has_images: np.ndarray, batch_size: int, accumulation_steps: int = 1
+) -> dict[str, float]:
     """
     The share of a batch's positions that hold padding, over one epoch, for each way to make batches.
 
     Args:
         lengths (`int[N]`): tokens of each row.
-        signed_words (`int[N]`): what `--group_by_modality_length` groups by, negative for a row without images.
+        has_images (`bool[N]`): rows with images are grouped apart.
         batch_size (`int`): rows in a forward pass.
-        pool_steps (`int`): see `modality_length_grouped_indices`.
+        accumulation_steps (`int`): forward passes in an optimiser step.
     """
+    pool_steps = moderate_pool_steps(len(lengths), batch_size * accumulation_steps)
+    signed = np.where(has_images, lengths, -lengths)
     generator = torch.Generator().manual_seed(0)
     orders = {
         "random": torch.randperm(len(lengths), generator=generator).numpy(),
         "group_by_modality_length": np.array(
-            modality_length_grouped_indices(signed_words, batch_size, 1, generator, pool_steps=pool_steps)
+            modality_length_grouped_indices(
+                *(signed, batch_size, accumulation_steps, generator),
+                pool_steps=pool_steps,
+                accumulation_steps=accumulation_steps,
+            )
         ),
     }
-    return {name: round(_waste(lengths[order], batch_size), 4) for name, order in orders.items()}
-
-
-def _waste(lengths: np.ndarray, batch_size: int) -> float:
-    longest = np.maximum.reduceat(lengths, np.arange(0, len(lengths), batch_size)).astype(np.int64)
-    sizes = np.full(len(longest), batch_size)
-    sizes[-1] = len(lengths) - batch_size * (len(longest) - 1)
-    return 1 - float(lengths.sum()) / float((longest * sizes).sum())
+    return {name: round(padding_share(lengths[order], batch_size), 4) for name, order in orders.items()}

@@ -110,8 +110,8 @@ def _token_lines(result: CheckResult, samples_per_second: float | None) -> list[
         lines.append(
             (
                 "padding",
-                f"{100 * waste['random']:.1f}% of the positions in batches of {steps['batch_size']} rows, "
-                f"{100 * waste['group_by_modality_length']:.1f}% with --group_by_modality_length True",
+                f"{100 * waste['group_by_modality_length']:.1f}% of the positions in batches of {steps['batch_size']} "
+                f"rows; {100 * waste['random']:.1f}% with --group_by_modality_length False",
             )
         )
         time = (

@@ -30,8 +30,29 @@ __all__ = [
     "OriginalOrderSampler",
     "length_grouped_indices",
     "modality_length_grouped_indices",
+    "moderate_pool_steps",
+    "padding_share",
     "split_to_even_chunks",
 ]
+
+# Steps whose rows are sorted by length together, as transformers' own LengthGroupedSampler has it. The original sorts
+# within one step, which balances the ranks but saves no padding.
+LENGTH_POOL_STEPS = 50
+# And no more than this part of an epoch, so that a row of a small set meets other rows in each epoch.
+_FEWEST_POOLS = 4
+
+
+def moderate_pool_steps(num_rows: int, step_size: int) -> int:
+    """How many steps of `step_size` rows to sort together."""
+    return min(LENGTH_POOL_STEPS, max(1, num_rows // step_size // _FEWEST_POOLS))
+
+
+def padding_share(lengths: np.ndarray, batch_size: int) -> float:
+    """The share of the positions that is padding, in batches of rows of `lengths` `int[N]` one after the other."""
+    longest = np.maximum.reduceat(lengths, np.arange(0, len(lengths), batch_size)).astype(np.int64)
+    sizes = np.full(len(longest), batch_size)
+    sizes[-1] = len(lengths) - batch_size * (len(longest) - 1)
+    return 1 - float(lengths.sum()) / float((longest * sizes).sum())
 
 
 def modality_length_grouped_indices(
@@ -43,6 +64,7 @@ def modality_length_grouped_indices(
     original_rng: bool = False,
     pool_steps: int = 1,
     longest_first: bool = False,
+    accumulation_steps: int | None = None,
 ) -> list[int]:
     """
     One epoch's order of rows, each exactly once.
@@ -70,14 +92,21 @@ def modality_length_grouped_indices(
             the price of steps that hold one length each.
         longest_first (`bool`, defaults to `False`):
             Swap the step that holds the longest row to the front, so that a run too big for its memory fails at once.
+        accumulation_steps (`int`, *optional*):
+            Of `world_size`, the part that is accumulation: a step's micro-batches then hold like lengths each, and
+            only what the processes compute at the same time is evened out; and what is left over is sorted too. Least
+            padding, whatever the size of the set. None deals a step's rows over all of its micro-batches.
 
     Returns:
         `list[int]` of N indices.
 
     Raises:
         UserError: if a length is 0.
+        ValueError: if `accumulation_steps` does not divide `world_size`.
     """
     lengths = checked_lengths(lengths, batch_size, world_size)
+    if accumulation_steps is not None and (accumulation_steps < 1 or world_size % accumulation_steps):
+        raise ValueError(f"accumulation_steps {accumulation_steps} must be a part of world_size {world_size}.")
     kinds = [np.flatnonzero(lengths > 0), np.flatnonzero(lengths < 0)]
     if original_rng:
         if longest_first or pool_steps != 1:
@@ -98,9 +127,16 @@ def modality_length_grouped_indices(
         in_steps = shuffled[:num_in_steps]
         pool = np.arange(num_in_steps) // (step_size * pool_steps)
         in_steps = in_steps[np.lexsort((-sizes[in_steps], pool))]  # pools in turn, each from long to short
-        steps_by_kind.append(dealt_rows(in_steps.reshape(-1, step_size), sizes, world_size))  # (M of this kind, S)
-        batches.append(shuffled[num_in_steps:num_in_batches])
-        rest.append(shuffled[num_in_batches:])
+        left_over = shuffled[num_in_steps:]
+        if accumulation_steps is None:
+            dealt = dealt_rows(in_steps.reshape(-1, step_size), sizes, world_size)
+        else:
+            num_processes = world_size // accumulation_steps
+            dealt = dealt_rows(in_steps.reshape(-1, batch_size * num_processes), sizes, num_processes)
+            left_over = left_over[np.argsort(-sizes[left_over], kind="stable")]
+        steps_by_kind.append(dealt.reshape(-1, step_size))  # (M of this kind, S)
+        batches.append(left_over[: num_in_batches - num_in_steps])
+        rest.append(left_over[num_in_batches - num_in_steps :])
     steps = np.concatenate(steps_by_kind)  # (M, S)
     steps = steps[permutation(len(steps), generator)]
     if longest_first and len(steps):
@@ -123,6 +159,7 @@ class ModalityLengthSampler(torch.utils.data.Sampler[int]):
         seed (`int`, defaults to 0): the same on all processes.
         pool_steps (`int`, defaults to 1): above 1, steps hold rows of like length, which saves padding.
         longest_first (`bool`, defaults to `False`): put the step with the longest row first.
+        accumulation_steps (`int`, *optional*): see [`modality_length_grouped_indices`].
 
     Raises:
         UserError: if a length is 0.
@@ -137,6 +174,7 @@ class ModalityLengthSampler(torch.utils.data.Sampler[int]):
         *,
         pool_steps: int = 1,
         longest_first: bool = False,
+        accumulation_steps: int | None = None,
     ):
         self.lengths = checked_lengths(lengths, batch_size, world_size)
         self.batch_size = batch_size
@@ -144,6 +182,7 @@ class ModalityLengthSampler(torch.utils.data.Sampler[int]):
         self.seed = seed
         self.pool_steps = pool_steps
         self.longest_first = longest_first
+        self.accumulation_steps = accumulation_steps
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -163,5 +202,6 @@ class ModalityLengthSampler(torch.utils.data.Sampler[int]):
                 generator,
                 pool_steps=self.pool_steps,
                 longest_first=self.longest_first,
+                accumulation_steps=self.accumulation_steps,
             )
         )

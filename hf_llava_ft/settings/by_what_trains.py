@@ -21,6 +21,7 @@ from hf_llava_ft.settings.defaults import (
     alpha_of,
     batch_of,
     by_size,
+    groups_by_default,
     is_by_what_trains,
     is_new_projector,
     rates_of,
@@ -53,6 +54,13 @@ def put_defaults(settings: dict[str, Setting]) -> None:
             put("lora_alpha", ALPHA_OF_RSLORA, "with use_rslora")
         else:
             put("lora_alpha", alpha_of(rank, use_rslora=False) if rank else None, "twice lora_r")
+    grouped = groups_by_default(settings["sampler_order"].value, settings["train_sampling_strategy"].value)
+    is_streamed = settings["streaming"].value
+    put(
+        "group_by_modality_length",
+        grouped and not is_streamed,
+        "since a stream does not know all rows" if is_streamed else "so that little is padding" if grouped else "",
+    )
     put("num_train_epochs", None, _by_rows("num_epochs"))
     steps = _by_rows("rows_per_step", ROWS_PER_STEP_OF_STAGE_1 if train_type == "projector" else None)
     size, accumulation = (value(name) for name in OF_BATCH)

@@ -85,6 +85,11 @@ UNTIL_KNOWN: dict[str, Any] = {
 }
 
 
+def groups_by_default(sampler_order: str, sampling_strategy: Any) -> bool:
+    """Whether rows are grouped by modality and length where nobody said it: unless they are in another order."""
+    return sampler_order == "default" and getattr(sampling_strategy, "value", sampling_strategy) == "random"
+
+
 def by_size(num_rows: int | None) -> BySize:
     """The line for a set of `num_rows`; None where they are not counted."""
     return next(line for line in BY_SIZE if (math.inf if num_rows is None else num_rows) <= line.most_rows)

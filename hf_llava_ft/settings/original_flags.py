@@ -43,6 +43,7 @@ ORIGINAL_DEFAULTS: dict[str, Any] = {
     "optim": "adamw_torch",
     "loss_normalization": "micro_batch",
     "sampler_order": "original",
+    "group_by_modality_length": False,
     "resume_from_checkpoint": "auto",  # from the last checkpoint in the output folder, where there is one
 }
 # They describe a new LLaVA; one that is given may differ.
@@ -63,6 +64,7 @@ USE_LORA_DEFAULTS: dict[str, Any] = {
     "lr_scheduler_type": "linear",
     "warmup_steps": 0.0,
     "logging_steps": 500.0,
+    "group_by_modality_length": False,
 }
 
 

@@ -41,6 +41,7 @@ PRESETS: dict[str, Flags] = {
         "train_type": "projector",  # tune_mm_mlp_adapter
         "version": "plain",
         "image_aspect_ratio": "square",
+        "group_by_modality_length": False,
         "learning_rate": 1e-3,
         "per_device_train_batch_size": 32,
         "gradient_accumulation_steps": 1,

@@ -90,6 +90,8 @@ class Settings:
         """
         model, data, tuning = self._checked()
         values = self._of(LlavaTrainingArguments)
+        if is_by_what_trains(self.by_name["group_by_modality_length"].origin):
+            values["group_by_modality_length"] = None  # which a run that goes on may have otherwise
         for problem in machine_problems({name: setting.value for name, setting in self.by_name.items()}):
             raise UserError(problem)
         training = _built(LlavaTrainingArguments, without_missing_tf32(values))

@@ -7,7 +7,7 @@ from typing import Literal
 
 from transformers import TrainingArguments
 
-from hf_llava_ft.settings.defaults import OF_BATCH, UNTIL_KNOWN
+from hf_llava_ft.settings.defaults import OF_BATCH, UNTIL_KNOWN, groups_by_default
 from hf_llava_ft.settings.machine import has_bf16_gpu, settles_precision
 from hf_llava_ft.settings.refused import check_not_refused
 
@@ -23,7 +23,9 @@ class LlavaTrainingArguments(TrainingArguments):
         mm_vision_tower_lr (`float`, *optional*):
             Learning rate of what trains in the vision tower; by default `learning_rate`, where that is given.
         group_by_modality_length (`bool`):
-            Batches of rows with images or without, each of similar length (LLaVA-1.5).
+            Batches of rows with images or without, each of similar length in tokens; in words with `sampler_order`
+            `original`. True by default, but for streams, other orders, and rows whose lengths are not known; False is
+            random order.
         sampler_order (`"default"` or `"original"`):
             `original` takes the rows in the original LLaVA's order for this seed, grouped or not; grouping then sorts
             within one step, which saves no padding. Micro-batches that do not fill an optimiser step are left out, as
@@ -84,7 +86,8 @@ class LlavaTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Learning rate of the vision tower; default: by what trains."}
     )
     group_by_modality_length: bool = field(
-        default=False, metadata={"help": "Batches of one modality and similar length."}
+        default=None,  # type: ignore[assignment]
+        metadata={"help": "Batches of one modality and similar length, in which little is padding; default: True."},
     )
     sampler_order: Literal["default", "original"] = field(
         default="default", metadata={"help": "original: the rows in the original LLaVA's order."}
@@ -132,6 +135,11 @@ class LlavaTrainingArguments(TrainingArguments):
             setattr(self, name, UNTIL_KNOWN[name])
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not settles_precision(self.use_cpu, self.deepspeed) and has_bf16_gpu()
+        self.order_unsaid = self.group_by_modality_length is None
+        if self.order_unsaid:
+            self.group_by_modality_length = groups_by_default(self.sampler_order, self.train_sampling_strategy)
+        # No setting: a run that goes on keeps its own (`training/row_order.py`).
+        self.grouped_by: str = "words" if self.sampler_order == "original" else "tokens"
         self.try_longest_batch = str(self.try_longest_batch).lower()
         if self.try_longest_batch not in ("auto", "true", "false"):
             raise ValueError(f"try_longest_batch {self.try_longest_batch} is none of auto, true and false.")

@@ -14,9 +14,7 @@ from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 
-from hf_llava_ft.data.builder import modality_lengths
 from hf_llava_ft.data.collator import LlavaCollator
-from hf_llava_ft.data.sampler import ModalityLengthSampler, OriginalOrderSampler
 from hf_llava_ft.data.streaming import LlavaStream
 from hf_llava_ft.data.streaming.loader import StreamPosition, refuse_grouping, stream_dataloader
 from hf_llava_ft.errors import UserError
@@ -41,13 +39,10 @@ from hf_llava_ft.training.precision.masters import (
 )
 from hf_llava_ft.training.resuming.changed_settings import ChangedSettings, settings_of_groups
 from hf_llava_ft.training.resuming.resume import checkpoint_to_resume
+from hf_llava_ft.training.row_order import leave_ungrouped_what_has_no_lengths, row_sampler, told_of_padding
 from hf_llava_ft.training.throughput import Throughput
 from hf_llava_ft.training.trainer_checkpoints import CheckpointingTrainer
 from hf_llava_ft.training.tuning import what_trains
-
-# Steps whose rows are sorted by length together, as transformers' own LengthGroupedSampler has it. The original sorts
-# within one step, which balances the ranks but saves no padding.
-LENGTH_POOL_STEPS = 50
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +69,7 @@ class LlavaTrainer(CheckpointingTrainer):
         own = [StreamPosition(), self.longest_batch, self.finite, MovedWeights(), ChangedSettings(self)]
         kwargs["callbacks"] = [*own, *(kwargs.get("callbacks") or [])]
         args = args or LlavaTrainingArguments()
+        leave_ungrouped_what_has_no_lengths(args, kwargs.get("train_dataset"))
         if isinstance(model, LlavaForCausalLM) and all(each.requires_grad for each in model.parameters()):
             # Of a model that was tuned, be it as a whole, the tower's last layers are frozen.
             logger.warning(
@@ -101,6 +97,10 @@ class LlavaTrainer(CheckpointingTrainer):
             share_out_by_layers(self.accelerator.state.fsdp_plugin, self.model)  # type: ignore[arg-type]
         self.told_of_groups: list[dict[str, Any]] | None = None
         self.throughput = Throughput()
+        # Behind a row's end nothing is learned, and no position looks ahead: the mask of padding on the right changes
+        # nothing, and attention is faster without. The collator's labels say the same, so that it is not read.
+        pads_right = isinstance(self.data_collator, LlavaCollator) and self.data_collator.padding_side == "right"
+        self._needs_no_mask = pads_right and without_mask_the_same(self._unwrapped_model)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As in transformers, which makes a model of `model_init` for each trial: prepared as one that is given."""
@@ -165,6 +165,8 @@ class LlavaTrainer(CheckpointingTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if model.training and not return_outputs and self.compute_loss_func is None:
             inputs = {**inputs, "supervised_logits_only": True}
+            if self._needs_no_mask:
+                inputs.pop("attention_mask", None)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -192,27 +194,20 @@ class LlavaTrainer(CheckpointingTrainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if dataset is None or not hasattr(dataset, "__len__"):
             return super()._get_train_sampler(train_dataset)
-        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        batch_size, accumulation_steps = self.args.train_batch_size, self.args.gradient_accumulation_steps
-        lengths = modality_lengths(dataset) if self.args.group_by_modality_length else None
-        if self.args.sampler_order == "original":
-            return OriginalOrderSampler(
-                len(dataset),
-                seed,
-                lengths=lengths,
-                batch_size=batch_size,
-                num_processes=self.args.world_size,
-                accumulation_steps=accumulation_steps,
-            )
-        if lengths is None:
-            return super()._get_train_sampler(train_dataset)
-        return ModalityLengthSampler(
-            lengths,
-            batch_size=batch_size,
-            world_size=self.args.world_size * accumulation_steps,
-            seed=seed,
-            pool_steps=LENGTH_POOL_STEPS,
-        )
+        own = row_sampler(dataset, self.args, self.processing_class, self._max_length)
+        return super()._get_train_sampler(train_dataset) if own is None else own
+
+    @property
+    def _max_length(self) -> int | None:
+        return getattr(self.data_collator, "max_length", None)
+
+    def told_of_padding(self) -> str | None:
+        """A sentence on the padding of the first epoch; None where it is not known."""
+        dataset, processor = self.train_dataset, self.processing_class
+        sampler = None
+        if hasattr(dataset, "__len__"):
+            sampler = row_sampler(dataset, self.args, processor, self._max_length)
+        return told_of_padding(sampler, dataset, self.args, processor, self._max_length)
 
     # ------------------------------------------------------------------ what mends transformers
 
@@ -261,6 +256,16 @@ def _with_masters(model: Any, args: LlavaTrainingArguments) -> Any:
     if not keeps_own_masters(args):
         without_float16_on_cpu(with_float32_masters(model), args)
     return model
+
+
+def without_mask_the_same(model: Any) -> bool:
+    """Whether rows padded on the right give the same loss without their mask: what a language model does beside causal
+    attention, as counting how its experts are loaded, may ask for it."""
+    if not isinstance(model, LlavaForCausalLM):
+        return False
+    text = model.config.text_config
+    looks_ahead = not getattr(text, "is_causal", True) or getattr(text, "use_bidirectional_attention", False)
+    return not looks_ahead and not getattr(text, "output_router_logits", False)
 
 
 def _num_rows(dataset: Any) -> int | None:

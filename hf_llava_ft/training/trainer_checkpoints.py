@@ -34,6 +34,7 @@ from hf_llava_ft.training.precision.one_dtype import Rounded, in_one_dtype, name
 from hf_llava_ft.training.resuming.fingerprint import refuse_another_course, settings_course
 from hf_llava_ft.training.resuming.interruption import EvaluationStopped, Interruption, TrainingInterrupted
 from hf_llava_ft.training.resuming.resume import Run, begin, remove_older, seal
+from hf_llava_ft.training.row_order import keep_order
 from hf_llava_ft.training.trainer_push import PushingTrainer
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,10 @@ class CheckpointingTrainer(PushingTrainer):
         step = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)).global_step
         self._saved_at = step
         self.course_before = before.course
+        unsaid = self.args.group_by_modality_length, self.args.grouped_by
+        keep_order(self.args, before.course)
+        if self.run.course is not None and (self.args.group_by_modality_length, self.args.grouped_by) != unsaid:
+            self.run = replace(self.run, course=self.run.course | settings_course(self.args))
         if self.run.resumed_from == checkpoint:
             return  # compared by who knows more of the run
         note = refuse_another_course(checkpoint, before.course, self.run.course or {}, step, self.args)

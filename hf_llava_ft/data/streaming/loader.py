@@ -51,9 +51,13 @@ def stream_dataloader(
 
 def refuse_grouping(args: LlavaTrainingArguments) -> None:
     """
+    What nobody asked for is left out in `args`.
+
     Raises:
         UserError: if the arguments ask for an order that only rows in memory can have.
     """
+    if args.order_unsaid:
+        args.group_by_modality_length = False
     if args.group_by_modality_length:
         raise UserError(
             "--group_by_modality_length sorts all rows, and a stream does not know them all; leave it out, or "

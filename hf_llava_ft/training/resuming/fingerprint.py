@@ -59,7 +59,14 @@ FREE = frozenset(
 # With --ignore_data_skip the epoch begins anew, in any order.
 _ORDER = frozenset(
     ("seed", "data_seed", "streaming", "shuffle_buffer_size", "per_device_train_batch_size", "processes", "data")
-    + ("gradient_accumulation_steps", "group_by_modality_length", "sampler_order", "images", "dataloader_drop_last")
+    + (
+        "gradient_accumulation_steps",
+        "group_by_modality_length",
+        "grouped_by",
+        "sampler_order",
+        "images",
+        "dataloader_drop_last",
+    )
 )
 _OF_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_bias", "lora_target_modules", "lora_vision_tower") + (
     *("use_dora", "use_rslora"),
@@ -77,6 +84,7 @@ _IN_WORDS = {
     "processor": "the chat template or image processor",
     "processes": "the number of processes",
     "engine": "the engine",
+    "grouped_by": "what rows are grouped by",
 }
 
 
@@ -93,6 +101,7 @@ def settings_course(*arguments: Any) -> dict[str, Any]:
             course["lora_target_modules"] = sorted(part.lora_target_modules)  # in any order the same
         if isinstance(part, LlavaTrainingArguments):
             course["data_seed"] = part.seed if part.data_seed is None else part.data_seed
+            course["grouped_by"] = part.grouped_by if part.group_by_modality_length else None
             course |= {"processes": part.world_size, "engine": _engine(part), "use_cpu": part.device.type == "cpu"}
     tower = course.get("vision_tower")
     if tower is not None and os.path.isdir(os.path.expanduser(tower)):
@@ -210,6 +219,8 @@ def changes_between(was: dict[str, Any], now: dict[str, Any], begins_epoch_anew:
             changes.pop(name, None)
     elif "version" in changes or "image_aspect_ratio" in changes:
         changes.pop("processor")
+    if {"sampler_order", "group_by_modality_length"} & set(changes):
+        changes.pop("grouped_by", None)  # which follows from them
     if was.get("max_steps", -1) > 0 and now.get("max_steps", -1) > 0:
         changes.pop("num_train_epochs", None)  # the steps decide, before and after
     return changes

@@ -301,17 +301,20 @@ def test_padding_waste_is_that_of_batches_padded_one_by_one():
     from hf_llava_ft.data.sampler import modality_length_grouped_indices
 
     random = np.random.default_rng(0)
-    lengths, words = random.integers(10, 500, 103), random.integers(1, 90, 103) * random.choice([-1, 1], 103)
+    lengths, has_images = random.integers(10, 500, 103), random.choice([True, False], 103)
+    signed = np.where(has_images, lengths, -lengths)
     import torch
 
     generator = torch.Generator().manual_seed(0)
     orders = {"random": torch.randperm(103, generator=generator).tolist()}
-    orders["group_by_modality_length"] = modality_length_grouped_indices(words, 4, 1, generator, pool_steps=50)
+    orders["group_by_modality_length"] = modality_length_grouped_indices(
+        signed, 4, 1, generator, pool_steps=6, accumulation_steps=1
+    )
     for name, order in orders.items():
         batches = [lengths[order[start : start + 4]] for start in range(0, 103, 4)]
         padded = sum(len(batch) * batch.max() for batch in batches)
-        assert padding_waste(lengths, words, 4, 50)[name] == pytest.approx(1 - lengths.sum() / padded, abs=1e-4)
-    assert padding_waste(lengths, words, 1, 50) == {"random": 0.0, "group_by_modality_length": 0.0}
+        assert padding_waste(lengths, has_images, 4)[name] == pytest.approx(1 - lengths.sum() / padded, abs=1e-4)
+    assert padding_waste(lengths, has_images, 1) == {"random": 0.0, "group_by_modality_length": 0.0}
 
 
 def test_a_jpeg_is_judged_at_an_eighth_as_it_is_whole(folder):
