@@ -22,6 +22,7 @@ from transformers.utils import can_return_tuple
 
 from .base_model_llava import LlavaBaseModel, LlavaPreTrainedModel, holds_positions
 from .checkpoint_mixin_llava import LlavaCheckpointMixin
+from .chunked_loss_llava import can_chunk, chunked_loss, rows_of_chunk
 from .configuration_llava import LlavaConfig
 from .outputs_llava import LlavaCausalLMOutput
 from .projector_llava import LlavaMultiModalProjector
@@ -77,7 +78,8 @@ class LlavaForCausalLM(LlavaCheckpointMixin, LlavaPreTrainedModel, GenerationMix
                 masked here whatever they hold.
             logits_to_keep (`int` or `int64[K]`): as in transformers; only without labels.
             supervised_logits_only (`bool`): with `labels`, compute `logits` `float[S, V]` only at the S positions that
-                predict a supervised token, in row-major order. The loss is the same.
+                predict a supervised token, in row-major order. The loss is the same. In training, logits that would
+                take much memory are computed a few rows at a time, and `logits` is None.
             num_items_in_batch (`int` or tensor, *optional*): divide the summed loss by it instead of taking the mean.
             shift_labels (`int64[B, T]`, *optional*): instead of `labels`, at each position what is to be learned
                 there, as engines give it that share a row out among processes; nothing is masked or moved.
@@ -111,14 +113,25 @@ class LlavaForCausalLM(LlavaCheckpointMixin, LlavaPreTrainedModel, GenerationMix
                 supervised = targets != IGNORE_INDEX
                 hidden_states = hidden_states[supervised.to(hidden_states.device)]  # (S, D)
                 targets = targets[supervised]
-            logits = self.lm_head(hidden_states)
-            loss = self.loss_function(
-                logits=logits,
-                labels=None,
-                shift_labels=targets,
-                vocab_size=self.config.text_config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
-            )
+
+            def loss_of(logits, targets, num_items_in_batch):
+                return self.loss_function(
+                    logits=logits,
+                    labels=None,
+                    shift_labels=targets,
+                    vocab_size=self.config.text_config.vocab_size,
+                    num_items_in_batch=num_items_in_batch,
+                )
+
+            rows = None
+            if supervised_logits_only and self.training and can_chunk(self.lm_head, hidden_states):
+                rows = rows_of_chunk(len(targets), self.config.text_config.vocab_size)
+            if rows is None:
+                logits = self.lm_head(hidden_states)
+                loss = loss_of(logits, targets, num_items_in_batch)
+            else:
+                logits = None
+                loss = chunked_loss(self.lm_head, hidden_states, targets, loss_of, num_items_in_batch, rows)
         return LlavaCausalLMOutput(loss=loss, logits=logits, **fields)
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` takes only what its signature names

@@ -267,6 +267,7 @@ def test_what_is_not_said_is_as_in_the_original_and_without_its_words_as_here():
         "optim": ("adamw_torch_fused", "adamw_torch"),
         "loss_normalization": ("tokens", "micro_batch"),
         "sampler_order": ("default", "original"),
+        "group_by_modality_length": (True, False),
         "dtype": ("auto", "float32"),
         "resume_from_checkpoint": (None, "auto"),
     }

@@ -64,7 +64,8 @@ def course(**flags):
     ],
 )
 def test_what_decides_the_course_is_named_from_what_to_what(name, was, now):
-    before, after = course(**{name: was}), course(**{name: now})
+    fixed = {"group_by_modality_length": False} if name == "sampler_order" else {}  # it would follow
+    before, after = course(**{name: was}, **fixed), course(**{name: now}, **fixed)
     changes = changes_between(before, after)
     # Without a data_seed, --seed is that too.
     assert changes.pop("data_seed", None) is None or name == "seed"
