@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/row_order.py [--pairs 8 --rows 64 --batch_size 4 --width 512]
 
-Each side takes an epoch of the same rows through the same model, forward and backward; rows have a picture or none, and
-lengths as mixed chats have them. The sides come in turn, one thread each, and what is compared is processor time.
+Each side takes an epoch of the same rows through the same model, forward and backward; rows have a picture or none,
+and lengths as mixed chats have them. The sides come in turn, one thread each, and what is compared is processor time.
 Printed are the padding of each side, and median, least and greatest of the ratios of the pairs.
 """
 

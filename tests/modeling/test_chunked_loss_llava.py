@@ -32,7 +32,7 @@ def assert_same(model, batch, monkeypatch, **settings):
     torch.testing.assert_close(found.loss, plain.loss, rtol=1e-6, atol=1e-6)
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-7, msg=name)
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=2e-6, msg=name)
     return gradients
 
 
@@ -73,7 +73,7 @@ def test_gradients_add_up_over_micro_batches_and_in_bfloat16(tiny, monkeypatch):
     (3.0 * outputs.loss).backward()
     for name, each in model.named_parameters():
         if name in once:
-            torch.testing.assert_close(each.grad, 2 * once[name], rtol=1e-6, atol=1e-7, msg=name)
+            torch.testing.assert_close(each.grad, 2 * once[name], rtol=1e-5, atol=1e-6, msg=name)
 
     with torch.autocast("cpu", torch.bfloat16):
         outputs, half = step(model, batch)
