@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 # In float32, of which cross-entropy and its gradient hold a few.
 CHUNK_BYTES = 2**27
@@ -28,9 +27,9 @@ def can_chunk(head: nn.Module, hidden_states: torch.Tensor) -> bool:
     Whether the gradient may be taken before backward: not of a head that is shared out among processes, nor in
     float16, whose small gradients are saved by a scale that backward begins with.
     """
-    parameters = list(head.parameters())
-    is_shared_out = is_deepspeed_zero3_enabled() or not all(
-        each.is_leaf and not hasattr(each, "full_tensor") for each in parameters
+    # `full_tensor` is the mark of FSDP2, `ds_id` that of ZeRO-3; FSDP's first version puts views there.
+    is_shared_out = any(
+        not each.is_leaf or hasattr(each, "full_tensor") or hasattr(each, "ds_id") for each in head.parameters()
     )
     device_type = hidden_states.device.type
     in_float16 = hidden_states.dtype == torch.float16 or (
@@ -85,11 +84,10 @@ class _ChunkedLoss(torch.autograd.Function):
                     whole += part
             total = loss.detach() if total is None else total + loss.detach()
         ctx.save_for_backward(*([] if of_hidden is None else [of_hidden]), *of_trained)
-        ctx.has_hidden = of_hidden is not None
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor):
         found = [each * gradient.to(each.dtype) for each in ctx.saved_tensors]
-        return (None, None, *(found if ctx.has_hidden else [None, *found]))
+        return (None, None, *(found if ctx.needs_input_grad[2] else [None, *found]))

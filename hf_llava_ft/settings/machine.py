@@ -21,6 +21,13 @@ from hf_llava_ft.errors import UserError
 _PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml"}
 
 
+def workers_by_cores() -> int:
+    """Processes that open pictures while the GPU of this process computes: half of its share of the cores, 8 at most;
+    none where that is not one, or the Trainer and they would take turns."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // 2)
+
+
 def machine_problems(settings: dict[str, Any]) -> list[str]:
     """
     What this machine lacks for `settings`, by name, one sentence each; an empty list if nothing.

@@ -8,7 +8,7 @@ from typing import Literal
 from transformers import TrainingArguments
 
 from hf_llava_ft.settings.defaults import OF_BATCH, UNTIL_KNOWN, groups_by_default
-from hf_llava_ft.settings.machine import has_bf16_gpu, settles_precision
+from hf_llava_ft.settings.machine import has_bf16_gpu, settles_precision, workers_by_cores
 from hf_llava_ft.settings.refused import check_not_refused
 
 
@@ -42,6 +42,9 @@ class LlavaTrainingArguments(TrainingArguments):
             Resume although data or settings are not what the checkpoint's run had.
         overwrite_output_dir (`bool`):
             Move what is in the output folder to one beside it, where a new run would be refused.
+        dataloader_num_workers (`int`):
+            by default on a GPU half the cores of this process, 8 at most, and 0 on a CPU and for streams, whose order
+            depends on it.
         lr_scheduler_type, logging_steps:
             the same arguments with LLaVA's defaults.
         learning_rate, num_train_epochs, per_device_train_batch_size, gradient_accumulation_steps, warmup_steps:
@@ -84,6 +87,10 @@ class LlavaTrainingArguments(TrainingArguments):
     )
     mm_vision_tower_lr: float | None = field(
         default=None, metadata={"help": "Learning rate of the vision tower; default: by what trains."}
+    )
+    dataloader_num_workers: int = field(
+        default=None,  # type: ignore[assignment]
+        metadata={"help": "Processes that open pictures meanwhile; default: by the cores on a GPU, else 0."},
     )
     group_by_modality_length: bool = field(
         default=None,  # type: ignore[assignment]
@@ -135,6 +142,9 @@ class LlavaTrainingArguments(TrainingArguments):
             setattr(self, name, UNTIL_KNOWN[name])
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not settles_precision(self.use_cpu, self.deepspeed) and has_bf16_gpu()
+        self.workers_unsaid = self.dataloader_num_workers is None
+        if self.workers_unsaid:
+            self.dataloader_num_workers = 0
         self.order_unsaid = self.group_by_modality_length is None
         if self.order_unsaid:
             self.group_by_modality_length = groups_by_default(self.sampler_order, self.train_sampling_strategy)
@@ -169,6 +179,9 @@ class LlavaTrainingArguments(TrainingArguments):
                     "could be saved that anything loads: set it to true under zero_optimization, as in "
                     "examples/deepspeed/zero3.json."
                 )
+        if self.workers_unsaid and self.device.type == "cuda":
+            self.dataloader_num_workers = workers_by_cores()
+            self.dataloader_persistent_workers |= self.dataloader_num_workers > 0
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # nothing to pin for, and PyTorch warns about it
         check_not_refused(self)

@@ -56,6 +56,8 @@ def refuse_grouping(args: LlavaTrainingArguments) -> None:
     Raises:
         UserError: if the arguments ask for an order that only rows in memory can have.
     """
+    if args.workers_unsaid:
+        args.dataloader_num_workers, args.dataloader_persistent_workers = 0, False
     if args.order_unsaid:
         args.group_by_modality_length = False
     if args.group_by_modality_length:

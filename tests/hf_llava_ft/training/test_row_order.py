@@ -164,3 +164,22 @@ def test_a_batch_padded_on_the_right_needs_no_mask(prepared, train_type):
         processing_class=trainer.processing_class,
     )
     assert not left_trainer._needs_no_mask
+
+
+def test_workers_follow_from_the_cores_and_what_is_said_holds(tmp_path, monkeypatch):
+    def workers(device="cuda", **said):
+        with monkeypatch.context() as patch:
+            args = LlavaTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **said)
+            assert args.dataloader_num_workers == said.get("dataloader_num_workers", 0)  # on a CPU
+            patch.setattr(LlavaTrainingArguments, "device", torch.device(device))
+            args = LlavaTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **said)
+        return args.dataloader_num_workers, args.dataloader_persistent_workers
+
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(12))
+    assert workers() == (6, True)
+    assert workers(dataloader_num_workers=1) == (1, False)
+    assert workers(device="cpu") == (0, False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert workers() == (1, True)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(64))
+    assert workers() == (8, True)
