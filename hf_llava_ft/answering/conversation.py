@@ -44,10 +44,14 @@ class Conversation:
     images: list[Image.Image] = field(default_factory=list)
     is_cut: bool = False
     _num_new: int = field(default=0, init=False, repr=False)
+    # Of all its tokens at once: transformers' streamer, up to 5.24, cuts where a character is not whole yet.
+    _answer: str = field(default="", init=False, repr=False)
 
     def ask(self, question: str, images: list[Image.Image] | None = None, **generation) -> str:
         """The whole answer; see [`stream`]."""
-        return "".join(self.stream(question, images, **generation)).strip()
+        for _ in self.stream(question, images, **generation):
+            pass
+        return self._answer
 
     def stream(
         self,
@@ -80,14 +84,11 @@ class Conversation:
         pictures = [*self.images, *(images or [])]
         inputs = encode_prompt(self.model, self.processor, messages, pictures)
         room = self._room(inputs["input_ids"].shape[1])
-        answer: list[str] = []
         options = {**sampling_options(temperature, top_p), **stop_options(self.processor)}
         longest = max_new_tokens if room is None else min(max_new_tokens, room)
-        for piece in self._generated(inputs, max_new_tokens=longest, **options):
-            answer.append(piece)
-            yield piece
+        yield from self._generated(inputs, max_new_tokens=longest, **options)
         self.is_cut = room is not None and self._num_new >= room
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": "".join(answer).strip()}]})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": self._answer}]})
         self.messages, self.images = messages, pictures
 
     def _room(self, num_tokens: int) -> int | None:
@@ -117,7 +118,10 @@ class Conversation:
                     ids = self.model.generate(
                         **inputs, **options, streamer=pieces, stopping_criteria=StoppingCriteriaList([is_ended])
                     )
-                self._num_new = ids.shape[1] - inputs["input_ids"].shape[1]
+                new = ids[0, inputs["input_ids"].shape[1] :]
+                self._num_new = len(new)
+                text = self.processor.tokenizer.decode(new, skip_special_tokens=True)
+                self._answer = (text.partition(stop)[0] if stop else text).strip()
             except BaseException as error:
                 failure.append(error)
                 pieces.end()

@@ -361,7 +361,7 @@ def test_files_that_are_not_yet_the_data(folder):
         archive.writestr("data.json", "[]")
     assert "data is an archive; unpack it" in refusal(folder, str(folder / "data"))
     (folder / "ov.yaml").write_text("datasets:\n  - json_path: a.json\n    sampling_strategy: first:3\n")
-    assert "ov.yaml is YAML, which LLaVA-NeXT lists" in refusal(folder, str(folder / "ov.yaml"))
+    assert "ov.yaml is YAML, in which LLaVA-NeXT lists" in refusal(folder, str(folder / "ov.yaml"))
 
 
 def test_several_files_in_braces(folder):

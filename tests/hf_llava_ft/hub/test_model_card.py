@@ -122,9 +122,9 @@ def test_an_adapter_says_what_it_is(staged, run):
 def test_the_training_is_told_as_it_was(staged, run):
     text = adapter_card(staged, run).text
     for said in (
-        "LoRA on the language model (rank 4, alpha 256, dropout 0.05), and the whole projector",
+        "LoRA on the language model (rank 4, alpha 8, dropout 0.05), and the whole projector",
         "8 steps in batches of 2 rows (4 epochs), learning rate 0.02 (0.001 for the projector)",
-        "schedule `cosine`, warm-up over 3% of the steps",
+        "schedule `cosine`",
         "| `multi_modal_projector` | 6,272 | 6,272 | float32 | 0.001 |",
         "of 1 row held back from training (20% of all, drawn at random)",
         "- rows: 4\n- of them with pictures: 4\n- pictures: 4\n- rows evaluated: 1",
