@@ -4,18 +4,16 @@ hf_llava_ft.train`."""
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from peft import PeftModel
 from rich.console import Console
-from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
+from transformers import set_seed
 
 from hf_llava_ft.checking.preview import print_preview
 from hf_llava_ft.checkpoints.adapters import check_resumed_adapter
-from hf_llava_ft.checkpoints.artifact import told_of_a_full_disk
 from hf_llava_ft.checkpoints.checked.resume_state import check_resume_state
 from hf_llava_ft.checkpoints.opening import load_config
 from hf_llava_ft.checkpoints.starting.starting_point import (
@@ -42,16 +40,13 @@ from hf_llava_ft.training.first_process import in_first_process
 from hf_llava_ft.training.guards.out_of_memory import advice, told_of_out_of_memory
 from hf_llava_ft.training.precision.masters import keeps_own_masters, said_precision
 from hf_llava_ft.training.precision.quantization import loading_in_few_bits
-from hf_llava_ft.training.progress import LiveProgress
 from hf_llava_ft.training.resuming.fingerprint import COMPOSED_BASE, base_digest, course_of
-from hf_llava_ft.training.resuming.interruption import EvaluationStopped, Interruption
-from hf_llava_ft.training.resuming.missed_evaluation import MissedEvaluation
 from hf_llava_ft.training.resuming.resume import Run, checkpoint_to_resume, opening_to_resume
 from hf_llava_ft.training.resuming.run_folder import compared_with_before, one_run_at_a_time, open_run_folder
 from hf_llava_ft.training.row_order import keep_order
-from hf_llava_ft.training.rows import TrainingRows, open_all_rows, tell_of_rows_left_out, with_counted_rows
+from hf_llava_ft.training.rows import open_all_rows, tell_of_rows_left_out, with_counted_rows
+from hf_llava_ft.training.run_trainer import teller, train_to_the_end, trainer_of_run
 from hf_llava_ft.training.summary import described, settings_of, train_summary
-from hf_llava_ft.training.trainer import LlavaTrainer
 from hf_llava_ft.training.tuning import TrainedPart, table_of_parts, trained_parts, with_tuning
 
 
@@ -95,7 +90,7 @@ def _train(
     console: Console | None,
 ) -> TrainingResult:
     console = console or Console(stderr=True, quiet=training_args.process_index != 0)
-    tell = _teller(console)
+    tell = teller(console)
 
     # What is asked for, and whether it can be done here.
     tuning_args = settled_tuning(model_args, tuning_args)
@@ -167,7 +162,7 @@ def _train(
         as_they_were=as_they_were,
     )
     with told_of_out_of_memory(lambda: f"the model alone. {advice(model, training_args)}"):
-        trainer, interruption = _trainer(model, training_args, rows, collator, answers, console)
+        trainer, interruption = trainer_of_run(model, training_args, rows, collator, answers, console)
     trainer.run = run
     if trainer.is_world_process_zero():
         data = rows.facts(data)
@@ -182,7 +177,7 @@ def _train(
 
     # It trains; and what comes of it is saved, evaluated, described, pushed.
     with interruption:
-        seconds = _run(trainer, run.resumed_from)
+        seconds = train_to_the_end(trainer, run.resumed_from)
         seconds_training = seconds - trainer.throughput.paused_seconds
         save_result(trainer, tell)
         evaluate_once(trainer, answers)  # when nothing can be lost any more
@@ -217,7 +212,7 @@ def _train(
 
 def tell_last_lines(result: TrainingResult, console: Console | None = None) -> None:
     """Prints them, in one process."""
-    tell = _teller(console or Console(stderr=True, quiet=not PartialState().is_main_process))
+    tell = teller(console or Console(stderr=True, quiet=not PartialState().is_main_process))
     for line in result.last_lines:
         tell(line)
 
@@ -225,11 +220,6 @@ def tell_last_lines(result: TrainingResult, console: Console | None = None) -> N
 def _longest_of(start: StartingPoint) -> int:
     """The most tokens that the language model takes."""
     return int(load_config(start.name, start.revision).text_config.max_position_embeddings)
-
-
-def _teller(console: Console) -> Callable[[str], None]:
-    """What prints a sentence as it is: a path in it is neither coloured nor broken."""
-    return partial(console.print, highlight=False, markup=False, soft_wrap=True)
 
 
 def _checked_first(
@@ -248,56 +238,6 @@ def _checked_first(
     if checkpoint is not None:
         check_resume_state(checkpoint)
     return open_run_folder(args, checkpoint, tell, model_args.model_name_or_path)
-
-
-def _trainer(
-    model: Any,
-    args: LlavaTrainingArguments,
-    rows: TrainingRows,
-    collator: LlavaCollator,
-    answers: EvalAnswers,
-    console: Console,
-) -> tuple[LlavaTrainer, Interruption]:
-    """The Trainer with all that is shown while it works, and what a signal ends it by."""
-    progress = LiveProgress(console)
-    tell = _teller(console)
-    interruption = Interruption(tell)
-    patience = args.early_stopping_patience
-    args.disable_tqdm = True  # one bar, ours
-    trainer = LlavaTrainer(
-        model=model,
-        args=args,
-        train_dataset=rows.train,
-        eval_dataset=rows.evaluated,
-        processing_class=collator.processor,
-        data_collator=collator,
-        callbacks=[
-            *(progress, interruption),
-            *([answers] if answers.prompts else []),
-            *([] if patience is None else [EarlyStoppingCallback(early_stopping_patience=patience)]),
-        ],
-    )
-    trainer.remove_callback(PrinterCallback)  # the bar shows the loss
-    trainer.interruption = interruption
-    trainer.add_callback(MissedEvaluation(trainer))  # when the others are ready for it
-    progress.throughput = answers.throughput = trainer.throughput
-    trainer.longest_batch.tell = tell
-    answers.logs.find(trainer.callback_handler.callbacks)
-    return trainer, interruption
-
-
-def _run(trainer: LlavaTrainer, checkpoint: str | None) -> float:
-    """Trains, and returns the seconds that it took.
-
-    Raises:
-        TrainingInterrupted: if a signal ended it.
-    """
-    with told_of_a_full_disk(Path(str(trainer.args.output_dir))):
-        try:
-            output = trainer.train(resume_from_checkpoint=checkpoint)
-        except EvaluationStopped:  # one before the first step
-            trainer.stop_interrupted()
-    return float(output.metrics["train_runtime"])
 
 
 def _checked_model(model_args: ModelArguments, tuning_args: TuningArguments) -> TuningArguments:
