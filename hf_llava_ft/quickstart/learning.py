@@ -27,7 +27,7 @@ from transformers import (
 
 from hf_llava_ft.answering.batches import Question, answer_all
 from hf_llava_ft.answering.loading import load_for_answering
-from hf_llava_ft.quickstart.shapes import HELD_OUT, PRETRAIN, QUESTIONS, SIZE, TRAIN, write_shapes
+from hf_llava_ft.quickstart.shapes import HELD_OUT, PRETRAIN, QUESTIONS, SIZE, TRAIN
 from hf_llava_ft.train import parse_arguments, train
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

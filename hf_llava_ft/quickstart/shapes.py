@@ -1,7 +1,7 @@
 """`llava-ft shapes`: pictures of coloured shapes with questions, to see whether a model learns or remembers.
 
-A picture holds one to four shapes of one kind, colour and size in one quarter of it. Kinds and colours are paired: some
-pairs, drawn from the seed, are in no picture that is trained on. Who answers questions about those has learned kinds and
+A picture holds one to four shapes of one kind, colour and size in one quarter of it. Some pairs of kind and colour,
+drawn from the seed, are in no picture that is trained on. Who answers questions about those has learned kinds and
 colours, and not pictures.
 """
 
@@ -115,8 +115,8 @@ def _draw_shape(pen: ImageDraw.ImageDraw, kind: str, x: float, y: float, half: f
 
 def write_shapes(output_dir: Path, num_pictures: int = 6000, num_held_out: int = 300, seed: int = 42) -> Path:
     """
-    Writes the set into a new folder: `images/`, the rows of both stages, the held-out rows, and `shapes.json` with what
-    is held out.
+    Writes the set into a new folder: `images/`, the rows of both stages, the held-out rows, and `shapes.json`, which
+    says what is held out.
 
     Args:
         num_pictures (`int`): that are trained on.
