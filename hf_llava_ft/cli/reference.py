@@ -17,7 +17,8 @@ _HEAD = """# All flags
 Written by `make reference` from what the commands declare; do not edit it by hand. In words: [training](training.md),
 [settings](settings.md), [data](data.md), [checking](checking.md), [answering](answering.md), [the Hub](hub.md),
 [serving](serving.md)."""
-_OF_TRANSFORMERS = "of transformers' `TrainingArguments`; [what each does here](training.md#what-each-setting-of-transformers-does-here)"
+_EACH = "training.md#what-each-setting-of-transformers-does-here"
+_OF_TRANSFORMERS = f"of transformers' `TrainingArguments`: [what it does]({_EACH})"
 
 
 def reference() -> str:
@@ -37,7 +38,8 @@ def _table(heading: str, rows: list[tuple[str, ...]]) -> str:
 def _run_flags() -> str:
     parts = [
         f"## llava-ft train\n\n`{USAGE}`; `llava-ft estimate` takes "
-        "the same, and [its own](estimate.md).\nAll of transformers' flags work as well: `llava-ft train --help-all` lists them."
+        "the same, and [its own](estimate.md).\nAll of transformers' flags work as well: "
+        "`llava-ft train --help-all` lists them."
     ]
     own = own_flags()
     begin = [(f"`--{name}`", "", text) for name, text in OF_THE_PARSER.items()]

@@ -77,7 +77,7 @@ def write_parts(output_dir: Path, data_dir: Path, seed: int) -> tuple[Path, Path
             num_hidden_layers=4,
             num_attention_heads=4,
             image_size=SIZE,
-            patch_size=16,
+            patch_size=24,  # one for each cell that may hold a shape
             projection_dim=128,
         )
     )
@@ -143,8 +143,8 @@ def stages(output_dir: Path, data_dir: Path, seed: int, epochs: tuple[float, flo
         "mm_vision_select_layer": -1,
         "version": "plain",
         "train_type": "full",
-        "learning_rate": 1e-3,
-        "mm_vision_tower_lr": 1e-3,
+        "learning_rate": 2e-3,
+        "mm_vision_tower_lr": 2e-3,
         "data_path": data_dir / PRETRAIN,
         "num_train_epochs": epochs[0],
         "output_dir": output_dir / "stage1",

@@ -33,7 +33,7 @@ COLOURS = {
 }
 COUNTS = ("one", "two", "three", "four")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
-SIZES = {"small": 6, "large": 10}  # half their width in pixels
+SIZES = {"small": 6.5, "large": 10}  # half their width in pixels
 
 QUESTIONS = {
     "kind": "What kind of shape is there?",
@@ -85,7 +85,7 @@ def draw_scene(scene: Scene, draw: random.Random) -> Image.Image:
     cells = draw.sample(range(4), COUNTS.index(scene.count) + 1)
     for cell in cells:
         half = SIZES[scene.size] * draw.uniform(0.92, 1.08)
-        room = SIZE / 8 - half - 0.5  # of a cell, on each side of the shape
+        room = min(2.5, SIZE / 8 - half - 0.5)  # within its cell, which is a sixteenth of the picture
         x = column * SIZE / 2 + (cell % 2 + 0.5) * SIZE / 4 + draw.uniform(-room, room)
         y = row * SIZE / 2 + (cell // 2 + 0.5) * SIZE / 4 + draw.uniform(-room, room)
         _draw_shape(pen, scene.kind, x * times, y * times, half * times, colour)

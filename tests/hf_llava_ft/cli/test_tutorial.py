@@ -18,17 +18,18 @@ QUICKLY = {
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The folder that one works in: pictures with captions, a table of them, and LLaVA JSON."""
-    photos, images = tmp_path / "photos", tmp_path / "images"
-    photos.mkdir(), images.mkdir()
+    """The folder that one works in: pictures with captions, others with a table, and LLaVA JSON."""
+    photos, scans, images = (tmp_path / name for name in ("photos", "scans", "images"))
+    for each in (photos, scans, images):
+        each.mkdir()
     names = ["red", "green", "blue", "yellow", "white"]
     for number, name in enumerate(names):
         picture = Image.new("RGB", (40 + number, 30), name)
-        picture.save(photos / f"{number}.png")
-        picture.save(images / f"{number}.png")
+        for each in (photos, scans, images):
+            picture.save(each / f"{number}.png")
         (photos / f"{number}.txt").write_text(f"All of it is {name}.")
     lines = [f"{number}.png,What is it?,{name}" for number, name in enumerate(names)]
-    (photos / "table.csv").write_text("\n".join(["img,ask,reply", *lines]) + "\n")
+    (scans / "table.csv").write_text("\n".join(["img,ask,reply", *lines]) + "\n")
     rows = [
         {
             "id": str(number),
@@ -76,14 +77,12 @@ def test_the_tutorial_from_top_to_bottom(llava_ft, folder, tiny_checkpoint):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_the_commands_of_troubleshooting(llava_ft, folder, tiny_checkpoint, tmp_path_factory):
+def test_the_commands_of_troubleshooting(llava_ft, folder, tiny_checkpoint):
     done = [command for command in commands_in(TROUBLESHOOTING) if not command.not_run]
     run(llava_ft, Command("", ["train", *_flags(tiny_checkpoint, "my-adapter"), "--save_steps", "1"]), tiny_checkpoint)
     run(llava_ft, Command("", ["merge", "--adapter", "my-adapter", "--output_dir", "my-model"]), tiny_checkpoint)
     for number, command in enumerate(done):
         words = list(command.words)
-        if words[0] == "compose" or "llava-v1.5-7b-lora" in words:
-            continue  # parts of the Hub, and a folder of the original: test_compose.py, test_convert.py
         if words[0] == "merge":
             words[words.index("--output_dir") + 1] += str(number)  # a new folder, as it has to be
         run(llava_ft, Command(command.page, words), tiny_checkpoint)
