@@ -5,8 +5,8 @@
     python examples/dpo_with_trl.py my-model preferences.json images my-preferences
     llava-ft merge --adapter my-preferences --output_dir preferred
 
-Rows are {"prompt": "<image>\nWhat is it?", "chosen": "A cat.", "rejected": "A dog.", "image": "1.jpg"}, in any file that
-`llava-ft train` reads. Model, processor and adapter are ours; the Trainer and its loss are TRL's.
+Rows are {"prompt": "<image>\nWhat is it?", "chosen": "A cat.", "rejected": "A dog.", "image": "1.jpg"}, in any file
+that `llava-ft train` reads. Model, processor and adapter are ours; the Trainer and its loss are TRL's.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Preferences as TRL's DPOTrainer takes them, read and checked as everything else is.
 
-TRL reads the words of a dataset as they are: `<image>` in a text would stay a text beside the picture. Here each picture
-has its place as a part of the prompt, as the chat templates take it.
+TRL reads the words of a dataset as they are: `<image>` in a text would stay a text beside the picture. Here each
+picture has its place as a part of the prompt, as the chat templates take it.
 """
 
 import os
@@ -31,7 +31,7 @@ def load_preferences(
     data_path: str | os.PathLike, image_folder: str | os.PathLike | None = None, *, columns: SaidOfColumns = None
 ) -> datasets.Dataset:
     """
-    Rows of `prompt`, `chosen` and `rejected`, in memory but for their pictures, which are opened when they are asked for.
+    Rows of `prompt`, `chosen` and `rejected`, in memory but for their pictures, which are opened when asked for.
 
     Args:
         data_path, image_folder, columns: see [`open_source`]; without weights.
@@ -47,7 +47,7 @@ def load_preferences(
         if source.dialect is not PREFERENCE:
             raise UserError(f'{source.where} is {source.format}; preferences have "prompt", "chosen" and "rejected".')
         if source.weight != 1:
-            raise UserError(f"{source.where} has the weight {source.weight:g}, which preferences have not: leave it out.")
+            raise UserError(f"{source.where} has the weight {source.weight:g}; preferences have none: leave it out.")
         for number, raw in source.iter_raw():
             preferred, other = parse_preference(raw, source.where, number)
             images = [source.locate(image, source.place(raw, number)) for image in preferred["images"]]

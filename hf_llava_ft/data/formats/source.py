@@ -184,8 +184,8 @@ def refuse_preferences(sources: Sequence[Source]) -> None:
     for source in sources:
         if source.dialect is PREFERENCE:
             raise UserError(
-                f"{source.where} holds preferences (chosen and rejected), which are learned with TRL's DPOTrainer: see "
-                "docs/preference.md; to learn the chosen answers alone, write them as completion."
+                f"{source.where} holds preferences (chosen and rejected), which are learned with TRL's DPOTrainer: "
+                "see docs/preference.md; to learn the chosen answers alone, write them as completion."
             )
 
 
