@@ -83,7 +83,7 @@ lock:  ## renew the exact versions in requirements/, for every Python from 3.10
 	  --output-file requirements/deepspeed.txt
 
 learn: $(INSTALLED)  ## let a small LLaVA with random weights learn drawn shapes, and ask it about new ones
-	OMP_NUM_THREADS=$(CORES) $(VENV)/bin/llava-ft shapes --output_dir runs/shapes --learn
+	$(VENV)/bin/llava-ft shapes --output_dir runs/shapes --learn
 
 reference: $(INSTALLED)  ## write docs/reference.md anew, of what the commands declare
 	$(VENV)/bin/python -m hf_llava_ft.cli.reference > docs/reference.md

@@ -6,7 +6,8 @@ answers over the frozen tower, as in LLaVA's own second stage.
 """
 
 import json
-import resource
+import os
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,13 @@ from transformers import (
 
 from hf_llava_ft.answering.batches import Question, answer_all
 from hf_llava_ft.answering.loading import load_for_answering
+from hf_llava_ft.errors import UserError
 from hf_llava_ft.quickstart.shapes import HELD_OUT, PRETRAIN, QUESTIONS, SIZE, TRAIN
 from hf_llava_ft.train import parse_arguments, train
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+# Whose folder it is, and what is written there besides result.json.
+MARK, WRITTEN = ".shapes", ("tower", "language_model", "stage1", "stage2")
 PROMISED = {"heldout_pictures": 0.95, "heldout_combinations": 0.85}
 
 
@@ -176,7 +180,7 @@ def learn_shapes(
     """Trains both stages on the set at `data_dir` and examines the result; `result.json` holds what comes out."""
     console = console or Console(stderr=True)
     started = _cpu_seconds()
-    output_dir.mkdir(parents=True, exist_ok=True)
+    _make_room(output_dir)
     write_parts(output_dir, data_dir, seed)
     losses = {}
     for name, flags in zip(("captions", "questions"), stages(output_dir, data_dir, seed, epochs), strict=True):
@@ -190,6 +194,17 @@ def learn_shapes(
     (output_dir / "result.json").write_text(json.dumps(asdict(learned), indent=2) + "\n", encoding="utf-8")
     _show(learned, console)
     return learned
+
+
+def _make_room(output_dir: Path) -> None:
+    """An empty folder; what an earlier run left in it is removed, and anything else is not touched."""
+    if output_dir.is_dir() and any(output_dir.iterdir()):
+        if not (output_dir / MARK).is_file():
+            raise UserError(f"{output_dir} holds what no run of this command wrote: move it away.")
+        for name in WRITTEN:
+            shutil.rmtree(output_dir / name, ignore_errors=True)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / MARK).touch()
 
 
 def examined(model: Any, processor: Any, data_dir: Path, name: str) -> Score:
@@ -237,8 +252,8 @@ def _share(right: Any) -> float:
 
 
 def _cpu_seconds() -> float:
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(each.ru_utime + each.ru_stime for each in used)
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
 
 
 def _show(learned: Learned, console: Console) -> None:

@@ -116,7 +116,7 @@ def _draw_shape(pen: ImageDraw.ImageDraw, kind: str, x: float, y: float, half: f
 def write_shapes(output_dir: Path, num_pictures: int = 6000, num_held_out: int = 300, seed: int = 42) -> Path:
     """
     Writes the set into a new folder: `images/`, the rows of both stages, the held-out rows, and `shapes.json`, which
-    says what is held out.
+    says what is held out. The same set that is there already is left as it is.
 
     Args:
         num_pictures (`int`): that are trained on.
@@ -129,6 +129,14 @@ def write_shapes(output_dir: Path, num_pictures: int = 6000, num_held_out: int =
         raise UserError(f"--num_pictures {num_pictures} and --num_held_out {num_held_out} have to be 1 or more.")
     draw = random.Random(seed)
     apart = held_out_pairs(seed)
+    facts = {
+        "seed": seed,
+        "num_pictures": num_pictures,
+        "num_held_out": num_held_out,
+        "held_out_combinations": [f"{colour} {kind}" for kind, colour in apart],
+    }
+    if _facts_of(Path(output_dir)) == facts:
+        return Path(output_dir)
     known = [(kind, colour) for kind in KINDS for colour in COLOURS if (kind, colour) not in apart]
     with staged_folder(output_dir) as staged:
         (staged / "images").mkdir()
@@ -138,14 +146,15 @@ def write_shapes(output_dir: Path, num_pictures: int = 6000, num_held_out: int =
         for name, pairs in (("heldout_pictures", known), ("heldout_combinations", apart)):
             scenes = _drawn(staged, name, pairs, num_held_out, draw)
             _write_rows(staged / HELD_OUT[name], (row for each in scenes for row in _questions(*each)))
-        facts = {
-            "seed": seed,
-            "num_pictures": num_pictures,
-            "num_held_out": num_held_out,
-            "held_out_combinations": [f"{colour} {kind}" for kind, colour in apart],
-        }
         (staged / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return Path(output_dir)
+
+
+def _facts_of(folder: Path) -> Any:
+    try:
+        return json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def _drawn(

@@ -114,6 +114,21 @@ def test_the_answers_are_true_of_the_picture(kind):
         assert area["large"] > 1.5 * area["small"]
 
 
+def test_the_same_set_is_not_drawn_again_and_another_one_not_over_it(drawn):
+    before = {path: path.stat().st_mtime_ns for path in drawn.rglob("*")}
+    assert write_shapes(drawn, NUM_PICTURES, NUM_HELD_OUT, seed=3) == drawn
+    with pytest.raises(UserError):
+        write_shapes(drawn, NUM_PICTURES, NUM_HELD_OUT, seed=4)
+    assert {path: path.stat().st_mtime_ns for path in drawn.rglob("*")} == before
+
+
+def test_learning_leaves_a_folder_with_other_things_alone(drawn, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="move it away"):
+        learn_shapes(tmp_path, drawn)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
 def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError):
