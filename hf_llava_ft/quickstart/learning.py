@@ -132,7 +132,9 @@ def _tokenizer(data_dir: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=end, eos_token=stop)
 
 
-def stages(output_dir: Path, data_dir: Path, seed: int, epochs: tuple[float, float] = (4, 2)) -> list[dict[str, Any]]:
+def stages(
+    output_dir: Path, data_dir: Path, seed: int, epochs: tuple[float, float] = (4, 1.5)
+) -> list[dict[str, Any]]:
     """The flags of both runs of `llava-ft train`."""
     both = {
         "image_folder": data_dir / "images",
@@ -174,7 +176,7 @@ def learn_shapes(
     output_dir: Path,
     data_dir: Path,
     seed: int = 42,
-    epochs: tuple[float, float] = (4, 2),
+    epochs: tuple[float, float] = (4, 1.5),
     console: Console | None = None,
 ) -> Learned:
     """Trains both stages on the set at `data_dir` and examines the result; `result.json` holds what comes out."""
