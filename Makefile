@@ -30,7 +30,7 @@ PYTEST_FLAGS :=
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
 .DELETE_ON_ERROR:
-.PHONY: help venv quickstart test test-slow test-oldest test-newest test-travelling test-older-readers test-faults lock check lint \
+.PHONY: help venv quickstart learn reference test test-slow test-oldest test-newest test-travelling test-older-readers test-faults lock check lint \
   layering types format dist clean
 
 help:  ## list these words
@@ -81,6 +81,12 @@ lock:  ## renew the exact versions in requirements/, for every Python from 3.10
 	  --output-file requirements/venv.txt
 	$(UV_COMPILE) --constraints requirements/venv.txt requirements/deepspeed.in \
 	  --output-file requirements/deepspeed.txt
+
+learn: $(INSTALLED)  ## let a small LLaVA with random weights learn drawn shapes, and ask it about new ones
+	$(VENV)/bin/llava-ft shapes --output_dir runs/shapes --learn
+
+reference: $(INSTALLED)  ## write docs/reference.md anew, of what the commands declare
+	$(VENV)/bin/python -m hf_llava_ft.cli.reference > docs/reference.md
 
 quickstart: $(INSTALLED)  ## fine-tune a small LLaVA on five photographs and see the answers before and after
 	$(VENV)/bin/llava-ft quickstart --output_dir runs/quickstart

@@ -12,6 +12,7 @@ NOT_THEIRS = {
     **dict.fromkeys(("_actions", "const", "nargs", "required"), "argparse"),
     **dict.fromkeys(("add_dummy_prefix", "byte_fallback", "remove_extra_whitespaces"), "sentencepiece"),
     **dict.fromkeys(("grad", "param_groups"), "torch, public"),
+    "decoder": "tokenizers, public",
     "auto_map": "a key of config.json",
     "normalizer": "tokenizers, public",
     "timeout": "httpx, public",

@@ -28,7 +28,7 @@ from hf_llava_ft.data.formats.column_choice import SaidOfColumns
 from hf_llava_ft.data.formats.containers import Container
 from hf_llava_ft.data.formats.dataset import load_source
 from hf_llava_ft.data.formats.mixture import draw_rows
-from hf_llava_ft.data.formats.source import Source, open_source
+from hf_llava_ft.data.formats.source import Source, open_source, refuse_preferences
 from hf_llava_ft.data.lengths import token_counts
 from hf_llava_ft.data.problems import CHANGE, NOTHING_TO_LEARN, Problem, over_length
 from hf_llava_ft.data.schema import row_place
@@ -187,6 +187,7 @@ def sound_rows(
         cache_dir=cache_dir,
         columns=columns,
     )
+    refuse_preferences(sources)
     root = Path(os.path.expanduser(cache_dir or datasets.config.HF_DATASETS_CACHE))
     found = SoundRows([], on_bad_row, seed, root)
     for source in sources:

@@ -36,6 +36,36 @@ def quickstart(
 
 
 @app.command()
+def shapes(
+    output_dir: OutputDirOption,
+    num_pictures: Annotated[int, typer.Option("--num_pictures", min=1, help="Pictures that are trained on.")] = 8000,
+    num_held_out: Annotated[
+        int, typer.Option("--num_held_out", min=1, help="Held-out pictures, of each of the two kinds.")
+    ] = 300,
+    seed: Annotated[
+        int, typer.Option("--seed", help="Of the pictures, of what is held out, and of all weights.")
+    ] = 42,
+    learn: Annotated[
+        bool, typer.Option("--learn", help="Also train a small LLaVA with random weights on it, and examine it.")
+    ] = False,
+) -> None:
+    """Draw pictures of coloured shapes, with questions and with held-out combinations: to learn, not to remember.
+
+    Exit code: with --learn 0 if it answers as many questions as docs/learning.md promises, else 1.
+    """
+    with exit_on_user_error():
+        from hf_llava_ft.quickstart.shapes import write_shapes
+
+        folder = write_shapes(output_dir, num_pictures, num_held_out, seed)
+        typer.echo(f"The pictures and their questions are at {folder}.", err=True)
+        if learn:
+            from hf_llava_ft.quickstart.learning import learn_shapes
+
+            if not learn_shapes(folder / "run", folder, seed).passed:
+                raise typer.Exit(1)
+
+
+@app.command()
 def compose(
     context: typer.Context,
     vision: Annotated[str, typer.Option("--vision", help="CLIP or SigLIP model: folder or Hub id.")],

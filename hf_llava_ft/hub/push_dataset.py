@@ -78,6 +78,7 @@ def push_data(
     """
     from hf_llava_ft.data.export import export_dataset
     from hf_llava_ft.data.formats import open_source
+    from hf_llava_ft.data.formats.source import refuse_preferences
     from hf_llava_ft.hub.dataset_card import dataset_card
     from hf_llava_ft.hub.download import check_same_files, download, files_of
     from hf_llava_ft.hub.staging import replaced_by
@@ -88,6 +89,7 @@ def push_data(
     if repo_id is not None and not dry_run:
         check_login(repo_id)
     sources = open_source(data_path, image_folder, allow_outside=allow_outside, allow_urls=allow_urls, columns=columns)
+    refuse_preferences(sources)  # the rejected answers would not be among what is uploaded
     with tempfile.TemporaryDirectory() as temporary:
         folder = output_dir or Path(temporary, "dataset")
         exported = export_dataset(

@@ -12,6 +12,7 @@ from hf_llava_ft.checking.bad_rows import SoundRows, sound_rows, told_of_skipped
 from hf_llava_ft.checking.preview import first_rows
 from hf_llava_ft.data.formats import Source, open_source
 from hf_llava_ft.data.formats.column_choice import SaidOfColumns
+from hf_llava_ft.data.formats.source import refuse_preferences
 from hf_llava_ft.data.skipped_rows import SKIPPED_FILE, told_of_rows_left_out
 from hf_llava_ft.data.streaming import LlavaStream
 from hf_llava_ft.data.streaming.loader import refuse_grouping
@@ -219,6 +220,7 @@ def _open_stream(data_args: DataArguments, args: LlavaTrainingArguments, started
         allow_urls=data_args.allow_image_urls,
         columns=data_args.columns,
     )
+    refuse_preferences(sources)
     return LlavaStream(
         sources,
         shuffle_buffer_size=data_args.shuffle_buffer_size,

@@ -1,4 +1,4 @@
-"""From Python as from the command line: the same run, loss by loss, and README's program as it stands."""
+"""From Python as from the command line: the same run, loss by loss, and the documented programs as they stand."""
 
 import json
 import re
@@ -49,14 +49,18 @@ def logged(output_dir) -> list[float]:
     return json.loads(Path(output_dir, "trainer_state.json").read_text())["log_history"][:-1]
 
 
-def readme_programs(checkout: Path) -> list[str]:
-    text = (checkout / "README.md").read_text(encoding="utf-8")
-    section = text.split("\nFrom Python", 1)[1].split("\n## ", 1)[0]
-    return re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+def documented_programs(checkout: Path) -> list[str]:
+    """That of the README, and the one part by part in docs/training.md."""
+    programs = []
+    for page, heading in (("README.md", "\nFrom Python"), ("docs/training.md", "\nWith a Trainer of your own making")):
+        text = (checkout / page).read_text(encoding="utf-8")
+        section = text.split(heading, 1)[1].split("\n## ", 1)[0]
+        programs += re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    return programs
 
 
-def test_the_programs_of_the_readme_train_lora_and_are_the_same_run(desk, checkout):
-    first, second = readme_programs(checkout)
+def test_the_documented_programs_train_lora_and_are_the_same_run(desk, checkout):
+    first, second = documented_programs(checkout)
     found: dict = {}
     exec(first, found)  # the text that people copy
     result = found["result"]

@@ -27,7 +27,7 @@ from hf_llava_ft.data.formats.column_choice import SaidOfColumns
 from hf_llava_ft.data.formats.containers import JsonFile
 from hf_llava_ft.data.formats.dialects import LLAVA, SHAREGPT
 from hf_llava_ft.data.formats.mixture import draw_rows
-from hf_llava_ft.data.formats.source import Source, open_source
+from hf_llava_ft.data.formats.source import Source, open_source, refuse_preferences
 from hf_llava_ft.data.image_folder import ImageAddressError
 from hf_llava_ft.errors import UserError, user_error_behind
 
@@ -121,6 +121,7 @@ def load_data(
         cache_dir=cache_dir,
         columns=columns,
     )
+    refuse_preferences(sources)
     root = os.path.expanduser(cache_dir or datasets.config.HF_DATASETS_CACHE)
     parts = []
     for position, source in enumerate(sources):

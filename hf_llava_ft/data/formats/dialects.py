@@ -1,4 +1,4 @@
-"""What a row may look like, whatever file holds it: five dialects, each translated to the one `Row`.
+"""What a row may look like, whatever file holds it: six dialects, each translated to the one `Row`.
 
 | dialect | recognised by the keys |
 | --- | --- |
@@ -6,6 +6,7 @@
 | messages | `messages` |
 | prompt/completion | `prompt` and `completion` |
 | image-caption | an image (`file_name` or `image`) and `text` or `caption` |
+| preference | `chosen` and `rejected`, which `check` reads and training refuses |
 
 and a table of one's own, whose columns are named or have usual names (`columns.py`).
 
@@ -60,6 +61,8 @@ def detect_dialect(row: Any) -> Dialect | None:
         return SHAREGPT if _is_sharegpt(row) else LLAVA
     if "messages" in keys:
         return MESSAGES
+    if {"chosen", "rejected"} <= keys:
+        return PREFERENCE
     if {"prompt", "completion"} <= keys:
         return PROMPT_COMPLETION
     if keys & set(CAPTION_IMAGE_KEYS) and keys & set(CAPTION_KEYS):
@@ -101,21 +104,53 @@ def parse_prompt_completion_row(row: Any, where: str, number: int = 1) -> Row:
         UserError: if the row can't be trained on; also if the prompt holds answers, which would be learned too.
     """
     row_id, place = identify_row(row, where, number)
-    for key in ("prompt", "completion"):
-        if row.get(key) is None:
-            raise UserError(f'{place} has no "{key}"; add it, as text or as a list of messages.')
-    prompt, completion = row["prompt"], row["completion"]
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if isinstance(completion, str):
-        completion = [{"role": "assistant", "content": completion}]
-    prompt, completion = _messages(prompt, f'{place}: "prompt"'), _messages(completion, f'{place}: "completion"')
+    prompt, completion = _said(row, "prompt", place), _said(row, "completion", place)
     if any(message.get("role") in ("assistant", "gpt") for message in prompt):
         raise UserError(
             f'{place}: "prompt" holds an answer, and every answer is learned here; write the row as "messages" if it '
             "is to be learned, or leave it out."
         )
     return _row_of_messages(row_id, row, prompt + completion, place)
+
+
+def parse_preference_row(row: Any, where: str, number: int = 1) -> Row:
+    """The conversation that ends in the chosen answer; the other one is checked too ([`parse_preference`])."""
+    return parse_preference(row, where, number)[0]
+
+
+def parse_preference(row: Any, where: str, number: int = 1) -> tuple[Row, Row]:
+    """
+    Check a row of `prompt`, `chosen` and `rejected`, each text or a list of messages, with `image` or `images`.
+
+    Returns:
+        The conversation with the chosen answer, and that with the rejected one.
+
+    Raises:
+        UserError: if one of the two is no conversation that can be trained on, or they are the same.
+    """
+    row_id, place = identify_row(row, where, number)
+    prompt = _said(row, "prompt", place)
+    chosen, rejected = _said(row, "chosen", place), _said(row, "rejected", place)
+    for key, answer in (("chosen", chosen), ("rejected", rejected)):
+        if len(answer) != 1 or answer[0].get("role") not in ("assistant", "gpt"):
+            raise UserError(f'{place}: "{key}" is not one answer; write what both begin with as "prompt".')
+    preferred, other = (
+        _row_of_messages(row_id, row, prompt + answer, f'{place}, with "{key}"')
+        for key, answer in (("chosen", chosen), ("rejected", rejected))
+    )
+    if preferred["messages"] == other["messages"]:
+        raise UserError(f'{place}: "chosen" and "rejected" are the same, so that nothing is preferred; change one.')
+    return preferred, other
+
+
+def _said(row: dict[str, Any], key: str, place: str) -> list[dict[str, Any]]:
+    """The messages under `key`; a text is the user's under `prompt`, and else an answer."""
+    value = row.get(key)
+    if value is None:
+        raise UserError(f'{place} has no "{key}"; add it, as text or as a list of messages.')
+    if isinstance(value, str):
+        value = [{"role": "user" if key == "prompt" else "assistant", "content": value}]
+    return _messages(value, f'{place}: "{key}"')
 
 
 def parse_image_caption_row(row: Any, where: str, number: int = 1) -> Row:
@@ -151,6 +186,7 @@ SHAREGPT = Dialect("ShareGPT", parse_llava_row)
 MESSAGES = Dialect("messages", parse_messages_row)
 PROMPT_COMPLETION = Dialect("prompt/completion", parse_prompt_completion_row)
 IMAGE_CAPTION = Dialect("image-caption", parse_image_caption_row)
+PREFERENCE = Dialect("preference", parse_preference_row)
 
 
 def own_table(columns: Columns) -> Dialect:

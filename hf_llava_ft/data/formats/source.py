@@ -11,6 +11,7 @@ from hf_llava_ft.data.formats.containers import Container
 from hf_llava_ft.data.formats.dialects import (
     IMAGE_CAPTION,
     LLAVA,
+    PREFERENCE,
     PROMPT_COMPLETION,
     SHAREGPT,
     Dialect,
@@ -173,6 +174,19 @@ def open_source(
         images = ImageStore(container.image_folder or image_folder, allow_outside, allow_urls, cache_dir)
         sources.append(Source(container, _dialect_of(container.where, rows, names, given), images, weight))
     return sources
+
+
+def refuse_preferences(sources: Sequence[Source]) -> None:
+    """
+    Raises:
+        UserError: if one of them is of preferences, of which the rejected answers would be left out without a word.
+    """
+    for source in sources:
+        if source.dialect is PREFERENCE:
+            raise UserError(
+                f"{source.where} holds preferences (chosen and rejected), which are learned with TRL's DPOTrainer: "
+                "see docs/preference.md; to learn the chosen answers alone, write them as completion."
+            )
 
 
 def _keys_of(rows: Sequence[Any]) -> list[str]:
