@@ -32,7 +32,7 @@ TRAVELS_WITH = {"torch", "transformers", "tokenizers", "safetensors", "huggingfa
 WINGS = (
     *("releases", "errors", "library_differences", "noise", "termination"),
     *("modeling", "processing"),
-    *("settings", "reports", "checkpoints", "data", "checking", "answering", "hub", "training"),
+    *("settings", "reports", "checkpoints", "data", "checking", "answering", "evaluation", "hub", "training"),
     *("estimate", "serving", "train", "from_python", "quickstart", "cli"),
 )
 # Files that import within a function, and why not at their top.

@@ -25,7 +25,7 @@ from hf_llava_ft.modeling.configuration_llava import LlavaConfig
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
 from hf_llava_ft.modeling.part_names_llava import LANGUAGE_MODEL, part_of
 from hf_llava_ft.settings.arguments import TuningArguments
-from hf_llava_ft.training.loss import LossOverTokens
+from hf_llava_ft.evaluation.token_losses import LossOverTokens
 from hf_llava_ft.training.tuning import with_tuning
 
 _FEW_LAYERS = (2, 3)

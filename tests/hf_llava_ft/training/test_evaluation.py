@@ -24,7 +24,7 @@ from hf_llava_ft.train import train
 from hf_llava_ft.training.answer_logs import AnswerLogs
 from hf_llava_ft.training.eval_prompts import held_out_prompts
 from hf_llava_ft.training.evaluation import held_out, untouched_rng
-from hf_llava_ft.training.loss import LossOverTokens
+from hf_llava_ft.evaluation.token_losses import LossOverTokens
 
 
 @pytest.fixture

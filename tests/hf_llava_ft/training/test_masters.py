@@ -13,7 +13,7 @@ from hf_llava_ft.settings.parsing import parse_arguments, resolve
 from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.train import train
 from hf_llava_ft.training import tuning
-from hf_llava_ft.training.loss import LossOverTokens
+from hf_llava_ft.evaluation.token_losses import LossOverTokens
 from hf_llava_ft.training.precision.masters import dtype_of_result, with_float32_masters
 
 

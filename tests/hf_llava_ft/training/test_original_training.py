@@ -21,7 +21,7 @@ from hf_llava_ft.settings.arguments import TuningArguments
 from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.train import main as train_main
 from hf_llava_ft.train import parse_arguments
-from hf_llava_ft.training.loss import LossOverTokens
+from hf_llava_ft.evaluation.token_losses import LossOverTokens
 from hf_llava_ft.training.tuning import (
     LANGUAGE_MODEL,
     LM_HEAD,
