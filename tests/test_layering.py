@@ -41,6 +41,7 @@ IMPORTS_LATE = {
     "hf_llava_ft/library_differences.py": "start-up: transformers is imported by who needs it",
     "hf_llava_ft/cli/application.py": "start-up: `llava-ft --help` must not wait for torch",
     "hf_llava_ft/cli/answering.py": "start-up, as above",
+    "hf_llava_ft/cli/evaluation.py": "start-up, as above",
     "hf_llava_ft/cli/hub.py": "start-up, as above",
     "hf_llava_ft/cli/models.py": "start-up, as above",
     "hf_llava_ft/cli/training.py": "start-up, as above",

@@ -71,7 +71,9 @@ def held_out_of(
         return HeldOut(sources, None, name)
     then = summary.get("data", {})
     if then.get("fingerprint") and facts_of(sources)["fingerprint"] != then["fingerprint"]:
-        raise UserError(f"{name} is not what {run} was trained on, so the rows it held out are not known: give it back.")
+        raise UserError(
+            f"{name} is not what {run} was trained on, so the rows it held out are not known: give it back."
+        )
     dataset = rows.that_fit(processor, said.get("model_max_length") or _longest(summary, run))
     places = held_out_places(len(dataset), num_held_out(len(dataset), said["eval_split"]), _seed(said))
     if then.get("rows_evaluated") not in (None, len(places)):

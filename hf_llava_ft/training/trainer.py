@@ -20,6 +20,7 @@ from hf_llava_ft.data.sampler import ModalityLengthSampler, OriginalOrderSampler
 from hf_llava_ft.data.streaming import LlavaStream
 from hf_llava_ft.data.streaming.loader import StreamPosition, refuse_grouping, stream_dataloader
 from hf_llava_ft.errors import UserError
+from hf_llava_ft.evaluation.token_losses import LossOverTokens, row_losses
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
 from hf_llava_ft.modeling.part_names_llava import PROJECTOR, VISION_TOWER, part_of
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
@@ -32,7 +33,6 @@ from hf_llava_ft.training.guards.finite import FiniteTraining
 from hf_llava_ft.training.guards.longest_batch import LongestBatch
 from hf_llava_ft.training.guards.moved_weights import MovedWeights
 from hf_llava_ft.training.guards.out_of_memory import advice, advice_for_evaluation, told_of_out_of_memory
-from hf_llava_ft.evaluation.token_losses import LossOverTokens, row_losses
 from hf_llava_ft.training.precision.masters import (
     keeps_own_masters,
     remember_dtype,

@@ -37,9 +37,7 @@ def metrics_called(names: Sequence[str]) -> list[Metric]:
     found = [METRICS[name] for name in dict.fromkeys(wanted)]
     for metric in found:
         if not is_installed(metric):
-            raise UserError(
-                f"--metric {metric.name} needs {metric.needs[0]}: pip install 'hf-llava-ft[evaluation]'."
-            )
+            raise UserError(f"--metric {metric.name} needs {metric.needs[0]}: pip install 'hf-llava-ft[evaluation]'.")
     return found
 
 

@@ -65,6 +65,4 @@ BLEU = Metric(
     "bleu", "BLEU", _bleu_counts, {"bleu": _bleu}, lambda row: _bleu(row, of_one_row=True), needs=("sacrebleu",)
 )
 ROUGE_L = Metric("rouge_l", "ROUGE-L", _rouge_l, {"rouge_l": ratio}, ratio, needs=("rouge_score",))
-WER = Metric(
-    "wer", "Word error rate", _word_errors, {"wer": ratio}, ratio, higher_is_better=False, needs=("jiwer",)
-)
+WER = Metric("wer", "Word error rate", _word_errors, {"wer": ratio}, ratio, higher_is_better=False, needs=("jiwer",))
