@@ -72,7 +72,7 @@ def evaluate(
     allow_nan: AllowNanOption = False,
     json_file: JsonOption = None,
 ) -> None:
-    """Measure a model on rows with known answers, beside its base: figures with intervals, and a page with pictures."""
+    """Measure a model on rows with known answers, beside its base: figures, intervals, a page with pictures."""
     loading: dict[str, Any] = {"revision": revision, "dtype": dtype, "bits": bits, "device": device}
     loading |= {"attn_implementation": attn_implementation, "allow_nan": allow_nan}
     with exit_on_user_error():

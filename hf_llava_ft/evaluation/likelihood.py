@@ -1,7 +1,7 @@
 """How likely a model finds given answers: the losses that training has of them, without training.
 
-What may surprise: the loss is over the tokens that an answer can hold (`token_losses.py`), its stop token among them, so
-it is the `eval_loss` of a run with the same rows.
+What may surprise: the loss is over the tokens that an answer can hold (`token_losses.py`), its stop token among them,
+so it is the `eval_loss` of a run with the same rows.
 
 Legend of the shapes: B rows, T positions, S supervised positions, V vocabulary.
 """

@@ -11,7 +11,7 @@ from hf_llava_ft.reports.page import write_atomically
 
 
 def keep_results(model: str, data: str, num_rows: int, scores: Scores, tell: Callable[[str], None]) -> None:
-    """Adds the figures to those that the folder has, in place of those of the same data; of a Hub id nothing is kept."""
+    """Adds the figures to those that the folder has, in place of those of the same data; of a Hub id none are kept."""
     folder = Path(model)
     if not folder.is_dir():
         return

@@ -1,8 +1,8 @@
 """Did it forget? Forty questions of our own, half of them about photographs, that a base should know and a tuned model
 not unlearn: by the likeliest of a few answers, and by what it says.
 
-Forty are few: a drop of two or three of them is noise, and the intervals say so. What they show is a model that lost what
-it could do, not which benchmark it lost a point in.
+Forty are few: a drop of two or three of them is noise, and the intervals say so. What they show is a model that lost
+what it could do, not which benchmark it lost a point in.
 """
 
 from collections.abc import Sequence
@@ -28,8 +28,8 @@ NAME = "Retention probe"
 METRICS = (CHOICE_LIKELIHOOD, EXACT_MATCH)
 MAX_NEW_TOKENS = 16
 _WHAT_HELPS = (
-    "What helps: rows of other data mixed in, best of what the base was trained on (--data_path mine.json,other.json:0.1); "
-    "fewer epochs (--num_train_epochs); a lower rank (--lora_r) or learning rate (--learning_rate)."
+    "What helps: rows of other data mixed in, best of what the base was trained on (--data_path "
+    "mine.json,other.json:0.1); fewer epochs (--num_train_epochs); a lower rank (--lora_r) or learning rate (--learning_rate)."
 )
 
 

@@ -1,4 +1,4 @@
-"""Multiple choice: the letter that an answer names, as ScienceQA is read, or the choice that the model finds likeliest."""
+"""Multiple choice: the letter that an answer names, as in ScienceQA, or the choice that the model finds likeliest."""
 
 import re
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Longer answers, by libraries of the extra `evaluation`: BLEU and ROUGE-L of captions, word errors of what was read."""
+"""Longer answers, by libraries of the extra `evaluation`: BLEU, ROUGE-L, and word errors of what was read."""
 
 import importlib
 from collections.abc import Sequence
