@@ -189,7 +189,9 @@ def test_word_error_rate_is_of_all_words_together():
 
 def test_loss_is_the_mean_over_tokens_and_perplexity_its_exponential():
     rows = [Given("", ("a",), loss=(6.0, 2)), Given("", ("b",), loss=(1.0, 8))]
-    assert value("loss", rows) == pytest.approx(0.7) and value("loss", rows, "perplexity") == pytest.approx(math.exp(0.7))
+    assert value("loss", rows) == pytest.approx(0.7) and value("loss", rows, "perplexity") == pytest.approx(
+        math.exp(0.7)
+    )
 
 
 def test_an_interval_is_that_of_a_binomial():
