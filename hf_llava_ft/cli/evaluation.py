@@ -27,7 +27,7 @@ def evaluate(
     model: ModelOption,
     base: Annotated[
         str | None,
-        typer.Option("--base", help="Compare with this model. Of an adapter by default the base that it names."),
+        typer.Option("--base", help="Compare with this model; default: what an adapter or a run says it came from."),
     ] = None,
     data_path: Annotated[
         str | None, typer.Option("--data_path", help="Rows with their answers, in any format that training reads.")
@@ -97,6 +97,7 @@ def evaluate(
             data,
             base=base,
             alone=alone,
+            needs_base=retention,
             metrics=metric or (),
             output_dir=output_dir,
             batch_size=batch_size,

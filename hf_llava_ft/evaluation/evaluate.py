@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,8 @@ from hf_llava_ft.answering.loading import answering_device, load_for_answering
 from hf_llava_ft.answering.rows import open_questions
 from hf_llava_ft.checkpoints.files import read_json
 from hf_llava_ft.checkpoints.inspection import ADAPTER_CONFIG
-from hf_llava_ft.checkpoints.opening import load_processor
+from hf_llava_ft.checkpoints.opening import load_config, load_processor
+from hf_llava_ft.checkpoints.run_files import SUMMARY_FILE
 from hf_llava_ft.data.formats import Source
 from hf_llava_ft.data.formats.column_choice import SaidOfColumns
 from hf_llava_ft.errors import UserError
@@ -93,6 +95,7 @@ def evaluate(
     *,
     base: str | None = None,
     alone: bool = False,
+    needs_base: bool = False,
     metrics: Sequence[str] = (),
     output_dir: str | Path | None = None,
     batch_size: int = 16,
@@ -109,8 +112,9 @@ def evaluate(
 
     Args:
         model (`str`): folder or Hub id of a model or an adapter.
-        base (`str`, *optional*): compared with it; of an adapter by default the base that it names.
+        base (`str`, *optional*): compared with it; by default the base that an adapter names or a run started from.
         alone (`bool`): nothing is compared.
+        needs_base (`bool`): it is refused where nothing is known to compare with.
         metrics (`list[str]`): names of `METRICS`; by default the one that fits the answers of the data, and the loss.
         output_dir (`Path`, *optional*): by default `evaluation-NAME` here, after the model's folder.
         loading (`dict`): for [`load_for_answering`], but `base`.
@@ -124,9 +128,11 @@ def evaluate(
     tell = _teller(console)
     wanted = metrics_called(metrics)
     answering_device(loading.get("device"))
-    adapter_base = (read_json(model, ADAPTER_CONFIG, loading.get("revision")) or {}).get("base_model_name_or_path")
-    under = {"base": base} if adapter_base else {}
-    compared = None if alone else base or adapter_base
+    adapter = read_json(model, ADAPTER_CONFIG, loading.get("revision"))
+    under = {} if adapter is None else {"base": base}
+    compared = None if alone else base or base_of(model, adapter)
+    if needs_base and compared is None:
+        raise UserError(f"{model} does not say what it was tuned from: give it as --base.")
     processor = load_processor(model, loading.get("revision"), base=under.get("base"))
     found = _found_data(data, processor, facts_of)
 
@@ -162,6 +168,21 @@ def evaluate(
     keep_results(model, found.name, len(facts), scores, tell)
     _tell(evaluation, console, tell)
     return evaluation
+
+
+def base_of(model: str, adapter: dict[str, Any] | None) -> str | None:
+    """What an adapter names as its base, or the run in a folder was started from; None where neither is known."""
+    if adapter is not None:
+        return adapter.get("base_model_name_or_path")
+    summary = read_json(model, SUMMARY_FILE) if Path(model).is_dir() else None
+    named = (summary or {}).get("settings", {}).get("model_name_or_path")
+    if not isinstance(named, str):
+        return None
+    try:
+        load_config(os.path.expanduser(named))
+    except UserError:  # gone, or the language model that a new LLaVA was made of
+        return None
+    return os.path.expanduser(named)
 
 
 def _found_data(data: Data, processor: Any, facts_of: Callable[[list[Source]], dict[str, Any]] | None) -> HeldOut:

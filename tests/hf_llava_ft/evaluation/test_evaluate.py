@@ -1,5 +1,6 @@
 """`llava-ft evaluate` on tiny models: the figures are those of its files, and a killed command goes on."""
 
+import io
 import json
 import math
 
@@ -43,7 +44,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def told():
-    return Console(record=True, quiet=True, width=200)
+    return Console(record=True, file=io.StringIO(), width=300)
 
 
 def evaluated(model, data, folder, into, console=None, **more):
@@ -171,6 +172,7 @@ def test_the_page_shows_rows_and_escapes_what_was_said(models, tmp_path):
 
 def test_results_reach_the_card_and_do_not_pile_up(models, llava_json, tmp_path):
     data, folder = llava_json(3)
+    (models[0] / "evaluation.json").unlink(missing_ok=True)
     (models[0] / "README.md").write_text("---\nlicense: mit\n---\n\n# Mine\n")
     for _ in range(2):
         evaluated(models[0], data, folder, tmp_path / "found", metrics=["anls,loss"])
