@@ -9,7 +9,7 @@ from PIL import Image
 from hf_llava_ft.answering.rows import AskedRow
 from hf_llava_ft.data.collator import open_picture
 from hf_llava_ft.evaluation.metrics.given import Given
-from hf_llava_ft.evaluation.scores import Scores
+from hf_llava_ft.evaluation.scores import Figure, Scores
 from hf_llava_ft.evaluation.table import name_of, shown, shown_change, shown_interval
 from hf_llava_ft.reports.page import THUMBNAIL_PIXELS, Picture, write_page
 
@@ -43,7 +43,7 @@ def write_evaluation_report(
         "evaluation.html",
         title=f"Evaluation of {Path(evaluation.model).name or evaluation.model}",
         verdict=_verdict(evaluation),
-        is_good=not any(figure.is_worse for figure in scores.figures),
+        kind=_kind(scores.figures),
         num_better=None if base is None else len(scores.better),
         num_worse=None if base is None else len(scores.worse),
         figures=[_line(figure) for figure in scores.figures],
@@ -129,7 +129,7 @@ def _num(cards: list[dict[str, Any]], kind: str) -> int:
     return sum(kind in card["kinds"] for card in cards)
 
 
-def _line(figure: Any) -> dict[str, Any]:
+def _line(figure: Figure) -> dict[str, Any]:
     has_base = figure.base is not None
     return {
         "name": name_of(figure),
@@ -138,6 +138,13 @@ def _line(figure: Any) -> dict[str, Any]:
         "change": shown_change(figure) if has_base else None,
         "kind": "" if not figure.is_beyond_noise else "bad" if figure.is_worse else "good",
     }
+
+
+def _kind(figures: list[Figure]) -> str:
+    """`bad` if anything fell beyond noise, `good` if the main figure rose so, else neither."""
+    if any(figure.is_worse for figure in figures):
+        return "bad"
+    return "good" if figures[0].is_beyond_noise else ""
 
 
 def _verdict(evaluation: "Evaluation") -> str:

@@ -28,9 +28,9 @@ def name_of(figure: Figure) -> str:
 
 
 def shown(figure: Figure, value: float, *, sign: bool = False) -> str:
-    """A share in percent, anything else as it is."""
+    """A share in percent and its change, with a sign, in points of it; anything else as it is."""
     if figure.metric.is_share:
-        return f"{100 * value:{'+' if sign else ''}.1f}%"
+        return f"{100 * value:+.1f}" if sign else f"{100 * value:.1f}%"
     return f"{value:{'+' if sign else ''}.4g}"
 
 
@@ -42,5 +42,6 @@ def shown_change(figure: Figure) -> str:
     change = figure.change
     assert change is not None
     bounds = f"({shown(figure, change.low, sign=True)} to {shown(figure, change.high, sign=True)})"
+    unit = " points" if figure.metric.is_share else ""
     noise = "" if figure.is_beyond_noise else ", within noise"
-    return f"{shown(figure, change.value, sign=True)} {bounds}{noise}"
+    return f"{shown(figure, change.value, sign=True)}{unit} {bounds}{noise}"
