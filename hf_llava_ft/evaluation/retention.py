@@ -29,7 +29,8 @@ METRICS = (CHOICE_LIKELIHOOD, EXACT_MATCH)
 MAX_NEW_TOKENS = 16
 _WHAT_HELPS = (
     "What helps: rows of other data mixed in, best of what the base was trained on (--data_path "
-    "mine.json,other.json:0.1); fewer epochs (--num_train_epochs); a lower rank (--lora_r) or learning rate (--learning_rate)."
+    "mine.json,other.json:0.1); fewer epochs (--num_train_epochs); a lower rank (--lora_r) or learning rate "
+    "(--learning_rate)."
 )
 
 

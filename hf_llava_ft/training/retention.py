@@ -1,4 +1,4 @@
-"""`--retention_probe true`: forty questions of our own before the first step and after the last, and whether it forgot.
+"""`--retention_probe true`: forty questions of our own before the first step and after the last: did it forget?
 
 A run that goes on keeps what the model said before its first step, in `retention.json`.
 """

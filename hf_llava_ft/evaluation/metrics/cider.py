@@ -1,8 +1,8 @@
 """CIDEr-D (arXiv 1411.5726): captions by their words, two to four in a row too, those that are rare counting most.
 
 The scorer that everybody compares with, `pycocoevalcap`, comes in one wheel of 104 MB with Java programs of other
-metrics; this is its arithmetic, with the same values on the same words. Its tokenizer, Stanford's, needs Java too: here
-a word is a row of letters, digits, apostrophes and hyphens, in lower case, which differs in few captions.
+metrics; this is its arithmetic, with the same values on the same words. Its tokenizer, Stanford's, needs Java too:
+here a word is a row of letters, digits, apostrophes and hyphens, in lower case, which differs in few captions.
 
 How rare a word is follows from the references of all rows, so a row's score changes with the rows beside it, and of a
 single row it is 0.
