@@ -78,8 +78,8 @@ def answer_file(
     sources = open_questions(data_path, image_folder, columns=columns, **access or {})
     total = sum(1 for _ in asked_rows(sources, system))
     check_writable_file(output)
-    settings = {"model": state_of_model(model), "data": state_of_data(sources), "image_folder": image_folder}
-    settings |= {"columns": columns, "system": system, **loading, **generation}
+    settings: dict[str, Any] = {"model": state_of_model(model), "data": state_of_data(sources)}
+    settings |= {"image_folder": image_folder, "columns": columns, "system": system, **loading, **generation}
     with locked_folder(output), told_of_a_full_disk(output, "free some space, and give the same command again."):
         lines = AnswerLines(output, settings, [source.where for source in sources])
         num_failed = answer_missing(

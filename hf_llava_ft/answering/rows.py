@@ -39,7 +39,8 @@ class AskedRow:
     """
 
     def __init__(self, source: Source, raw: Any, number: int, system: str | None):
-        row, place = source.parse(raw, number), source.place(raw, number)
+        row: Any = source.parse(raw, number)
+        place = source.place(raw, number)
         stored = [dict(source.locate(image, place)) for image in row["images"]]
         messages = [dict(message) for message in row["messages"]]
         last = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
@@ -60,7 +61,7 @@ class AskedRow:
 
 
 def open_questions(
-    data_path: str, image_folder: str | None = None, *, columns: SaidOfColumns = None, **access: bool
+    data_path: str, image_folder: str | None = None, *, columns: SaidOfColumns = None, **access: Any
 ) -> list[Source]:
     """
     The data, as [`open_source`] gives it, with rows that leave their answer open.

@@ -108,7 +108,7 @@ def _answer_one(
     from hf_llava_ft.answering.conversation import Conversation
 
     answer = ""
-    for piece in Conversation(*parts, system).stream(prompt, images, **generation):
+    for piece in Conversation(parts[0], parts[1], system).stream(prompt, images, **generation):
         answer += piece
         typer.echo(piece, nl=False)
     typer.echo("")
@@ -159,7 +159,7 @@ def chat(
         def tell(line: str) -> None:
             typer.echo(line, err=True)
 
-        talk = Chat(*parts, images, system=system, write=write, tell=tell, **generation)
+        talk = Chat(parts[0], parts[1], images, system=system, write=write, tell=tell, **generation)
         tell(HELP)
         goes_on = True
         while goes_on:

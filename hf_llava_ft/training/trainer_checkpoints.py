@@ -104,7 +104,7 @@ class CheckpointingTrainer(PushingTrainer):
         """
         assert self.interruption is not None and self.interruption.signal_number is not None
         if self.state.global_step not in (0, self._saved_at):
-            self._save_checkpoint(cast(nn.Module, self.model_wrapped), None)
+            self._save_checkpoint(self.model_wrapped, None)
         if missing is None:
             self.callback_handler.on_train_end(self.args, self.state, self.control)
         output_dir = str(self.args.output_dir)

@@ -184,7 +184,7 @@ def with_tuning(
     """
     arguments = tuning_with_defaults(arguments or TuningArguments(), num_rows)
     if base is None:
-        base = model.name_or_path
+        base = str(model.name_or_path)
         revision = revision or hub_commit(base, None)
     if arguments.is_lora:
         tuned: LlavaForCausalLM | PeftModel = with_lora(model, arguments, base, revision, adapter)

@@ -1,5 +1,6 @@
 """One `llava-ft` command in a process that has everything imported already, in a session of its own."""
 
+import multiprocessing
 import os
 import sys
 
@@ -16,6 +17,9 @@ from hf_llava_ft.cli import main
 def run_command(words: list[str], log: str, folder: str) -> None:
     """Ends the process with the command's exit code; what it prints is in `log`."""
     os.setsid()  # so that what it leaves behind can be told from everything else
+    # What a command has that somebody starts; a child of a forkserver would have its own kind, whose workers a kill of
+    # the command does not reach.
+    multiprocessing.set_start_method("fork", force=True)
     os.chdir(folder)
     file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     for number in (1, 2):

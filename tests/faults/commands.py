@@ -64,8 +64,9 @@ class Command:
     def printed(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
-    def left_alive(self, patience: float = 5.0) -> list[int]:
-        """Processes of its session that live on after `patience` seconds."""
+    def left_alive(self, patience: float = 20.0) -> list[int]:
+        """Processes of its session that live on after `patience` seconds: a worker of a DataLoader asks every 5 whether
+        its parent is there."""
         end = time.monotonic() + patience
         while (alive := _of_session(self._process.pid)) and time.monotonic() < end:
             time.sleep(0.05)

@@ -21,7 +21,7 @@ from tests.ranks import write_rows
 
 # Files that say when, how fast or with how much memory: no two runs write the same.
 _OF_THE_MOMENT = ("train_summary.json", "trainer_state.json", "report.html", "loss.png", "complete.json")
-_OF_THE_MOMENT += ("training.json", "run.json")
+_OF_THE_MOMENT += ("training.json", "run.json", "README.md")
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class StartingPoint:
         Raises:
             UserError: see `load_model`; or if the projector is that of another kind of model.
         """
-        model = load_model(
+        model: Any = load_model(
             self.name,
             processor,
             revision=self.revision,
