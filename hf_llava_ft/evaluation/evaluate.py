@@ -131,6 +131,7 @@ def evaluate(
     adapter = read_json(model, ADAPTER_CONFIG, loading.get("revision"))
     under = {} if adapter is None else {"base": base}
     compared = None if alone else base or base_of(model, adapter)
+    of_base = None if base or adapter is None else adapter.get("revision")  # the commit that it was tuned on
     if needs_base and compared is None:
         raise UserError(f"{model} does not say what it was tuned from: give it as --base.")
     processor = load_processor(model, loading.get("revision"), base=under.get("base"))
@@ -145,7 +146,7 @@ def evaluate(
     chosen, reason = _chosen(wanted, facts)
     if reason is not None:
         tell(f"Metric: {chosen[0].name}, because {reason}; --metric says another.")
-    into = Path(output_dir) if output_dir else Path(f"evaluation-{Path(model).name}")
+    into = Path(output_dir) if output_dir else Path(f"evaluation-{Path(model).resolve().name}")
     into.mkdir(parents=True, exist_ok=True)
     state = {"data": state_of_data(found.sources), "rows": None if found.keys is None else sorted(found.keys)}
     state |= {"image_folder": data.image_folder, "columns": data.columns, "system": data.system}
@@ -153,7 +154,7 @@ def evaluate(
     judged = {}
     for name, path, more in (("base", compared, {}), ("tuned", model, under)):
         if path is not None:
-            its_loading = {**(loading if name == "tuned" else {**loading, "revision": None}), **more}
+            its_loading = {**(loading if name == "tuned" else {**loading, "revision": of_base}), **more}
             judged[name] = _judge(
                 into, name, path, its_loading, state, found.sources, rows, facts, chosen, asking, console
             )

@@ -15,7 +15,7 @@ def measured(result: EvaluationResult) -> EvalResult:
     is_main = result.figure == result.metric
     return EvalResult(
         task_type="image-text-to-text",
-        dataset_type=result.data if hub_id(result.data) else "custom",
+        dataset_type=result.data if "/" in result.data and hub_id(result.data) else "custom",
         dataset_name=result.data,
         dataset_config=result.data,  # huggingface_hub, up to 2.4, puts results together whose names alone differ
         metric_type=result.metric if is_main else result.figure,

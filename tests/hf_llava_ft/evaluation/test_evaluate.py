@@ -11,14 +11,15 @@ from PIL import Image
 from rich.console import Console
 
 from hf_llava_ft.answering.loading import load_for_answering
-from hf_llava_ft.checkpoints.evaluation_results import read_results
+from hf_llava_ft.checkpoints.evaluation_results import EvaluationResult, read_results
 from hf_llava_ft.data.collator import LlavaCollator
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.evaluation import judged
 from hf_llava_ft.evaluation.evaluate import Data, evaluate
 from hf_llava_ft.evaluation.retention import METRICS, NAME, PHOTOGRAPHS, QUESTIONS, retention_questions
 from hf_llava_ft.evaluation.rows import facts_of_row, rows_of
-from hf_llava_ft.hub.measured_results import renew_measured
+from hf_llava_ft.hub.measured_results import measured, renew_measured
+from hf_llava_ft.hub.model_card import write_card
 from tests.conftest import build_tiny_processor, tiny_model
 
 LOADING = {"device": "cpu"}
@@ -185,6 +186,10 @@ def test_results_reach_the_card_and_do_not_pile_up(models, llava_json, tmp_path)
     ]
     assert card.data.license == "mit" and "# Mine" in card.text
     assert card.data.eval_results[0].metric_value == pytest.approx(read_results(models[0])[0].value, abs=1e-6)
+    assert [each.dataset_type for each in card.data.eval_results] == ["custom"] * 3
+    text = write_card(models[0], kind="model", repo_id="me/mine").text
+    assert "| data.json (3) | anls | 0 (0 to 0) |" in text and "loss: perplexity" in text
+    assert "No evaluation is recorded" not in text and "has not been measured" not in text
     (models[0] / "evaluation.json").write_text(json.dumps({"results": [{"data": 3}, "x", None]}))
     assert read_results(models[0]) == []
     for name in ("README.md", "evaluation.json"):
@@ -211,3 +216,8 @@ def test_retention_compares_with_the_base(llava_ft, models, tmp_path):
 def test_what_is_asked_for_must_be_one_thing(llava_ft, models):
     code, _, err = llava_ft("evaluate", "--model", models[0])
     assert code == 2 and "one of --data_path, --eval_split" in err
+
+
+def test_a_data_set_of_the_hub_is_named_by_its_id():
+    result = EvaluationResult("user/vqa", 4, "yes_no", "f1", 0.5, 0.4, 0.6)
+    assert measured(result).dataset_type == "user/vqa" and measured(result).metric_name == "yes_no: f1"
