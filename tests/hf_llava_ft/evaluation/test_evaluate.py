@@ -188,7 +188,7 @@ def test_results_reach_the_card_and_do_not_pile_up(models, llava_json, tmp_path)
     assert card.data.eval_results[0].metric_value == pytest.approx(read_results(models[0])[0].value, abs=1e-6)
     assert [each.dataset_type for each in card.data.eval_results] == ["custom"] * 3
     text = write_card(models[0], kind="model", repo_id="me/mine").text
-    assert "| data.json (3) | anls | 0 (0 to 0) |" in text and "loss: perplexity" in text
+    assert "| data&#46;json (3) | anls | 0 (0 to 0) |" in text and "loss: perplexity" in text
     assert "No evaluation is recorded" not in text and "has not been measured" not in text
     (models[0] / "evaluation.json").write_text(json.dumps({"results": [{"data": 3}, "x", None]}))
     assert read_results(models[0]) == []
