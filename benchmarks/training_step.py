@@ -11,9 +11,9 @@ from torch import nn
 from hf_llava_ft.estimate.memory import StateBytes
 from hf_llava_ft.estimate.plan import Estimate, Estimator, Plan
 from hf_llava_ft.estimate.trace import Batch, quantized_weights
+from hf_llava_ft.evaluation.token_losses import LossOverTokens
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
 from hf_llava_ft.settings.arguments import TuningArguments
-from hf_llava_ft.training.loss import LossOverTokens
 from hf_llava_ft.training.tuning import with_tuning
 
 MAX_GRAD_NORM = 1.0  # the Trainer's default

@@ -43,6 +43,7 @@ from hf_llava_ft.training.precision.quantization import loading_in_few_bits
 from hf_llava_ft.training.resuming.fingerprint import COMPOSED_BASE, base_digest, course_of
 from hf_llava_ft.training.resuming.resume import Run, checkpoint_to_resume, opening_to_resume
 from hf_llava_ft.training.resuming.run_folder import compared_with_before, one_run_at_a_time, open_run_folder
+from hf_llava_ft.training.retention import RetentionProbe, check_retention
 from hf_llava_ft.training.row_order import keep_order
 from hf_llava_ft.training.rows import open_all_rows, tell_of_rows_left_out, with_counted_rows
 from hf_llava_ft.training.run_trainer import teller, train_to_the_end, trainer_of_run
@@ -175,12 +176,19 @@ def _train(
     if trainer.is_world_process_zero() and (padding := trainer.told_of_padding()) is not None:
         tell(padding)
 
+    probe = None
+    if data_args.retention_probe and trainer.is_world_process_zero():
+        probe = RetentionProbe(trainer.model, processor, Path(str(training_args.output_dir)))
+        probe.ask_before(goes_on=run.resumed_from is not None)
+
     # It trains; and what comes of it is saved, evaluated, described, pushed.
     with interruption:
         seconds = train_to_the_end(trainer, run.resumed_from)
         seconds_training = seconds - trainer.throughput.paused_seconds
         save_result(trainer, tell)
         evaluate_once(trainer, answers)  # when nothing can be lost any more
+        if probe is not None:
+            tell(probe.told_after())
         trainer.save_state()
         tell_of_early_stop(trainer.state, training_args, tell)
         if trainer.is_world_process_zero():
@@ -232,6 +240,8 @@ def _checked_first(
     output_dir = Path(str(args.output_dir))
     check_attention(model_args.attn_implementation)
     check_evaluation(data_args, args)
+    if data_args.retention_probe:
+        check_retention(args)
     checkpoint, passed_over = checkpoint_to_resume(args.resume_from_checkpoint, output_dir)
     for sentence in passed_over:
         tell(sentence)

@@ -32,7 +32,7 @@ TRAVELS_WITH = {"torch", "transformers", "tokenizers", "safetensors", "huggingfa
 WINGS = (
     *("releases", "errors", "library_differences", "noise", "termination"),
     *("modeling", "processing"),
-    *("settings", "reports", "checkpoints", "data", "checking", "answering", "hub", "training"),
+    *("settings", "reports", "checkpoints", "data", "checking", "answering", "evaluation", "hub", "training"),
     *("estimate", "serving", "train", "from_python", "quickstart", "cli"),
 )
 # Files that import within a function, and why not at their top.
@@ -41,6 +41,7 @@ IMPORTS_LATE = {
     "hf_llava_ft/library_differences.py": "start-up: transformers is imported by who needs it",
     "hf_llava_ft/cli/application.py": "start-up: `llava-ft --help` must not wait for torch",
     "hf_llava_ft/cli/answering.py": "start-up, as above",
+    "hf_llava_ft/cli/evaluation.py": "start-up, as above",
     "hf_llava_ft/cli/hub.py": "start-up, as above",
     "hf_llava_ft/cli/models.py": "start-up, as above",
     "hf_llava_ft/cli/training.py": "start-up, as above",

@@ -1,6 +1,7 @@
 """A file of answers that a killed command leaves as whole lines, and the same command finishes.
 
-Beside it lies meanwhile what the answers follow from, in a hidden file, by which other settings are refused.
+Beside it lies meanwhile what the answers follow from, in a hidden file, by which other settings are refused. For an
+evaluation it stays, and a finished file is not made again.
 """
 
 import json
@@ -21,6 +22,8 @@ class AnswerLines:
         path (`Path`): JSON Lines with `row` in each, and `file` where there are several.
         settings (`dict`): what the answers follow from, as JSON has it.
         files (`list[str]`): those that the rows are from, in order.
+        flag (`str`): what names the file, or its folder, on the command line.
+        stays (`bool`): whether the finished file is taken as it is by the same command.
 
     Attributes:
         done (`set[Key]`): the rows that the file holds already.
@@ -29,8 +32,10 @@ class AnswerLines:
         UserError: if the file is there and was not begun with `settings`.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], files: list[str]):
-        self.path, self.files = path, files
+    def __init__(
+        self, path: Path, settings: dict[str, Any], files: list[str], *, flag: str = "--output", stays: bool = False
+    ):
+        self.path, self.files, self._flag, self._stays = path, files, flag, stays
         self._note = path.with_name(f".{path.name}.begun")
         settings = json.loads(json.dumps(settings))
         if path.exists() and path.stat().st_size:
@@ -44,12 +49,12 @@ class AnswerLines:
         try:
             before = json.loads(self._note.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.path} is there already: remove it, or choose another --output.") from error
+            raise UserError(f"{self.path} is there already: remove it, or choose another {self._flag}.") from error
         changed = [name for name in settings | before if settings.get(name) != before.get(name)]
         if changed:
             raise UserError(
                 f"{self.path} was begun with another {' and another '.join(changed)}: give the same command again, "
-                f"remove the file, or choose another --output."
+                f"remove the file, or choose another {self._flag}."
             )
 
     def _cut_what_is_no_line(self) -> None:
@@ -98,5 +103,6 @@ class AnswerLines:
             into.flush()
             os.fsync(into.fileno())
         sorted_file.replace(self.path)
-        self._note.unlink(missing_ok=True)
+        if not self._stays:
+            self._note.unlink(missing_ok=True)
         return sum(has_none for *_, has_none in places)

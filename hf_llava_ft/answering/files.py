@@ -5,7 +5,7 @@ answered, the lines are put in the order of the rows.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -24,6 +24,7 @@ from hf_llava_ft.answering.rows import AskedRow, asked_rows, open_questions
 from hf_llava_ft.checkpoints.artifact import check_writable_file, told_of_a_full_disk
 from hf_llava_ft.checkpoints.folder_lock import locked_folder
 from hf_llava_ft.checkpoints.opening import load_processor
+from hf_llava_ft.checkpoints.run_files import EVALUATION_FILE
 from hf_llava_ft.data.formats import Source
 from hf_llava_ft.data.formats.column_choice import SaidOfColumns
 
@@ -77,23 +78,63 @@ def answer_file(
     sources = open_questions(data_path, image_folder, columns=columns, **access or {})
     total = sum(1 for _ in asked_rows(sources, system))
     check_writable_file(output)
-    settings: dict[str, Any] = {"model": _state_of_model(model), "data": _state_of_data(sources)}
+    settings: dict[str, Any] = {"model": state_of_model(model), "data": state_of_data(sources)}
     settings |= {"image_folder": image_folder, "columns": columns, "system": system, **loading, **generation}
     with locked_folder(output), told_of_a_full_disk(output, "free some space, and give the same command again."):
         lines = AnswerLines(output, settings, [source.where for source in sources])
-        if lines.done:
-            console.print(
-                f"{output} goes on: {len(lines.done):,} of {total:,} rows are there.", highlight=False, soft_wrap=True
-            )
-        if len(lines.done) < total:
-            parts = load_for_answering(model, processor=processor, **loading)
-            rows = (row for row in asked_rows(sources, system) if (row.file, row.number) not in lines.done)
-            with _bar(console, len(lines.done), total) as advance:
-                _answer(parts, rows, lines, advance, batch_size, generation)
-        num_failed = lines.finish()
+        num_failed = answer_missing(
+            lines,
+            lambda: asked_rows(sources, system),
+            total,
+            lambda: load_for_answering(model, processor=processor, **loading),
+            console=console,
+            batch_size=batch_size,
+            **generation,
+        )
     failed = f"; {num_failed:,} without an answer, with the reason in its line" if num_failed else ""
     console.print(f"{total:,} rows are in {output}{failed}.", highlight=False, soft_wrap=True)
     return Answered(total - num_failed, num_failed)
+
+
+def answer_missing(
+    lines: AnswerLines,
+    rows: Callable[[], Iterable[AskedRow]],
+    total: int,
+    load: Callable[[], tuple[Any, Any]],
+    *,
+    console: Console,
+    batch_size: int = 16,
+    what: str = "answers",
+    **generation: Any,
+) -> int:
+    """
+    Adds the answers that are not in a file yet.
+
+    Args:
+        lines (`AnswerLines`): the file.
+        rows: gives all rows; asked only if some are missing, and so is `load`.
+        total (`int`): how many they are.
+        load: gives model and processor.
+        what (`str`): in front of the progress bar.
+        generation: `max_new_tokens`, `temperature`, `top_p`.
+
+    Returns:
+        How many rows have no answer.
+    """
+    tell_of_going_on(lines, total, console)
+    if len(lines.done) < total:
+        parts = load()
+        missing = (row for row in rows() if (row.file, row.number) not in lines.done)
+        with progress_bar(console, what, len(lines.done), total) as advance:
+            _answer(parts, missing, lines, advance, batch_size, generation)
+    return lines.finish()
+
+
+def tell_of_going_on(lines: AnswerLines, total: int, console: Console) -> None:
+    """Says how much of a file is there already, if anything is."""
+    if lines.done:
+        found = f"{lines.path} goes on: {len(lines.done):,} of {total:,} rows are there."
+        console.print(found, highlight=False, soft_wrap=True)
 
 
 def _answer(
@@ -118,13 +159,15 @@ def _said(answer: Answer) -> dict[str, Any]:
     return {"answer": answer.text, "finish_reason": answer.finish_reason}
 
 
-def _state_of_model(path: str) -> list[Any]:
-    """What a folder holds, by size and time; a Hub id is itself."""
+def state_of_model(path: str) -> list[Any]:
+    """What a folder holds, by size and time, but for what an evaluation writes there; a Hub id is itself."""
     files = sorted(Path(path).iterdir()) if Path(path).is_dir() else []
+    files = [file for file in files if file.name not in ("README.md", EVALUATION_FILE)]
     return [path, *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file())]
 
 
-def _state_of_data(sources: list[Source]) -> list[Any]:
+def state_of_data(sources: list[Source]) -> list[Any]:
+    """Files of data, by size and time."""
     states = []
     for source in sources:
         files = [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in source.container.files]
@@ -133,9 +176,9 @@ def _state_of_data(sources: list[Source]) -> list[Any]:
 
 
 @contextmanager
-def _bar(console: Console, done: int, total: int) -> Iterator[Callable[[], None]]:
+def progress_bar(console: Console, what: str, done: int, total: int) -> Iterator[Callable[[], None]]:
     """Yields a function that is told of each answer."""
-    columns = (TextColumn("[bold]answers"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn(f"[bold]{what}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     progress = Progress(
         *columns, TextColumn("left"), TimeRemainingColumn(), console=console, disable=not console.is_terminal
     )

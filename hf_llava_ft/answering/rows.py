@@ -34,6 +34,8 @@ class AskedRow:
         number (`int`): its number there, from 1.
         line (`dict`): `row`, `id`, `prompt`, `images`, and `expected` where the row holds the answer.
         question (`Question`): what the model is asked.
+        conversation (`Question`): the whole row, its answers included.
+        raw: the row as its file has it.
     """
 
     def __init__(self, source: Source, raw: Any, number: int, system: str | None):
@@ -43,10 +45,12 @@ class AskedRow:
         messages = [dict(message) for message in row["messages"]]
         last = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
         asked = messages[:last]
-        asked = [{**message, "content": [_part(part) for part in message["content"]]} for message in asked]
+        asked = [_plain(message) for message in asked]
         if system is not None:
             asked = [message for message in asked if message["role"] != "system"]
             asked.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+        self.raw = raw
+        self.conversation = Question([_plain(message) for message in messages], stored)
         num_images = sum(part["type"] == "image" for message in asked for part in message["content"])
         self.file, self.number = source.where, number
         self.question = Question(asked, stored[:num_images])
@@ -142,6 +146,10 @@ def _with_answer(raw: dict[str, Any]) -> dict[str, Any]:
     rest = {key: value for key, value in raw.items() if key not in ("text", "question_id")}
     found = {"id": raw.get("id", raw["question_id"]), "prompt": raw["text"], "completion": _PLACEHOLDER_ANSWER}
     return {**rest, **found, _OPEN: True}
+
+
+def _plain(message: dict[str, Any]) -> dict[str, Any]:
+    return {**message, "content": [_part(part) for part in message["content"]]}
 
 
 def _part(part: Any) -> dict[str, str]:

@@ -121,6 +121,10 @@ class SoundRows:
             raise UserError(f"{self.parts[0].source.where}: {_NO_ROW}")
         return kept[0] if len(kept) == 1 else datasets.concatenate_datasets(kept)
 
+    def places(self) -> list[tuple[str, int]]:
+        """File and number there of each row that `that_fit` gave, in order."""
+        return [(part.source.where, number) for part, rows in self._places for number in part.numbers[rows].tolist()]
+
     def first(self, number: int) -> Iterator[tuple[str, dict[str, Any]]]:
         """(place, row) of the first rows that `that_fit` gave."""
         for part, rows in self._places:

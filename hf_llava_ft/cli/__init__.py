@@ -5,7 +5,7 @@ from hf_llava_ft.noise import hide_noise
 from hf_llava_ft.termination import exit_on_sigterm
 
 # They register themselves, and `--help` lists them in this order.
-from hf_llava_ft.cli import training, models, answering, hub  # noqa: F401  # isort: skip
+from hf_llava_ft.cli import training, models, answering, evaluation, hub  # noqa: F401  # isort: skip
 
 
 def main() -> None:

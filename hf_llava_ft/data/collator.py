@@ -33,9 +33,10 @@ class LlavaCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch as [`LlavaProcessor.pad`] gives it, from rows with `messages`, `images` and `id`."""
-        return self.processor.pad([self._encode(row) for row in rows], padding_side=self.padding_side)
+        return self.processor.pad([self.encoded(row) for row in rows], padding_side=self.padding_side)
 
-    def _encode(self, row: dict[str, Any]) -> dict[str, Any]:
+    def encoded(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A row as `encode_conversation` gives it, with its pictures read."""
         if self.as_they_were is not None:
             self.as_they_were.check(row)
         try:

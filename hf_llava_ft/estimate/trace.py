@@ -21,11 +21,11 @@ from hf_llava_ft.checkpoints.checked.folder import UNREADABLE, reason_of
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.estimate.bytes_alive import BytesAlive
 from hf_llava_ft.estimate.pictures import TYPICAL_SIZE, Picture, picture_of
+from hf_llava_ft.evaluation.token_losses import LossOverTokens
 from hf_llava_ft.modeling.configuration_llava import LlavaConfig
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
 from hf_llava_ft.modeling.part_names_llava import LANGUAGE_MODEL, part_of
 from hf_llava_ft.settings.arguments import TuningArguments
-from hf_llava_ft.training.loss import LossOverTokens
 from hf_llava_ft.training.tuning import with_tuning
 
 _FEW_LAYERS = (2, 3)

@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from hf_llava_ft.checkpoints.evaluation_results import EvaluationResult, read_results
 from hf_llava_ft.checkpoints.files import find_file, read_json
 from hf_llava_ft.checkpoints.inspection import ADAPTER_CONFIG, Kind
 from hf_llava_ft.checkpoints.reload import Loader
@@ -22,6 +23,7 @@ from hf_llava_ft.checkpoints.training_facts import TrainingFacts, hub_id, traini
 from hf_llava_ft.checkpoints.verify import Verification, loader_for
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.hub.card_template import card_of
+from hf_llava_ft.hub.measured_results import measured
 from hf_llava_ft.hub.model_card_samples import write_samples
 from hf_llava_ft.hub.model_card_values import Bases, model_card_values
 from hf_llava_ft.reports.plots import save_loss_plot
@@ -76,7 +78,7 @@ def write_card(
         _check_name(name, revision)
     stated = {"license": license} if license else _license_of(bases)
     loader = verification.loader if verification else _loader(staged, kind, bases)
-    evaluated = _evaluated(facts)
+    evaluated, results = _evaluated(facts), read_results(run or staged)
 
     shutil.rmtree(staged / ASSETS_FOLDER, ignore_errors=True)
     shown = write_samples(run or staged, samples, staged / ASSETS_FOLDER, ASSETS_FOLDER) if samples > 0 else []
@@ -90,6 +92,7 @@ def write_card(
         vision_tower=_vision_tower(staged) if kind == "projector" else None,
         facts=facts,
         evaluated=evaluated,
+        results=results,
         samples=shown,
         verification=verification,
         license=stated.get("license_name", stated.get("license")),
@@ -97,7 +100,7 @@ def write_card(
         languages=[language] if isinstance(language, str) else language or [],
         plot=_write_plot(staged, facts),
     )
-    data = _metadata(kind, repo_id, loader, bases, facts, evaluated, {**stated, "language": language})
+    data = _metadata(kind, repo_id, loader, bases, facts, evaluated, results, {**stated, "language": language})
     card = card_of(ModelCard, data, "model_card.md", values, loading="model_card_loading.md")
     card.save(staged / CARD_FILE)
     return card
@@ -138,6 +141,7 @@ def write_local_card(
     except HFValidationError:
         name = "adapter"
     bases, evaluated = _bases(folder, "adapter", None, None, facts), _evaluated(facts)
+    results = read_results(folder)
     values = model_card_values(
         "adapter",
         name,
@@ -146,6 +150,7 @@ def write_local_card(
         vision_tower=None,
         facts=facts,
         evaluated=evaluated,
+        results=results,
         samples=[],
         verification=None,
         license=base.license.get("license_name", base.license.get("license")),
@@ -153,7 +158,7 @@ def write_local_card(
         languages=[],
         plot=plot,
     )
-    data = _metadata("adapter", name, base.loader, bases, facts, evaluated, dict(base.license))
+    data = _metadata("adapter", name, base.loader, bases, facts, evaluated, results, dict(base.license))
     card_of(ModelCard, data, "model_card.md", values, loading="model_card_loading.md").save(folder / CARD_FILE)
 
 
@@ -249,6 +254,7 @@ def _metadata(
     bases: Bases,
     facts: TrainingFacts | None,
     evaluated: tuple[int, float] | None,
+    results: list[EvaluationResult],
     stated: dict[str, Any],
 ) -> ModelCardData:
     hub_data = [source["name"].partition(":")[0] for source in (facts.sources if facts else []) if source["on_hub"]]
@@ -267,9 +273,11 @@ def _metadata(
         "datasets": list(dict.fromkeys(hub_data)) or None,
         "tags": ["llava", *([how] if how else []), "hf_llava_ft"],
     }
+    found = [measured(each) for each in results]
     if evaluated is not None:
-        result = _eval_result(hub_data, "eval_split" in settings, evaluated[1])
-        fields |= {"model_name": repo_id.rpartition("/")[2], "eval_results": [result]}
+        found.insert(0, _eval_result(hub_data, "eval_split" in settings, evaluated[1]))
+    if found:
+        fields |= {"model_name": repo_id.rpartition("/")[2], "eval_results": found}
     return ModelCardData(**{name: value for name, value in fields.items() if value is not None})
 
 

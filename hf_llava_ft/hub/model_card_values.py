@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hf_llava_ft.checkpoints.evaluation_results import EvaluationResult
 from hf_llava_ft.checkpoints.inspection import Kind
 from hf_llava_ft.checkpoints.original_folders import PROJECTOR_FILE
 from hf_llava_ft.checkpoints.reload import Loader
@@ -50,6 +51,7 @@ def model_card_values(
     vision_tower: str | None,
     facts: TrainingFacts | None,
     evaluated: tuple[int, float] | None,
+    results: Sequence[EvaluationResult],
     samples: list[Sample],
     verification: Verification | None,
     license: str | None,
@@ -62,6 +64,7 @@ def model_card_values(
         repo_id, bases, vision_tower: names of the Hub, and revisions, that were checked: they stand in code.
         loader (`Loader`): what it takes to load the whole model.
         evaluated (`tuple[int, float]`, *optional*): step and loss that are those of the weights.
+        results (`list[EvaluationResult]`): of `llava-ft evaluate`.
         license (`str`, *optional*): by its name, where it is stated.
         is_license_of_base (`bool`): it was not stated of this model.
         plot (`str`, *optional*): path of the loss curve inside the repository.
@@ -84,6 +87,7 @@ def model_card_values(
         "training": _training(known),
         "plot": Markdown(plot) if plot else None,
         "evaluation": _evaluation(known, *evaluated) if evaluated else None,
+        "measured": [vars(each) for each in results],
         "data": _data(known),
         "verification": _verification(verification) if verification else None,
         "num_few_rows": rows if rows and rows < _MANY_ROWS else None,

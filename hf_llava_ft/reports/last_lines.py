@@ -41,7 +41,8 @@ def last_lines(
     if not by_prompt:
         lines.append("To see answers before and after, hold out rows: --eval_split 0.05 asks three of them.")
     about = "" if picture is None else f" --image {quote(_near(picture))}"
-    commands = [f"chat --model {quote(folder)}{about}", f"verify --model {quote(folder)}"]
+    rows = f"--eval_split {quote(folder)}" if are_held_out and by_prompt else "--retention"
+    commands = [f"chat --model {quote(folder)}{about}", f"evaluate --model {quote(folder)} {rows}"]
     if is_adapter:
         commands.append(f"merge --adapter {quote(folder)} --output_dir {quote(f'{folder}-merged')}")
     else:

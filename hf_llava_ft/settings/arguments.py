@@ -154,6 +154,10 @@ class DataArguments:
         },
     )
     eval_max_new_tokens: int = field(default=128, metadata={"help": "Most tokens of such an answer."})
+    retention_probe: bool = field(
+        default=False,
+        metadata={"help": "Ask forty questions of our own before and after training, and say whether it forgot."},
+    )
 
     @property
     def has_eval_rows(self) -> bool:

@@ -12,6 +12,7 @@ from transformers import IntervalStrategy, TrainerState
 from hf_llava_ft.checking.bad_rows import SoundRows, sound_rows
 from hf_llava_ft.data.formats.column_choice import parse_choice
 from hf_llava_ft.errors import UserError
+from hf_llava_ft.evaluation.held_out import held_out_places, num_held_out
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.settings.arguments import DataArguments
 from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
@@ -81,13 +82,14 @@ def held_out(rows: SoundRows, dataset: Dataset, share: float, seed: int) -> tupl
             f"--eval_split cannot hold out rows of {repeated[0]}, which are repeated by its weight and would be "
             f"trained on as well: use --eval_data_path."
         )
-    number = max(1, round(share * len(dataset)))
+    number = num_held_out(len(dataset), share)
     if number >= len(dataset):
         raise UserError(
             f"--eval_split {share:g} of {len(dataset)} rows leaves none to train on: give a smaller share."
         )
-    order = np.random.default_rng(seed).permutation(len(dataset))
-    return dataset.select(np.sort(order[number:])), dataset.select(np.sort(order[:number]))
+    chosen = held_out_places(len(dataset), number, seed)
+    others = np.setdiff1d(np.arange(len(dataset)), chosen)
+    return dataset.select(others), dataset.select(chosen)
 
 
 def tell_of_early_stop(state: TrainerState, args: LlavaTrainingArguments, tell: Callable[[str], None]) -> None:
@@ -117,24 +119,3 @@ def untouched_rng() -> Iterator[None]:
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
-
-
-def row_losses(
-    logits: torch.Tensor, targets: torch.Tensor, of_each: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
-    """
-    The summed loss of each row, and of how many tokens.
-
-    Args:
-        logits (`float[S, V]`): at the S supervised positions, in row-major order.
-        targets (`int64[B, T]`): at each position the id to predict, or -100.
-        of_each: the losses `float32[S]` of logits and targets.
-
-    Returns:
-        `float32[B, 2]`: sum and number.
-    """
-    is_supervised = targets != -100
-    losses = of_each(logits, targets[is_supervised].to(logits.device))
-    row_of = is_supervised.nonzero()[:, 0].to(logits.device)
-    sums = torch.zeros(len(targets), device=logits.device).index_add(0, row_of, losses)
-    return torch.stack((sums, is_supervised.sum(1).to(sums)), dim=1)

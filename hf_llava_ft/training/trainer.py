@@ -18,19 +18,19 @@ from hf_llava_ft.data.collator import LlavaCollator
 from hf_llava_ft.data.streaming import LlavaStream
 from hf_llava_ft.data.streaming.loader import StreamPosition, refuse_grouping, stream_dataloader
 from hf_llava_ft.errors import UserError
+from hf_llava_ft.evaluation.token_losses import LossOverTokens, row_losses
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
 from hf_llava_ft.modeling.part_names_llava import PROJECTOR, VISION_TOWER, part_of
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.processing.uint8_pixels_llava import can_hand_over_uint8, normalize_pixels
 from hf_llava_ft.settings.defaults import training_with_defaults
 from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
-from hf_llava_ft.training.evaluation import row_losses, untouched_rng
+from hf_llava_ft.training.evaluation import untouched_rng
 from hf_llava_ft.training.fsdp import check_fsdp, share_out_by_layers
 from hf_llava_ft.training.guards.finite import FiniteTraining
 from hf_llava_ft.training.guards.longest_batch import LongestBatch
 from hf_llava_ft.training.guards.moved_weights import MovedWeights
 from hf_llava_ft.training.guards.out_of_memory import advice, advice_for_evaluation, told_of_out_of_memory
-from hf_llava_ft.training.loss import LossOverTokens
 from hf_llava_ft.training.precision.masters import (
     keeps_own_masters,
     remember_dtype,

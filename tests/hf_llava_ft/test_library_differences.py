@@ -12,10 +12,10 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_llava_ft.checkpoints import run_files as trainer_files
 from hf_llava_ft.data.export import _shard_bytes
+from hf_llava_ft.evaluation.token_losses import LossOverTokens
 from hf_llava_ft.hub.upload import _git_hash
 from hf_llava_ft.library_differences import HTTPError, checkpointing_flags
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
-from hf_llava_ft.training.loss import LossOverTokens
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "evaluation": (
         *("eval_split", "eval_data_path", "eval_columns", "eval_image_folder", "eval_strategy", "eval_steps"),
         *("per_device_eval_batch_size", "eval_prompts", "num_eval_answers", "eval_max_new_tokens"),
+        "retention_probe",
         "early_stopping_patience",
     ),
     "several devices": ("deepspeed", "fsdp", "use_cpu"),

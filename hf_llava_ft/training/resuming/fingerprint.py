@@ -34,7 +34,7 @@ FREE = frozenset(
     + ("columns",)
     # What is shown, evaluated, saved and pushed.
     + ("preview", "eval_data_path", "eval_image_folder", "eval_prompts", "eval_max_new_tokens", "eval_strategy")
-    + ("num_eval_answers", "eval_columns")
+    + ("num_eval_answers", "eval_columns", "retention_probe")
     + ("eval_steps", "eval_delay", "per_device_eval_batch_size", "prediction_loss_only", "eval_on_start")
     + ("eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps", "include_for_metrics")
     + ("batch_eval_metrics", "bf16_full_eval", "fp16_full_eval", "do_train", "do_eval", "do_predict")

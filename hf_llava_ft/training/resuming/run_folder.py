@@ -16,7 +16,9 @@ from hf_llava_ft.checkpoints.artifact import check_writable, staged_files
 from hf_llava_ft.checkpoints.folder_lock import locked_folder
 from hf_llava_ft.checkpoints.run_files import (
     ANSWERS_FILE,
+    EVALUATION_FILE,
     PICTURES_FOLDER,
+    RETENTION_FILE,
     RUN_FILE,
     SUMMARY_FILE,
     TRAINER_STATE_NAME,
@@ -41,6 +43,7 @@ _OURS = re.compile(
         (
             *map(re.escape, (RUN_FILE, SUMMARY_FILE, TRAINING_FILE, ANSWERS_FILE, PICTURES_FOLDER, SKIPPED_FILE)),
             *map(re.escape, (REPORT_FILE, PLOT_FILE, CARD_FILE, ASSETS_FOLDER, COMPOSED, TRAINER_STATE_NAME)),
+            *map(re.escape, (EVALUATION_FILE, RETENTION_FILE)),
             # The model, its configuration and its processor, as transformers and PEFT call them.
             r"adapter_(config|model)\..*|(generation_|processor_|preprocessor_|video_preprocessor_)?config\.json",
             r"model.*\.safetensors(\.index\.json)?|.*token.*\.json|tokenizer\.model|special_tokens_map\.json",

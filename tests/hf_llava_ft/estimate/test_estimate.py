@@ -16,9 +16,9 @@ from benchmarks.llava_sizes import llava_1_5
 from hf_llava_ft.cli import app
 from hf_llava_ft.estimate.memory import StateBytes, divided, state_bytes
 from hf_llava_ft.estimate.trace import Batch, Precision, build_model, trace_micro_batch
+from hf_llava_ft.evaluation.token_losses import LossOverTokens
 from hf_llava_ft.settings.arguments import TuningArguments
 from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
-from hf_llava_ft.training.loss import LossOverTokens
 from hf_llava_ft.training.precision.quantization import quantization_config
 from hf_llava_ft.training.tuning import with_tuning
 

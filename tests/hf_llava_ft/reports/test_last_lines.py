@@ -31,7 +31,7 @@ def test_answers_before_and_after_and_the_next_commands(tmp_path, monkeypatch):
         "The result is at out dir, its report is out dir/report.html.",
         "Next:",
         "  llava-ft chat --model 'out dir' --image 'my images/0.png'",
-        "  llava-ft verify --model 'out dir'",
+        "  llava-ft evaluate --model 'out dir' --eval_split 'out dir'",
         "  llava-ft merge --adapter 'out dir' --output_dir 'out dir-merged'",
     ]
 

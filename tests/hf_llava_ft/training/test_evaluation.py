@@ -18,13 +18,13 @@ from hf_llava_ft.checkpoints.opening import load_model, load_processor
 from hf_llava_ft.checkpoints.run_files import ANSWERS_FILE
 from hf_llava_ft.data.collator import LlavaCollator
 from hf_llava_ft.errors import UserError
+from hf_llava_ft.evaluation.token_losses import LossOverTokens
 from hf_llava_ft.settings.parsing import resolve
 from hf_llava_ft.train import main as train_main
 from hf_llava_ft.train import train
 from hf_llava_ft.training.answer_logs import AnswerLogs
 from hf_llava_ft.training.eval_prompts import held_out_prompts
 from hf_llava_ft.training.evaluation import held_out, untouched_rng
-from hf_llava_ft.training.loss import LossOverTokens
 
 
 @pytest.fixture

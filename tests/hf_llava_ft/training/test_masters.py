@@ -8,12 +8,12 @@ from safetensors.torch import load_file
 
 from hf_llava_ft import LlavaTrainer, load_llava_json
 from hf_llava_ft.checkpoints.opening import load_model
+from hf_llava_ft.evaluation.token_losses import LossOverTokens
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.settings.parsing import parse_arguments, resolve
 from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.train import train
 from hf_llava_ft.training import tuning
-from hf_llava_ft.training.loss import LossOverTokens
 from hf_llava_ft.training.precision.masters import dtype_of_result, with_float32_masters
 
 

@@ -16,12 +16,12 @@ from hf_llava_ft.checkpoints.opening import load_model, load_processor
 from hf_llava_ft.data.collator import LlavaCollator
 from hf_llava_ft.data.sampler import OriginalOrderSampler, modality_length_grouped_indices
 from hf_llava_ft.errors import UserError
+from hf_llava_ft.evaluation.token_losses import LossOverTokens
 from hf_llava_ft.modeling.weight_names_llava import ORIGINAL_NAMES
 from hf_llava_ft.settings.arguments import TuningArguments
 from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.train import main as train_main
 from hf_llava_ft.train import parse_arguments
-from hf_llava_ft.training.loss import LossOverTokens
 from hf_llava_ft.training.tuning import (
     LANGUAGE_MODEL,
     LM_HEAD,

@@ -5,6 +5,7 @@ added to give an id to an image, or to fill the head up to a round number; the o
 ever holds them. With them in the sum, every probability would be a little too small, and they would be trained.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,3 +93,24 @@ class LossOverTokens:
             image = torch.tensor([self.image_token_id], device=logits.device)
             logits = logits.index_fill(-1, image, float("-inf"))
         return logits
+
+
+def row_losses(
+    logits: torch.Tensor, targets: torch.Tensor, of_each: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """
+    The summed loss of each row, and of how many tokens.
+
+    Args:
+        logits (`float[S, V]`): at the S supervised positions, in row-major order.
+        targets (`int64[B, T]`): at each position the id to predict, or -100.
+        of_each: the losses `float32[S]` of logits and targets.
+
+    Returns:
+        `float32[B, 2]`: sum and number.
+    """
+    is_supervised = targets != -100
+    losses = of_each(logits, targets[is_supervised].to(logits.device))
+    row_of = is_supervised.nonzero()[:, 0].to(logits.device)
+    sums = torch.zeros(len(targets), device=logits.device).index_add(0, row_of, losses)
+    return torch.stack((sums, is_supervised.sum(1).to(sums)), dim=1)
