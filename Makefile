@@ -24,7 +24,7 @@ THREADS := $(shell echo $$(( $(CORES) / $(WORKERS) )))
 # loadfile: a model that a file's tests share is made once. In their own order: reordered, the few long tests come last and
 # one worker waits for the other. No GPU, unless named: the suite says what holds everywhere.
 GPU :=
-FAULTS ?= --kills 20 --disks 6
+FAULTS ?=
 PYTEST_ENV := env HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES=$(GPU) OMP_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false
 PYTEST_FLAGS :=
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
@@ -98,7 +98,7 @@ test-oldest: $(OLDEST_INSTALLED)  ## the suite again, with the oldest libraries 
 test-older-readers: $(INSTALLED)  ## what is written here, read by transformers 4.57 in .venv-4.57, made on first use
 	$(PYTEST_ENV) $(VENV)/bin/python -m pytest tests/test_older_readers.py
 
-test-faults: $(INSTALLED)  ## commands killed at random moments and on full disks; FAULTS="--kills 200 --seed 1" for more
+test-faults: $(INSTALLED)  ## what can go wrong, done on purpose; FAULTS="--part kills --kills 200 --seed 1", FAULTS=--long for more
 	$(PYTEST_ENV) $(VENV)/bin/python -m tests.faults $(FAULTS)
 
 # The lower bounds of pyproject.toml become constraints, torch's apart: its oldest CPU build is not where every machine can

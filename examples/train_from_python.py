@@ -7,12 +7,17 @@ Data of any format that `llava-ft train` takes. Afterwards: llava-ft chat --mode
 
 import argparse
 
-import torch
 from transformers import TrainerCallback
 
-from hf_llava_ft import LlavaTrainer, LlavaTrainingArguments, load_data, load_model, load_processor
-from hf_llava_ft.settings.arguments import TuningArguments
-from hf_llava_ft.training.tuning import with_tuning
+from hf_llava_ft import (
+    LlavaTrainer,
+    LlavaTrainingArguments,
+    TuningArguments,
+    load_data,
+    load_model,
+    load_processor,
+    with_tuning,
+)
 
 
 class EpochLoss(TrainerCallback):
@@ -29,12 +34,10 @@ class EpochLoss(TrainerCallback):
 
 def main(model_name: str, data_path: str, image_folder: str, output_dir: str) -> None:
     processor = load_processor(model_name)
-    model = load_model(model_name, processor)
-    model = with_tuning(model, TuningArguments(lora_r=16, lora_alpha=32), base=model_name)
-    args = LlavaTrainingArguments(
-        output_dir, num_train_epochs=3, learning_rate=2e-4, mm_projector_lr=2e-5, bf16=torch.cuda.is_available()
-    )
     data = load_data(data_path, image_folder)
+    # What is not said, such as rank and learning rates, follows from what trains and from the rows (docs/settings.md).
+    model = with_tuning(load_model(model_name, processor), TuningArguments(train_type="lora"), num_rows=len(data))
+    args = LlavaTrainingArguments(output_dir, num_train_epochs=3)
     trainer = LlavaTrainer(model, args, train_dataset=data, processing_class=processor, callbacks=[EpochLoss()])
     trainer.train()
     trainer.save_model(output_dir)

@@ -48,7 +48,8 @@ def fine_tune(*arguments: Any, console: Console | None = None, **settings: Any) 
         if is_first_process():
             for note in resolved.notes:
                 print(note, file=sys.stderr)
-    result = train(*built, console=console)
+    model_args, data_args, tuning_args, training_args = built
+    result = train(model_args, data_args, tuning_args, training_args, console)
     tell_last_lines(result, console)
     return result
 

@@ -17,7 +17,13 @@ from hf_llava_ft.checking.preview import print_preview
 from hf_llava_ft.checkpoints.adapters import check_resumed_adapter
 from hf_llava_ft.checkpoints.artifact import told_of_a_full_disk
 from hf_llava_ft.checkpoints.checked.resume_state import check_resume_state
-from hf_llava_ft.checkpoints.starting.starting_point import check_starting_point, settled_tuning, starting_point
+from hf_llava_ft.checkpoints.opening import load_config
+from hf_llava_ft.checkpoints.starting.starting_point import (
+    StartingPoint,
+    check_starting_point,
+    settled_tuning,
+    starting_point,
+)
 from hf_llava_ft.checkpoints.starting.training_processor import processor_for_training
 from hf_llava_ft.data.collator import LlavaCollator
 from hf_llava_ft.errors import exit_on_user_error
@@ -34,11 +40,12 @@ from hf_llava_ft.training.eval_prompts import EvalAnswers, held_out_prompts, ope
 from hf_llava_ft.training.evaluation import check_evaluation, tell_of_early_stop
 from hf_llava_ft.training.first_process import in_first_process
 from hf_llava_ft.training.guards.out_of_memory import advice, told_of_out_of_memory
-from hf_llava_ft.training.precision.masters import said_precision
+from hf_llava_ft.training.precision.masters import keeps_own_masters, said_precision
 from hf_llava_ft.training.precision.quantization import loading_in_few_bits
 from hf_llava_ft.training.progress import LiveProgress
-from hf_llava_ft.training.resuming.fingerprint import base_digest, course_of
-from hf_llava_ft.training.resuming.interruption import Interruption, TrainingInterrupted
+from hf_llava_ft.training.resuming.fingerprint import COMPOSED_BASE, base_digest, course_of
+from hf_llava_ft.training.resuming.interruption import EvaluationStopped, Interruption
+from hf_llava_ft.training.resuming.missed_evaluation import MissedEvaluation
 from hf_llava_ft.training.resuming.resume import Run, checkpoint_to_resume, opening_to_resume
 from hf_llava_ft.training.resuming.run_folder import compared_with_before, one_run_at_a_time, open_run_folder
 from hf_llava_ft.training.rows import TrainingRows, open_all_rows, tell_of_rows_left_out, with_counted_rows
@@ -97,12 +104,15 @@ def _train(
 
     # The model that it starts from, still on disk, its processor, and all rows.
     start = starting_point(model_args, tuning_args, training_args)
+    # What nobody said is no wish that could contradict a run that goes on.
+    was_said = run.resumed_from is None or "picture_opening" not in model_args.assumed
+    opening = model_args.picture_opening if was_said else None
     processor = processor_for_training(
         start.adapter or start.name,
         start.adapter_revision if start.adapter else start.revision,
         model_args.version,
         image_aspect_ratio=model_args.image_aspect_ratio,
-        picture_opening=opening_to_resume(model_args.picture_opening, run.resumed_from),
+        picture_opening=opening_to_resume(opening, run.resumed_from),
     )
     opened = open_all_rows(data_args, training_args, run.started)
     # What nobody said follows from what trains and from the rows; a run that goes on keeps its own.
@@ -115,9 +125,11 @@ def _train(
 
     # A run that goes on is the run that it was.
     as_they_were, data = opened.as_they_were(), in_first_process(training_args, opened.facts)
+    longest = data_args.model_max_length or _longest_of(start)
     course = course_of(
         *(model_args, data_args, tuning_args, training_args),
-        base=base_digest(start.name, start.commit) if start.composed is None else "composed",
+        base=base_digest(start.name, start.commit) if start.composed is None else COMPOSED_BASE,
+        longest=longest,
         processor=processor,
         data=data,
         images=None if as_they_were is None else as_they_were.facts,
@@ -127,7 +139,6 @@ def _train(
     # The model, and the rows that it takes.
     prompts = open_eval_prompts(data_args)
     model = start.load(processor, model_args, **loading_in_few_bits(tuning_args, training_args))
-    longest = data_args.model_max_length or model.config.text_config.max_position_embeddings
     rows = opened.that_fit(processor, longest, is_new=run.resumed_from is None, tell=tell)
     prompts = prompts or held_out_prompts(rows.evaluated, data_args.num_eval_answers)
     if data_args.preview > 0:
@@ -138,7 +149,7 @@ def _train(
     # An adapter names the commit of its base, so that it loads on the same weights when main has moved on.
     commit = start.commit or start.revision
     adapter = None if start.adapter is None else (start.adapter, start.adapter_revision)
-    float32_masters = training_args.deepspeed_plugin is None
+    float32_masters = not keeps_own_masters(training_args)
     model = with_tuning(model, tuning_args, start.name, commit, adapter, float32_masters=float32_masters)
     if run.resumed_from is not None and isinstance(model, PeftModel):
         check_resumed_adapter(model, run.resumed_from)
@@ -165,29 +176,32 @@ def _train(
     tell(said_precision(model, training_args))
 
     # It trains; and what comes of it is saved, evaluated, described, pushed.
-    seconds = _run(trainer, run.resumed_from, interruption)
-    seconds_training = seconds - trainer.throughput.paused_seconds
-    save_result(trainer, tell)
-    evaluate_once(trainer, answers)  # when nothing can be lost any more
-    trainer.save_state()
-    tell_of_early_stop(trainer.state, training_args, tell)
-    if trainer.is_world_process_zero():
-        tell_of_rows_left_out(rows, Path(str(training_args.output_dir)), tell)
-        if not isinstance(model, PeftModel):
-            start.remove_composed()  # an adapter goes on needing it
-    summary = train_summary(
-        settings=settings,
-        base=start.facts(model_args),
-        data=data,
-        trained=trained,
-        state=trainer.state,
-        counts=trainer.throughput.total(training_args.device),
-        seconds=seconds,
-        seconds_training=seconds_training,
-        args=training_args,
-    )
-    if trainer.is_world_process_zero():
-        write_facts(summary, trainer, answers)
+    with interruption:
+        seconds = _run(trainer, run.resumed_from)
+        seconds_training = seconds - trainer.throughput.paused_seconds
+        save_result(trainer, tell)
+        evaluate_once(trainer, answers)  # when nothing can be lost any more
+        trainer.save_state()
+        tell_of_early_stop(trainer.state, training_args, tell)
+        if trainer.is_world_process_zero():
+            tell_of_rows_left_out(rows, Path(str(training_args.output_dir)), tell)
+            if not isinstance(model, PeftModel):
+                start.remove_composed()  # an adapter goes on needing it
+        summary = train_summary(
+            settings=settings,
+            base=start.facts(model_args),
+            data=data,
+            trained=trained,
+            state=trainer.state,
+            counts=trainer.throughput.total(training_args.device),
+            seconds=seconds,
+            seconds_training=seconds_training,
+            args=training_args,
+        )
+        if trainer.is_world_process_zero():
+            write_facts(summary, trainer, answers)
+        if training_args.push_to_hub and interruption.is_over(training_args):
+            trainer.stop_interrupted(missing="its push to the Hub")
     if training_args.push_to_hub:
         trainer.push_output_folder()
         tell(f"Pushed: {trainer.hub_model_id}")
@@ -201,6 +215,11 @@ def tell_last_lines(result: TrainingResult, console: Console | None = None) -> N
     tell = _teller(console or Console(stderr=True, quiet=not PartialState().is_main_process))
     for line in result.last_lines:
         tell(line)
+
+
+def _longest_of(start: StartingPoint) -> int:
+    """The most tokens that the language model takes."""
+    return int(load_config(start.name, start.revision).text_config.max_position_embeddings)
 
 
 def _teller(console: Console) -> Callable[[str], None]:
@@ -254,27 +273,31 @@ def _trainer(
         ],
     )
     trainer.remove_callback(PrinterCallback)  # the bar shows the loss
+    trainer.interruption = interruption
+    trainer.add_callback(MissedEvaluation(trainer))  # when the others are ready for it
     progress.throughput = answers.throughput = trainer.throughput
     trainer.longest_batch.tell = tell
     answers.logs.find(trainer.callback_handler.callbacks)
     return trainer, interruption
 
 
-def _run(trainer: LlavaTrainer, checkpoint: str | None, interruption: Interruption) -> float:
+def _run(trainer: LlavaTrainer, checkpoint: str | None) -> float:
     """Trains, and returns the seconds that it took.
 
     Raises:
         TrainingInterrupted: if a signal ended it.
     """
-    output_dir = Path(str(trainer.args.output_dir))
-    try:
-        with told_of_a_full_disk(output_dir):
+    with told_of_a_full_disk(Path(str(trainer.args.output_dir))):
+        try:
             output = trainer.train(resume_from_checkpoint=checkpoint)
-    finally:
-        interruption.restore()
-    if interruption.signal_number is not None:
-        raise TrainingInterrupted(trainer.state.global_step, output_dir, interruption.signal_number)
+        except EvaluationStopped:  # one before the first step
+            trainer.stop_interrupted()
     return float(output.metrics["train_runtime"])
+
+
+def _checked_model(model_args: ModelArguments, tuning_args: TuningArguments) -> TuningArguments:
+    check_starting_point(model_args, tuning_args)
+    return settled_tuning(model_args, tuning_args)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -286,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings = resolve(sys.argv[1:] if argv is None else argv).with_chosen_precision(has_bf16_gpu())
         if settings.dry_run:
             if is_first_process():
-                print(with_counted_rows(settings).to_json(check_starting_point))
+                print(with_counted_rows(settings).to_json(_checked_model))
             return
         if is_first_process():
             for note in settings.notes:

@@ -25,6 +25,7 @@ from hf_llava_ft.checkpoints.artifact import check_writable_file, told_of_a_full
 from hf_llava_ft.checkpoints.folder_lock import locked_folder
 from hf_llava_ft.checkpoints.opening import load_processor
 from hf_llava_ft.data.formats import Source
+from hf_llava_ft.data.formats.column_choice import SaidOfColumns
 
 # Sorted by length among each other; so many are held at once.
 _BATCHES_SORTED = 32
@@ -51,6 +52,7 @@ def answer_file(
     system: str | None = None,
     batch_size: int = 16,
     loading: dict[str, Any] | None = None,
+    columns: SaidOfColumns = None,
     access: dict[str, bool] | None = None,
     console: Console | None = None,
     **generation: Any,
@@ -61,7 +63,7 @@ def answer_file(
 
     Args:
         model, loading: for [`load_for_answering`].
-        data_path, image_folder, access: for [`open_questions`].
+        data_path, image_folder, columns, access: for [`open_questions`].
         output (`str` or `Path`): the file; one that the same command has begun is finished.
         generation: `max_new_tokens`, `temperature`, `top_p`.
 
@@ -72,11 +74,11 @@ def answer_file(
     sampling_options(generation.get("temperature", 0.0), generation.get("top_p"))
     answering_device(loading.get("device"))
     processor = load_processor(model, loading.get("revision"), base=loading.get("base"))
-    sources = open_questions(data_path, image_folder, **access or {})
+    sources = open_questions(data_path, image_folder, columns=columns, **access or {})
     total = sum(1 for _ in asked_rows(sources, system))
     check_writable_file(output)
-    settings = {"model": _state_of_model(model), "data": _state_of_data(sources), "image_folder": image_folder}
-    settings |= {"system": system, **loading, **generation}
+    settings: dict[str, Any] = {"model": _state_of_model(model), "data": _state_of_data(sources)}
+    settings |= {"image_folder": image_folder, "columns": columns, "system": system, **loading, **generation}
     with locked_folder(output), told_of_a_full_disk(output, "free some space, and give the same command again."):
         lines = AnswerLines(output, settings, [source.where for source in sources])
         if lines.done:

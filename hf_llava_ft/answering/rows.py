@@ -6,11 +6,11 @@ without `completion`, a conversation that ends in a question, and a line of the 
 """
 
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 
 from hf_llava_ft.answering.batches import Question
 from hf_llava_ft.data.formats import Source, open_source
+from hf_llava_ft.data.formats.column_choice import SaidOfColumns
 from hf_llava_ft.data.formats.containers import Container
 from hf_llava_ft.data.formats.dialects import detect_dialect
 from hf_llava_ft.data.formats.images import ImageStore
@@ -21,6 +21,7 @@ from hf_llava_ft.errors import UserError
 
 _OPEN = "answer is open"  # a key that is in no row of anybody
 _PLACEHOLDER_ANSWER = "?"
+_OF_AN_OPEN_PROMPT = {"id", "prompt", "image", "images", "system"}
 _ANSWERING = ("assistant", "gpt", "model")
 
 
@@ -36,7 +37,8 @@ class AskedRow:
     """
 
     def __init__(self, source: Source, raw: Any, number: int, system: str | None):
-        row, place = source.parse(raw, number), source.place(raw, number)
+        row: Any = source.parse(raw, number)
+        place = source.place(raw, number)
         stored = [dict(source.locate(image, place)) for image in row["images"]]
         messages = [dict(message) for message in row["messages"]]
         last = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
@@ -54,27 +56,33 @@ class AskedRow:
             self.line["expected"] = _text(messages[last])
 
 
-def open_questions(data_path: str, image_folder: str | None = None, **access: bool) -> list[Source]:
+def open_questions(
+    data_path: str, image_folder: str | None = None, *, columns: SaidOfColumns = None, **access: Any
+) -> list[Source]:
     """
     The data, as [`open_source`] gives it, with rows that leave their answer open.
 
     Args:
-        access: `allow_outside` and `allow_urls` of [`open_source`].
+        columns, access: see [`open_source`]; with `columns`, no answer is open.
 
     Raises:
         UserError: if it can't be read, or gives a set a weight.
     """
-    sources = []
-    for each in parse_data_path(data_path):
+    sets = parse_data_path(data_path)
+    for each in sets:
         if each.weight != 1:
             raise UserError(f"{each.path} has the weight {each.weight:g}, and every row is asked once: leave it out.")
-        name = each.path if each.split is None else f"{each.path}:{each.split}"
-        container = None if each.is_hub else open_container(each.path, each.split)
-        first = None if container is None else next((raw for _, raw in islice(container.iter_raw(), 1)), None)
-        if container is None or not _is_open(first):
-            sources.append(open_source([name], image_folder, **access)[0])
+    containers = [None if each.is_hub or columns else open_container(each.path, each.split) for each in sets]
+    are_open = [each is not None and _is_open(next(each.iter_raw(), (0, None))[1]) for each in containers]
+    if not any(are_open):
+        return open_source(data_path, image_folder, columns=columns, **access)
+    sources = []
+    for each, container, is_open in zip(sets, containers, are_open, strict=True):
+        if container is None or not is_open:
+            name = each.path if each.split is None else f"{each.path}:{each.split}"
+            sources += open_source([name], image_folder, **access)
             continue
-        dialect = detect_dialect(_with_answer(first))
+        dialect = detect_dialect(_with_answer(next(container.iter_raw())[1]))
         assert dialect is not None  # what is open is a row of one that lacks its answer
         images = ImageStore(container.image_folder or image_folder, **access)
         sources.append(Source(_OpenRows(container), dialect, images))
@@ -116,7 +124,8 @@ def _is_open(raw: Any) -> bool:
         return isinstance(last, dict) and last.get("from", last.get("role")) not in _ANSWERING
     if "question_id" in raw and isinstance(raw.get("text"), str):
         return True
-    return raw.get("prompt") is not None and raw.get("completion") is None
+    given = {key for key, value in raw.items() if value is not None}
+    return "prompt" in given and given <= _OF_AN_OPEN_PROMPT  # any other column may be the answer
 
 
 def _with_answer(raw: dict[str, Any]) -> dict[str, Any]:

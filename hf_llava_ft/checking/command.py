@@ -22,6 +22,7 @@ from hf_llava_ft.data.formats import Source, open_source
 from hf_llava_ft.data.formats.column_choice import SaidOfColumns
 from hf_llava_ft.data.pictures import decode_failure
 from hf_llava_ft.errors import UserError
+from hf_llava_ft.processing.picture_opening_llava import PictureOpening
 
 
 def run_check(
@@ -31,6 +32,7 @@ def run_check(
     *,
     revision: str | None = None,
     version: str | None = None,
+    picture_opening: PictureOpening | None = None,
     model_max_length: int | None = None,
     batch_size: int | None = None,
     samples_per_second: float | None = None,
@@ -50,6 +52,7 @@ def run_check(
         data_path, image_folder, allow_outside, allow_urls, columns: see `open_source`.
         model (`str`, *optional*): folder or Hub id; without it nothing is said of tokens.
         version (`str`, *optional*): chat template, instead of the model's.
+        picture_opening (`str`, *optional*): `upright` or `original`, instead of the model's.
         model_max_length (`int`, *optional*): tokens that a row may have; by default what the language model takes.
         batch_size (`int`, *optional*): rows in a forward pass; by default as in training.
         samples_per_second (`float`, *optional*): measured in a run before, for the time of an epoch.
@@ -65,9 +68,11 @@ def run_check(
     sources = open_source(data_path, image_folder, allow_outside=allow_outside, allow_urls=allow_urls, columns=columns)
     if preview and model is None:
         raise UserError("--preview shows what a model learns; give it with --model.")
+    if picture_opening is not None and model is None:
+        raise UserError("--picture_opening is how pictures are opened for a model; give it with --model.")
     processor = None
     if model is not None:
-        processor = processor_for_training(model, revision, version)
+        processor = processor_for_training(model, revision, version, picture_opening=picture_opening)
         if model_max_length is None:
             checkpoint = inspect_checkpoint(model, revision)
             model_max_length = load_config(checkpoint.base, checkpoint.revision).text_config.max_position_embeddings

@@ -16,7 +16,8 @@ from peft import (
 )
 from safetensors import SafetensorError, safe_open
 
-from hf_llava_ft.checkpoints.files import find_file
+from hf_llava_ft.checkpoints.checked.folder import UNREADABLE, reason_of
+from hf_llava_ft.checkpoints.files import find_file, hub_refusal
 from hf_llava_ft.checkpoints.original_folders import ADAPTER_FILES, gathered, read_weights
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.modeling.adapters_llava import PEFT_PREFIX, refuse_difference
@@ -56,6 +57,22 @@ def with_adapter(
         UserError: if its file lacks weights that its configuration makes, holds others, of other shapes, or some that
             are no numbers.
     """
+    try:
+        return _with_adapter(model, adapter, revision, is_trainable, lora_dropout)
+    except UserError:
+        raise
+    except UNREADABLE as error:
+        reason = hub_refusal(error, adapter, revision)
+        raise UserError(
+            f"the adapter at {adapter} cannot be loaded: {reason}"
+            if reason
+            else f"the adapter at {adapter} does not fit its base: {reason_of(error)}"
+        ) from error
+
+
+def _with_adapter(
+    model: LlavaForCausalLM, adapter: str, revision: str | None, is_trainable: bool, lora_dropout: float | None
+) -> PeftModel:
     config: Any = PeftConfig.from_pretrained(adapter, revision=revision)
     config.inference_mode = not is_trainable
     if lora_dropout is not None:

@@ -45,16 +45,19 @@ def staged_folder(output_dir: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def staged_files(output_dir: str | Path, last: str) -> Iterator[Path]:
+def staged_files(output_dir: str | Path, last: str, name: str | None = None) -> Iterator[Path]:
     """
     Gives a folder inside `output_dir` to write into, and moves its files up when the block ends well, the one called
     `last` at the end: where it stands, the others are whole. For a folder that also holds other things, such as
     checkpoints, and that nobody else is writing.
+
+    Args:
+        name (`str`, *optional*): of the folder, by [`staged_name`], where other processes have to know it.
     """
     final = Path(output_dir)
     final.mkdir(parents=True, exist_ok=True)
     _remove_what_was_left(final.glob(".partial-*"))
-    staged = final / f".partial-{secrets.token_hex(8)}"
+    staged = final / (name or staged_name())
     staged.mkdir()
     try:
         yield staged
@@ -62,6 +65,11 @@ def staged_files(output_dir: str | Path, last: str) -> Iterator[Path]:
             path.replace(final / path.name)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+def staged_name() -> str:
+    """For a folder of [`staged_files`]; no other process has the same."""
+    return f".partial-{secrets.token_hex(8)}"
 
 
 def _remove_what_was_left(folders: Iterable[Path]) -> None:

@@ -2,15 +2,20 @@
 4.2)."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel, set_seed
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel, set_seed
 
 from hf_llava_ft.checkpoints.artifact import staged_folder
+from hf_llava_ft.checkpoints.checked.folder import UNREADABLE, check_settings, reason_of
 from hf_llava_ft.checkpoints.checked.read_as_written import check_generation_config
+from hf_llava_ft.checkpoints.checked.template import check_templates
+from hf_llava_ft.checkpoints.checked.weights import check_part_weights, refuse_no_numbers
 from hf_llava_ft.checkpoints.embeddings import fill_rows, grow_embeddings
+from hf_llava_ft.checkpoints.files import hub_refusal
 from hf_llava_ft.checkpoints.opening import fit_to_processor
 from hf_llava_ft.checkpoints.original_folders import load_projector
 from hf_llava_ft.checkpoints.training_facts import TrainingFacts, base_facts
@@ -55,25 +60,32 @@ def compose_llava(
         TypeError: if `Composition` has no such field.
     """
     settings = Composition(**composition)
+    for place, its_revision in ((vision, None), (language, revision)):
+        check_settings(place, its_revision)
+        check_templates(place, its_revision)
     tower_config = _config_of("--vision", vision)
-    if hasattr(_config_of("--language", language, revision), "vision_config"):
+    language_config = _config_of("--language", language, revision)
+    if hasattr(language_config, "vision_config"):
         raise UserError(f"--language {language} sees pictures already: give a language model that takes text alone.")
     vision_config = getattr(tower_config, "vision_config", tower_config)
     if vision_config.model_type not in VISION_KINDS:
         raise UserError(f"{vision} is a {vision_config.model_type}, not a vision tower of the CLIP or SigLIP kind.")
     check_generation_config(language, revision)
-    kind = AutoModel.from_config(vision_config, trust_remote_code=False)
-    tower = kind.from_pretrained(vision, dtype=dtype, trust_remote_code=False)
-    language_model = AutoModelForCausalLM.from_pretrained(
-        language, revision=revision, dtype=dtype, trust_remote_code=False
+    check_part_weights(vision, vision_config, AutoModel)
+    check_part_weights(language, language_config, AutoModelForCausalLM, revision)
+    kind: Any = MODEL_MAPPING[type(vision_config)]
+    tower = _loaded("--vision", vision, lambda: kind.from_pretrained(vision, dtype=dtype, trust_remote_code=False))
+    language_model = _loaded(
+        "--language",
+        language,
+        lambda: AutoModelForCausalLM.from_pretrained(
+            language, revision=revision, dtype=dtype, trust_remote_code=False
+        ),
     )
-    model, processor = compose_from_parts(
-        tower,
-        language_model,
-        load_tokenizer(language, revision=revision),
-        settings,
-        tower_name=vision,
-    )
+    for part, place in ((tower, vision), (language_model, language)):
+        refuse_no_numbers(part, place)
+    tokenizer = _loaded("--language", language, lambda: load_tokenizer(language, revision=revision))
+    model, processor = compose_from_parts(tower, language_model, tokenizer, settings, tower_name=vision)
     if projector is not None:
         load_projector(model, projector)
     made_of = base_facts([language, vision], revision)
@@ -83,11 +95,22 @@ def compose_llava(
 def _config_of(flag: str, name: str, revision: str | None = None) -> Any:
     try:
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except UNREADABLE as error:
+        reason = hub_refusal(error, name, revision) or reason_of(error)
         raise UserError(
             f"{flag} {name} is not a model that can be loaded, from this machine or from the Hub: {reason}"
         ) from error
+
+
+def _loaded(flag: str, name: str, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except UserError:
+        raise
+    except Exception as error:
+        if not isinstance(error, UNREADABLE) and type(error) is not Exception:  # the second: tokenizers
+            raise
+        raise UserError(f"{flag} {name} cannot be loaded: {hub_refusal(error, name) or reason_of(error)}") from error
 
 
 def compose_from_parts(

@@ -23,10 +23,13 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def locked_folder(folder: str | Path) -> Iterator[bool]:
+def locked_folder(folder: str | Path, for_reading: bool = False) -> Iterator[bool]:
     """
     Holds the lock of `folder`, which need not be there yet; the folder that it lies in has to. Gives false where the
     file system has no locks.
+
+    Args:
+        for_reading (`bool`): so that nobody writes it meanwhile. Where no lock can be put, none is needed.
 
     Raises:
         UserError: if another process, or this one, is writing it; with process, host, command and since when.
@@ -37,12 +40,13 @@ def locked_folder(folder: str | Path) -> Iterator[bool]:
     try:
         lock.acquire()
     except Timeout:
+        doing, instead = ("used", "") if for_reading else ("written", ", or choose another output folder")
         raise UserError(
-            f"{folder} is being written by {_holder(holder_file)}: wait until it is done, or choose another output "
-            "folder."
+            f"{folder} is being {doing} by {_holder(holder_file)}: wait until it is done{instead}."
         ) from None
     except (NotImplementedError, OSError) as error:  # file systems without locks: ENOLCK, ENOSYS, ENOTSUP
-        logger.warning("%s is written without a lock, which its file system does not have: %s", folder, error)
+        if not for_reading:
+            logger.warning("%s is written without a lock, which its file system does not have: %s", folder, error)
         yield False
         return
     try:

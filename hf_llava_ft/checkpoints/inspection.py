@@ -56,6 +56,11 @@ def inspect_checkpoint(path: str, revision: str | None = None, base: str | None 
         named = base or own_base
         if not named:
             raise UserError(f"{path}: {ADAPTER_CONFIG} does not name the base model; pass it with --base.")
+        if not isinstance(named, str):
+            raise UserError(
+                f"{path}: base_model_name_or_path in {ADAPTER_CONFIG} is {named!r:.60}, and has to be a text; pass "
+                f"the base with --base."
+            )
         base_revision = adapter.get("revision") if named == own_base else None
         return Checkpoint(path, named, base_revision, "original_lora" if original else "adapter")
     if config is not None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_llava_ft.checkpoints.adapters import adapter_weights
+from hf_llava_ft.checkpoints.checked.folder import check_settings
 from hf_llava_ft.checkpoints.checked.read_as_written import is_in_few_bits
 from hf_llava_ft.checkpoints.inspection import Checkpoint, inspect_checkpoint
 from hf_llava_ft.checkpoints.rewriting import rewriting, save_for_others
@@ -81,6 +82,7 @@ def refuse_base_in_few_bits(checkpoint: Checkpoint) -> None:
     Raises:
         UserError: if the base of the adapter is quantised on disk.
     """
+    check_settings(checkpoint.base, checkpoint.revision)
     if is_in_few_bits(checkpoint.base, checkpoint.revision):
         raise UserError(
             f"{checkpoint.base}, the base of {checkpoint.path}, is quantised, and what is merged into such weights is "

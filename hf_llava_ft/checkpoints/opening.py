@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from transformers import MODEL_MAPPING, AutoConfig
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel
 
 from hf_llava_ft.checkpoints.adapters import with_adapter
 from hf_llava_ft.checkpoints.checked.folder import UNREADABLE, check_config, check_settings, reason_of
@@ -16,7 +16,7 @@ from hf_llava_ft.checkpoints.checked.read_as_written import (
     say_what_loading_rounds,
 )
 from hf_llava_ft.checkpoints.checked.template import check_rendering, check_templates
-from hf_llava_ft.checkpoints.checked.weights import check_weights, refuse_no_numbers
+from hf_llava_ft.checkpoints.checked.weights import check_part_weights, check_weights, refuse_no_numbers
 from hf_llava_ft.checkpoints.embeddings import grow_embeddings
 from hf_llava_ft.checkpoints.files import find_file, has_file, hub_refusal, not_here, read_json
 from hf_llava_ft.checkpoints.inspection import ADAPTER_CONFIG, Checkpoint, inspect_checkpoint
@@ -52,6 +52,9 @@ def load_config(path: str, revision: str | None = None, *, adapter: str | None =
     if read_json(path, "config.json", revision) is None and not Path(path).is_dir():
         raise UserError(not_here(path, revision))
     check_settings(path, revision)
+    tower = (read_json(path, "config.json", revision) or {}).get("mm_vision_tower")
+    if isinstance(tower, str):
+        check_settings(tower)
     refuse_other_kinds(path, revision, adapter)
     try:
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
@@ -162,10 +165,10 @@ def load_model(
         refuse_no_numbers(model, checkpoint.base)
     if processor is not None:
         fit_to_processor(model, processor)
-    if checkpoint.kind == "original_lora":
-        return with_original_lora(model, folder)
-    if checkpoint.kind == "adapter":
+    if checkpoint.is_adapter:
         try:
+            if checkpoint.kind == "original_lora":
+                return with_original_lora(model, folder)
             return with_adapter(model, path, revision)
         except UserError:
             raise
@@ -192,6 +195,8 @@ def _load_whole(checkpoint: Checkpoint, folder: Path, revision: str | None, **kw
         adapter = checkpoint.path if checkpoint.is_adapter else None
         config = load_config(checkpoint.base, checkpoint.revision, adapter=adapter)
     check_weights(checkpoint.base, config, checkpoint.revision)
+    if config.original_config and Path(config.vision_tower_name or "").is_dir():
+        check_part_weights(str(config.vision_tower_name), config.vision_config, AutoModel)
     check_generation_config(checkpoint.base, checkpoint.revision)
     kwargs["attn_implementation"] = _supported_attention(config, kwargs["attn_implementation"])
     embeddings = {name: extra_weights.pop(name) for name in _EMBEDDINGS if extra_weights and name in extra_weights}

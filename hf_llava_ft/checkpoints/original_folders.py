@@ -105,6 +105,8 @@ def with_original_lora(model: LlavaForCausalLM, folder: Path) -> PeftModel:
         UserError: if the weights do not fit the model.
     """
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    if lacking := [name for name in ("target_modules", "r", "lora_alpha") if name not in config]:
+        raise UserError(f"{folder}: adapter_config.json does not say {lacking[0]}: copy it there again.")
     names = config["target_modules"]
     # The original's bare names would also put LoRA on CLIP, where these folders have no weights for it.
     pattern = names if isinstance(names, str) else rf"model\.{LANGUAGE_MODEL}\..*\.({'|'.join(sorted(names))})"
@@ -130,6 +132,11 @@ def with_original_lora(model: LlavaForCausalLM, folder: Path) -> PeftModel:
     if set(state) != expected:
         odd = min(set(state) ^ expected)
         raise UserError(f"{path} does not fit the base model: {odd} is in one of them only.")
+    broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    if broken:
+        raise UserError(
+            f"{path} holds NaN or infinite numbers in {broken[0]}: it is damaged, or its training went wrong."
+        )
     own = model.state_dict()
     projector = {name: own[name] for name in own if name.startswith(f"model.{PROJECTOR}.modules_to_save.default.")}
     state |= {_PEFT_PREFIX + name.replace(".modules_to_save.default", ""): value for name, value in projector.items()}

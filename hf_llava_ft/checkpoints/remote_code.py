@@ -24,7 +24,7 @@ def carries_our_code(folder: str | Path) -> bool:
     """Whether `trust_remote_code=True` loads the model in `folder` by files of this package, and runs nothing else."""
     try:
         config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     needed = {f"{reference.partition('.')[0]}.py" for reference in AUTO_MAP.values()}
     return (
@@ -46,7 +46,7 @@ def runs_only_our_code(folder: str | Path) -> bool:
         named = [
             _auto_maps((folder / name).read_text(encoding="utf-8")) for name in _SETTINGS if (folder / name).exists()
         ]
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     # "repository--module.Class" is code in another repository, and a path is code in another folder.
     return not re.search(r"--|/|\\", json.dumps(named))

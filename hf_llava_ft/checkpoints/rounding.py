@@ -68,11 +68,11 @@ def merged(model: PeftModel, saved: Mapping[str, torch.Tensor] | None = None) ->
             if isinstance(layer, BaseTunerLayer):
                 _merge_layer(layer, sums)
         _count_whole_modules(model, saved or {}, sums)
-    dtype = model.get_base_model().dtype
+    base: Any = model.get_base_model()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "All adapters are already merged")
         whole: Any = model.merge_and_unload()  # what is left: modules that were trained whole
-    return whole, Rounding(dtype, math.sqrt(sums.learned), math.sqrt(sums.lost), sums.number)
+    return whole, Rounding(base.dtype, math.sqrt(sums.learned), math.sqrt(sums.lost), sums.number)
 
 
 class _Sums:

@@ -224,7 +224,7 @@ def compare_outputs(
         off = (reference["pixel_values"] - reloaded["pixel_values"]).abs().max().item()
         if off > PIXEL_TOLERANCE:
             differences.append(f"the saved processor turns the same picture into other pixels (by up to {off:.3g})")
-    unlike = _opened_otherwise(reference, reloaded)
+    unlike = opened_otherwise(reference, reloaded)
     notes = []
     if unlike and loader != "hf_llava_ft" and getattr(processor, "picture_opening", "upright") == "original":
         notes.append(
@@ -274,7 +274,7 @@ _HARD_PICTURES = dict(
 )
 
 
-def _opened_otherwise(reference: dict[str, torch.Tensor], reloaded: dict[str, torch.Tensor]) -> list[str]:
+def opened_otherwise(reference: dict[str, torch.Tensor], reloaded: dict[str, torch.Tensor]) -> list[str]:
     """Which of the pictures that are hard to open became other pixels, in words."""
     unlike = []
     for name, described in _HARD_PICTURES.items():

@@ -10,6 +10,7 @@ from hf_llava_ft.cli.application import (
     AttentionOption,
     BaseOption,
     BitsOption,
+    ColumnsOption,
     DeviceOption,
     DtypeOption,
     ImagesOption,
@@ -39,6 +40,7 @@ def generate(
     image_folder: Annotated[str, typer.Option("--image_folder", help="Folder that their image paths start from.")] = (
         "."
     ),
+    columns: ColumnsOption = None,
     output: Annotated[
         Path | None, typer.Option("--output", help="JSON Lines with the answers to --data_path; goes on if begun.")
     ] = None,
@@ -87,6 +89,7 @@ def generate(
             system=system,
             batch_size=batch_size,
             loading=loading,
+            columns=columns,
             access={"allow_outside": allow_images_outside, "allow_urls": allow_image_urls},
             **generation,
         )
@@ -113,7 +116,7 @@ def _answer_one(
     from hf_llava_ft.answering.conversation import Conversation
 
     answer = ""
-    for piece in Conversation(*parts, system).stream(prompt, images, **generation):
+    for piece in Conversation(parts[0], parts[1], system).stream(prompt, images, **generation):
         answer += piece
         typer.echo(piece, nl=False)
     typer.echo("")
@@ -166,7 +169,7 @@ def chat(
         def tell(line: str) -> None:
             typer.echo(line, err=True)
 
-        talk = Chat(*parts, images, system=system, write=write, tell=tell, **generation)
+        talk = Chat(parts[0], parts[1], images, system=system, write=write, tell=tell, **generation)
         tell(HELP)
         goes_on = True
         while goes_on:

@@ -1,7 +1,7 @@
 """`llava-ft quickstart | compose | train | check | init | estimate`: everything up to a trained model."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -99,6 +99,10 @@ def check(
     ] = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Revision of the model on the Hub.")] = None,
     version: Annotated[str | None, typer.Option("--version", help="Chat template; default: the model's.")] = None,
+    picture_opening: Annotated[
+        Literal["upright", "original"] | None,
+        typer.Option("--picture_opening", help="How training will open pictures; default: as the model was trained."),
+    ] = None,
     model_max_length: Annotated[
         int | None,
         typer.Option("--model_max_length", min=1, help="Most tokens of a row; default: the model's own limit."),
@@ -147,6 +151,7 @@ def check(
             model,
             revision=revision,
             version=version,
+            picture_opening=picture_opening,
             model_max_length=model_max_length,
             batch_size=batch_size,
             samples_per_second=samples_per_second,

@@ -224,7 +224,8 @@ def _without_captions(found: CaptionedFolder, root: Path, pictures: list[str]) -
         )
     shown: set[str] = set()
     for row in found.rows:
-        shown.update(row["image"] if isinstance(row.get("image"), list) else [row.get("image")])
+        image: Any = row.get("image")
+        shown.update(image if isinstance(image, list) else [image])
     found.without_caption = [path for path in pictures if path not in shown]
     return found
 

@@ -177,7 +177,7 @@ def _engine(own: argparse.Namespace, deepspeed: Any, width: int) -> tuple[Engine
         bucket = zero.get("reduce_bucket_size", DEFAULT_BUCKET)
         bucket = width**2 if bucket == "auto" else int(bucket)  # as transformers fills it in
         live = int(zero.get("stage3_max_live_parameters", DEFAULT_LIVE))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"--deepspeed {deepspeed} is no readable file with zero_optimization.") from error
     offloads = any(each and each.get("device") not in (None, "none") for each in (optimizer, param))
     name = f"zero{stage}{'_offload' if offloads else ''}"

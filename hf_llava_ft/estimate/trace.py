@@ -17,6 +17,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from hf_llava_ft.checkpoints.checked.folder import UNREADABLE, reason_of
+from hf_llava_ft.errors import UserError
 from hf_llava_ft.estimate.bytes_alive import BytesAlive
 from hf_llava_ft.estimate.pictures import TYPICAL_SIZE, Picture, picture_of
 from hf_llava_ft.modeling.configuration_llava import LlavaConfig
@@ -89,7 +91,10 @@ def build_model(config: LlavaConfig, tuning: TuningArguments, precision: Precisi
     """
     config = copy.deepcopy(config)
     with torch.device("meta"):
-        model: Any = LlavaForCausalLM._from_config(config, dtype=precision.weights, attn_implementation=attention)
+        try:
+            model: Any = LlavaForCausalLM._from_config(config, dtype=precision.weights, attn_implementation=attention)
+        except UNREADABLE as error:
+            raise UserError(f"no model can be made by this config.json: {reason_of(error)}") from error
         if tuning.bits < 16:
             model.is_loaded_in_4bit, model.is_loaded_in_8bit = tuning.bits == 4, tuning.bits == 8
         tuned = with_tuning(model, tuning, base="")

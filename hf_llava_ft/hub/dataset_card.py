@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from typing import Any
 
 from datasets import DatasetInfo, SplitDict, SplitInfo
 from datasets.info import DatasetInfosDict
@@ -30,7 +31,7 @@ def dataset_card(
     info = DatasetInfo(
         features=FEATURES, splits=splits, download_size=exported.download_bytes, dataset_size=exported.num_bytes
     )
-    stated = {name: value for name, value in (("license", license), ("language", language)) if value}
+    stated: dict[str, Any] = {name: value for name, value in (("license", license), ("language", language)) if value}
     data = DatasetCardData(task_categories=["image-text-to-text"], tags=["llava"], **stated)
     DatasetInfosDict({"default": info}).to_dataset_card_data(data)
     data["configs"] = [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}]

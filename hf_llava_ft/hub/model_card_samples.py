@@ -51,7 +51,7 @@ def _answers(path: Path) -> list[dict[str, Any]]:
             if not is_sound or not all(isinstance(each, str) for each in (line["prompt"], line["answer"])):
                 raise ValueError("a line has other values than a run writes")
             line["images"] = list(line["images"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): ask for no samples.") from error
     return lines
 

@@ -59,7 +59,7 @@ def _text_of(path: Path) -> str:
 def _folder_in_settings(text: str) -> str | None:
     try:
         content = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return next((value for value in _strings(content) if _is_folder_here(value)), None)
 

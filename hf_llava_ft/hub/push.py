@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi
 
+from hf_llava_ft.checkpoints.checked.folder import check_settings
 from hf_llava_ft.checkpoints.files import read_json
+from hf_llava_ft.checkpoints.folder_lock import locked_folder
 from hf_llava_ft.checkpoints.inspection import ADAPTER_CONFIG, Checkpoint, Kind, inspect_checkpoint
 from hf_llava_ft.checkpoints.opening import load_model, load_processor
 from hf_llava_ft.checkpoints.run_files import SUMMARY_FILE, TRAINING_FILE
@@ -108,6 +110,7 @@ def push(
         raise UserError(f"{path} is not a folder: name the one that holds the adapter, the model or the projector.")
     if create_pr and revision not in (None, "main"):
         raise UserError("a pull request is made on main: leave out --revision or --create_pr.")
+    check_settings(str(source))
     checkpoint = _inspect(source, base)
     name = KIND_NAMES[checkpoint.kind]
     if kinds is not None and checkpoint.kind not in kinds:
@@ -119,7 +122,11 @@ def push(
         check_login(repo_id)
     public_base, base_revision = _public_base(checkpoint, base)
 
-    with tempfile.TemporaryDirectory(prefix="llava-ft-push-") as scratch:
+    # What is staged are links into the folder, which nobody may write until they are uploaded.
+    with (
+        locked_folder(source, for_reading=True),
+        tempfile.TemporaryDirectory(prefix="llava-ft-push-") as scratch,
+    ):
         staged = Path(scratch, "staged")
         staged.mkdir()
         left_out = stage(source, checkpoint.kind, staged, public_base, base_revision).left_out

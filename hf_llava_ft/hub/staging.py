@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from hf_llava_ft.checkpoints.checked.folder import UNREADABLE
+from hf_llava_ft.checkpoints.checked.folder import UNREADABLE, reason_of
 from hf_llava_ft.checkpoints.files import first_line
 from hf_llava_ft.checkpoints.inspection import ADAPTER_CONFIG, Kind
 from hf_llava_ft.checkpoints.original_folders import NON_LORA_FILE, PROJECTOR_FILE, read_weights
@@ -99,7 +99,12 @@ def stage(source: Path, kind: Kind, staged: Path, base: str | None = None, base_
             f"trust_remote_code=True: write the folder again (llava-ft convert or merge), or remove the code."
         )
     config = _read(staged / CONFIG)
-    _say_it_to_older_readers(staged, kind, config)
+    try:
+        _say_it_to_older_readers(staged, kind, config)
+    except UserError:
+        raise
+    except UNREADABLE as error:
+        raise UserError(f"{source}: its settings contradict themselves: {reason_of(error)}") from error
     if is_original(config) and kind != "adapter":
         _check_tower(source, config)
     top = {PurePosixPath(name).parts[0] for name in sent}
@@ -256,7 +261,7 @@ def _read(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {first_line(error)}.") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a JSON object.")

@@ -22,7 +22,7 @@ from hf_llava_ft.serving.adapters import ADAPTER, BASE, split_adapter
 from hf_llava_ft.serving.guide import commands, write_guide, write_modelfile
 from hf_llava_ft.serving.limits import SERVERS, Server, differences, refuse_what_cannot_be_served
 from hf_llava_ft.serving.names import check_names
-from hf_llava_ft.serving.parts import check_parts, write_parts
+from hf_llava_ft.serving.parts import check_parts, pictures_seen_otherwise, write_parts
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,11 @@ def export_for_serving(
         if in_parts:
             tolerance = LOGIT_TOLERANCE[model_dtype]
             difference = check_parts(staged, config, draft.reference, len(processor.tokenizer), tolerance)
+            if unlike := pictures_seen_otherwise(draft.reference, processor):
+                notes.append(
+                    f"llama.cpp, but in its own web page, opens {' and '.join(unlike)} otherwise than training did: "
+                    "turn and flatten such pictures before they are sent."
+                )
         else:
             part, on = (staged / ADAPTER, str(whole)) if keep_adapter else (None, None)
             verification = draft.verify("the exported model is not the same", model_dtype, part=part, base=on)

@@ -88,11 +88,6 @@ def differences(config: LlavaConfig, processor, server: Server) -> list[str]:
         )
     if server not in ("llama.cpp", "ollama"):
         return found
-    if upright:
-        found.append(
-            "llama.cpp turns no picture as its EXIF data say, but in its own web page; training did. Turn a phone's "
-            "photographs before they are sent."
-        )
     image_processor = processor.image_processor
     if config.vision_config.model_type == "clip_vision_model":
         found.append(

@@ -9,11 +9,13 @@
 
 import copy
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from PIL import Image
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -23,7 +25,10 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from hf_llava_ft.checkpoints.reload import opened_pixels, write_hard_pictures
+from hf_llava_ft.checkpoints.verify import opened_otherwise
 from hf_llava_ft.errors import UserError
+from hf_llava_ft.processing.picture_opening_llava import as_rgb
 from hf_llava_ft.serving.tokenizer import save_tokenizer, with_media_markers
 
 LANGUAGE_MODEL, VISION = "language_model", "vision"
@@ -155,3 +160,16 @@ def check_parts(
             f"(allowed {tolerance:g})."
         )
     return difference
+
+
+def pictures_seen_otherwise(reference: dict[str, torch.Tensor], processor: Any) -> list[str]:
+    """
+    Which of the pictures that are hard to open become other pixels when llama.cpp opens them, in words. It reads files
+    with stb_image: as they lie, and without their transparency.
+
+    Args:
+        reference: of `verify.reference_outputs`, of the whole model and this processor.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        write_hard_pictures(folder)
+        return opened_otherwise(reference, opened_pixels(processor, folder, lambda path: as_rgb(Image.open(path))))

@@ -1,7 +1,7 @@
 """The settings of a run: which model, which data, and what of it trains. How it trains is in `training_arguments.py`.
 
-Each setting is in one class of these two files. Defaults are those of LLaVA-1.5's LoRA recipe (haotian-liu/LLaVA,
-`scripts/v1_5/finetune_lora.sh`), so that a run with nothing set is the paper's.
+Each setting is in one class of these two files. What is None may follow from what trains and from the number of rows
+(`defaults.py`).
 """
 
 from dataclasses import dataclass, field

@@ -106,7 +106,7 @@ def follows_bf16(deepspeed: Any) -> bool:
             text = deepspeed if deepspeed.startswith("{") else Path(deepspeed).read_text(encoding="utf-8")
             deepspeed = json.loads(text)
         return deepspeed["bf16"]["enabled"] == "auto"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

@@ -100,7 +100,9 @@ def resolve(argv: Sequence[str]) -> Settings:
         as_there = _said(_settle(settings, given, original), given)
         notes.append(f"With the original's flags, what is not set is as there: {as_there}.")
     put_defaults(settings)
-    assumed = frozenset(name for name in OF_A_NEW_LLAVA if settings[name].origin == ORIGINAL_DEFAULT)
+    assumed = frozenset(
+        name for name in (*OF_A_NEW_LLAVA, "picture_opening") if settings[name].origin == ORIGINAL_DEFAULT
+    )
     return Settings(settings, notes, assumed, dry_run=dry_run)
 
 
@@ -156,6 +158,9 @@ class _Parser(HfArgumentParser):
             where (`str`): the file that `words` come from, for errors.
         """
         self.where = f"the recipe {where}: " if where else ""
+        empty = [word for word in words if word.startswith("--") and word.endswith("=--")]
+        if empty:  # argparse up to Python 3.12 makes an empty list of it, whatever the type
+            raise UserError(f"{self.where}{empty[0].removesuffix('=--')} needs a value, and -- is none.")
         defaults = [(action, action.default) for action in self._actions]
         for action in self._actions:
             action.default = SUPPRESS

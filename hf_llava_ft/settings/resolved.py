@@ -96,26 +96,30 @@ class Settings:
         training.leave_open(name for name in UNTIL_KNOWN if is_by_what_trains(self.by_name[name].origin))
         return model, data, tuning, training
 
-    def to_json(self, check_model: Callable[[ModelArguments, TuningArguments], object] | None = None) -> str:
+    def to_json(self, check_model: Callable[[ModelArguments, TuningArguments], TuningArguments] | None = None) -> str:
         """
         The settings as JSON, one on a line: `settings` (`value` and `from` of each), `translated` (the notes), and
         `missing_on_this_machine` (what would stop the run here). Secrets are left out.
 
         Args:
-            check_model: asked about a model that is a folder here, for which nothing is fetched.
+            check_model: asked about a model that is a folder here, for which nothing is fetched; gives the tuning that
+                holds for it, of which an adapter decides a part.
 
         Raises:
             UserError: if the settings contradict each other.
         """
         model, data, tuning = self._checked()
+        decided = vars(tuning)
         if check_model is not None and Path(model.model_name_or_path).is_dir():
-            check_model(model, tuning)
+            decided = vars(check_model(model, tuning))
         derived = {name: value for part in (model, data, tuning) for name, value in vars(part).items()}
         settings = {}
         for name, setting in self.by_name.items():
             value, origin = derived.get(name, setting.value), setting.origin
             if value != setting.value:
                 origin = f"{origin}, said as {setting.value}"
+            if name in decided and decided[name] != value:
+                value, origin = decided[name], "the adapter that is trained further"
             if SECRET.search(name) and value is not None:
                 value = "(hidden)"
             settings[name] = {"value": value.value if isinstance(value, Enum) else value, "from": origin}
@@ -157,5 +161,5 @@ def _built(kind: type, values: dict[str, Any]) -> Any:
         return kind(**values)
     except UserError:
         raise
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:  # a setting may name a file of settings
         raise UserError(str(error).strip().splitlines()[0]) from error

@@ -10,7 +10,7 @@ from accelerate import PartialState
 from peft import PeftModel
 from transformers import CONFIG_NAME, IntervalStrategy
 
-from hf_llava_ft.checkpoints.artifact import staged_files, told_of_a_full_disk
+from hf_llava_ft.checkpoints.artifact import told_of_a_full_disk
 from hf_llava_ft.checkpoints.inspection import ADAPTER_CONFIG
 from hf_llava_ft.checkpoints.remote_code import carries_our_code, note_on_code
 from hf_llava_ft.checkpoints.training_facts import training_facts
@@ -18,9 +18,10 @@ from hf_llava_ft.errors import EXIT_CODE_FAILURE
 from hf_llava_ft.reports.last_lines import last_lines
 from hf_llava_ft.reports.run_report import PLOT_FILE, write_run_report
 from hf_llava_ft.training.eval_prompts import EvalAnswers
+from hf_llava_ft.training.first_process import staged_in_first_process
 from hf_llava_ft.training.guards.finite import NotFinite
 from hf_llava_ft.training.guards.moved_weights import WrongWeightsMoved
-from hf_llava_ft.training.resuming.interruption import TrainingInterrupted
+from hf_llava_ft.training.resuming.interruption import EvaluationStopped, TrainingInterrupted
 from hf_llava_ft.training.summary import write_summary
 from hf_llava_ft.training.trainer import LlavaTrainer
 
@@ -31,20 +32,31 @@ def save_result(trainer: LlavaTrainer, tell: Callable[[str], None]) -> None:
     if not is_adapter:
         trainer.model.config.use_cache = True  # type: ignore[union-attr]  # the Trainer has switched it off
     last = ADAPTER_CONFIG if is_adapter else CONFIG_NAME
-    with told_of_a_full_disk(output_dir), staged_files(output_dir, last=last) as staged:
+    staging = staged_in_first_process(trainer.args, output_dir, last)
+    with told_of_a_full_disk(output_dir), staging as staged:
         trainer.save_model(str(staged), _internal_call=True)  # pushed when all that its card tells is there
     if trainer.rounded is not None:
         tell(f"Note: {trainer.rounded}")
 
 
 def evaluate_once(trainer: LlavaTrainer, answers: EvalAnswers) -> None:
-    """At the end of a run that was told of no other time for it."""
-    if trainer.args.eval_strategy != IntervalStrategy.NO:
+    """At the end of a run that was told of no other time for it.
+
+    Raises:
+        TrainingInterrupted: if a signal has come before its end.
+    """
+    has_rows = trainer.eval_dataset is not None
+    if trainer.args.eval_strategy != IntervalStrategy.NO or not (has_rows or answers.prompts):
         return
-    if trainer.eval_dataset is not None:
-        trainer.evaluate()
-    elif answers.prompts:
-        answers.on_evaluate(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    try:
+        if trainer.interruption is not None and trainer.interruption.is_over(trainer.args):
+            raise EvaluationStopped
+        if has_rows:
+            trainer.evaluate()
+        else:
+            answers.on_evaluate(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    except EvaluationStopped:
+        trainer.stop_interrupted(missing="its evaluation")
 
 
 def write_facts(summary: dict[str, Any], trainer: LlavaTrainer, answers: EvalAnswers) -> None:

@@ -149,7 +149,7 @@ def _rows(path: Path) -> list[Any]:
         if text.lstrip().startswith("["):
             return json.loads(text)
         return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--eval_prompts {path} is neither a JSON list nor JSON lines: {error}.") from error
 
 
@@ -206,8 +206,11 @@ class EvalAnswers(TrainerCallback):
         path = Path(str(args.output_dir), ANSWERS_FILE)
         if state.is_world_process_zero and path.exists():
             # Of the steps that a resumed run goes on from; those behind them are asked again, and other runs are over.
-            lines = path.read_text(encoding="utf-8").splitlines()
-            self.answers = [answer for answer in map(json.loads, lines) if answer["step"] <= state.global_step > 0]
+            try:
+                answers = list(map(json.loads, path.read_text(encoding="utf-8").splitlines()))
+                self.answers = [answer for answer in answers if answer["step"] <= state.global_step > 0]
+            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+                raise UserError(f"{path} holds no answers of a run: move it elsewhere, or repair it.") from error
             self._write(path)
         if state.global_step == 0:
             with nullcontext() if self.throughput is None else self.throughput.paused():

@@ -31,6 +31,7 @@ class FusedLoraLinear(Linear):
     """`peft.tuners.lora.Linear` with another forward; see above."""
 
     shared: "SharedInput | None" = None
+    lora_B: Any
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         adapter = self._the_plain_adapter()
@@ -40,7 +41,8 @@ class FusedLoraLinear(Linear):
         if low is None:
             low = _product_with_a([self], adapter, x)[0]
         flat = x.reshape(-1, x.shape[-1])
-        result = self.base_layer(flat)  # (positions, out); nothing else holds it, so it is added to in place
+        base: Any = self.base_layer
+        result = base(flat)  # (positions, out); nothing else holds it, so it is added to in place
         b = self.lora_B[adapter].weight
         result = result.addmm_(low.to(result.dtype), b.to(result.dtype).t())
         return result.reshape(*x.shape[:-1], result.shape[-1])
@@ -58,7 +60,9 @@ class SharedInput:
 
     def __init__(self, layers: list[FusedLoraLinear]):
         self.layers = layers
-        self.forget()
+        self._open = False
+        self._input: torch.Tensor | None = None
+        self._products: dict[int, torch.Tensor] = {}
 
     def begin(self, *_: Any) -> None:
         self._open, self._input, self._products = True, None, {}
@@ -80,7 +84,7 @@ class SharedInput:
 
 def _product_with_a(layers: list[FusedLoraLinear], adapter: str, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """For each of `layers` its scaled A x, `[positions, rank]`, of one dropped-out `x` `[..., in]`."""
-    matrices = [layer.lora_A[adapter].weight for layer in layers]
+    matrices: list[Any] = [layer.lora_A[adapter].weight for layer in layers]
     x = layers[0].lora_dropout[adapter](x.reshape(-1, x.shape[-1]))
     a = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
     # Under autocast the matmul casts both.
@@ -105,7 +109,7 @@ def fuse_lora(model: nn.Module, *, shared: bool = True) -> int:
     if not shared:
         return fused
     for module in model.modules():
-        children = dict(module.named_children())
+        children: dict[str, Any] = dict(module.named_children())
         for names in SAME_INPUT:
             layers = [children[name] for name in names if isinstance(children.get(name), FusedLoraLinear)]
             same_dropout = len({_dropouts(layer) for layer in layers}) == 1

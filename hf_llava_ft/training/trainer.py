@@ -10,6 +10,7 @@ import logging
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -32,7 +33,12 @@ from hf_llava_ft.training.guards.longest_batch import LongestBatch
 from hf_llava_ft.training.guards.moved_weights import MovedWeights
 from hf_llava_ft.training.guards.out_of_memory import advice, advice_for_evaluation, told_of_out_of_memory
 from hf_llava_ft.training.loss import LossOverTokens
-from hf_llava_ft.training.precision.masters import with_float32_masters, without_float16_on_cpu
+from hf_llava_ft.training.precision.masters import (
+    keeps_own_masters,
+    remember_dtype,
+    with_float32_masters,
+    without_float16_on_cpu,
+)
 from hf_llava_ft.training.resuming.changed_settings import ChangedSettings, settings_of_groups
 from hf_llava_ft.training.resuming.resume import checkpoint_to_resume
 from hf_llava_ft.training.throughput import Throughput
@@ -59,7 +65,7 @@ class LlavaTrainer(CheckpointingTrainer):
     args: LlavaTrainingArguments
 
     def __init__(self, model=None, args: LlavaTrainingArguments | None = None, data_collator=None, **kwargs):
-        processor = kwargs.get("processing_class")
+        processor = self._processor = kwargs.get("processing_class")
         if data_collator is None and isinstance(processor, LlavaProcessor):
             data_collator = LlavaCollator(processor, uint8_pixels=True)
         self.longest_batch = LongestBatch(self)
@@ -76,17 +82,13 @@ class LlavaTrainer(CheckpointingTrainer):
             )
         if model is not None and args.unsaid:
             args = training_with_defaults(args, what_trains(model), _num_rows(kwargs.get("train_dataset")))
-        if model is not None and args.deepspeed_plugin is None:
-            without_float16_on_cpu(with_float32_masters(model), args)
+        if model is not None:
+            model = _with_masters(model, args)
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
         if isinstance(self.train_dataset, LlavaStream):
             refuse_grouping(self.args)
         if isinstance(processor, LlavaProcessor):
-            self._unwrapped_model.loss_function = LossOverTokens(
-                num_tokens=max(processor.tokenizer.get_vocab().values()) + 1,
-                image_token_id=processor.image_token_id,
-                label_smoothing=self.args.label_smoothing_factor,
-            )
+            self._give_loss_to(self._unwrapped_model)
             self.label_smoother = None  # transformers' own, which would not move the labels
         elif self.args.label_smoothing_factor:
             raise UserError("label_smoothing_factor needs a LlavaProcessor as processing_class, by which labels move.")
@@ -99,6 +101,21 @@ class LlavaTrainer(CheckpointingTrainer):
             share_out_by_layers(self.accelerator.state.fsdp_plugin, self.model)  # type: ignore[arg-type]
         self.told_of_groups: list[dict[str, Any]] | None = None
         self.throughput = Throughput()
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """As in transformers, which makes a model of `model_init` for each trial: prepared as one that is given."""
+        model = _with_masters(super().call_model_init(trial), self.args)
+        self._give_loss_to(model.get_base_model() if isinstance(model, PeftModel) else model)
+        return model
+
+    def _give_loss_to(self, model: Any) -> None:
+        processor = self._processor
+        if isinstance(processor, LlavaProcessor):
+            model.loss_function = LossOverTokens(
+                num_tokens=max(processor.tokenizer.get_vocab().values()) + 1,
+                image_token_id=processor.image_token_id,
+                label_smoothing=self.args.label_smoothing_factor,
+            )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As in transformers, but that a checkpoint of another course is refused. Too little memory is a `UserError`
@@ -237,6 +254,13 @@ class LlavaTrainer(CheckpointingTrainer):
         self._eval_sums += self.accelerator.gather_for_metrics(sums).to("cpu", torch.float64).sum(0)
         total, num_tokens = sums.sum(0)
         return total / num_tokens.clamp(min=1), None, None
+
+
+def _with_masters(model: Any, args: LlavaTrainingArguments) -> Any:
+    remember_dtype(model.get_base_model() if isinstance(model, PeftModel) else model)
+    if not keeps_own_masters(args):
+        without_float16_on_cpu(with_float32_masters(model), args)
+    return model
 
 
 def _num_rows(dataset: Any) -> int | None:

@@ -8,10 +8,10 @@ checkpoint as one, writes a pickle of this machine's paths, loads none of the we
 
 import logging
 import os
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -32,6 +32,7 @@ from hf_llava_ft.training.guards.finite import FiniteTraining
 from hf_llava_ft.training.precision.masters import dtype_of_result
 from hf_llava_ft.training.precision.one_dtype import Rounded, in_one_dtype, name_dtype
 from hf_llava_ft.training.resuming.fingerprint import refuse_another_course, settings_course
+from hf_llava_ft.training.resuming.interruption import EvaluationStopped, Interruption, TrainingInterrupted
 from hf_llava_ft.training.resuming.resume import Run, begin, remove_older, seal
 from hf_llava_ft.training.trainer_push import PushingTrainer
 
@@ -46,6 +47,7 @@ class CheckpointingTrainer(PushingTrainer):
         run (`Run`): whose checkpoints are written.
         course_before (`dict`, *optional*): the settings of the run before it was resumed.
         rounded (`Rounded`, *optional*): what writing the result in one dtype rounded.
+        interruption (`Interruption`, *optional*): what a signal ends the run by.
     """
 
     args: LlavaTrainingArguments
@@ -56,6 +58,8 @@ class CheckpointingTrainer(PushingTrainer):
         self.run = Run(course=settings_course(self.args))
         self.course_before: dict[str, Any] | None = None
         self._in_one_dtype, self.rounded = True, cast("Rounded | None", None)  # see `_save`
+        self.interruption: Interruption | None = None
+        self._saved_at: int | None = None  # the step of the last checkpoint
 
     @property
     def _unwrapped_model(self) -> Any:
@@ -64,10 +68,11 @@ class CheckpointingTrainer(PushingTrainer):
     def resume_course_of(self, checkpoint: str) -> None:
         """Goes on as the run of `checkpoint`; a UserError if the settings are of another course."""
         before = Run.of(checkpoint)
+        step = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)).global_step
+        self._saved_at = step
         self.course_before = before.course
         if self.run.resumed_from == checkpoint:
             return  # compared by who knows more of the run
-        step = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)).global_step
         note = refuse_another_course(checkpoint, before.course, self.run.course or {}, step, self.args)
         if note is not None:
             logger.warning(note)
@@ -75,9 +80,35 @@ class CheckpointingTrainer(PushingTrainer):
 
     def _run_epoch(self, *args, **kwargs) -> None:
         """As in transformers, which up to 5.24 trains a step too many where a run is resumed that had reached
-        `max_steps`."""
-        if self.state.global_step < self.state.max_steps:
+        `max_steps`, or that an evaluation at its start ends."""
+        if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        """As in transformers, and the end of a run that a signal stops: there the Trainer would go on to evaluate,
+        load the best checkpoint and, under `save_total_limit=1`, remove the last."""
+        with suppress(EvaluationStopped):
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self.interruption is not None and self.interruption.signal_number is not None:
+            self.stop_interrupted()
+
+    def stop_interrupted(self, missing: str | None = None) -> NoReturn:
+        """
+        Saves a checkpoint of this step, unless there is one, and ends the run.
+
+        Args:
+            missing (`str`, *optional*): what a run that has its result lacks.
+
+        Raises:
+            TrainingInterrupted: always.
+        """
+        assert self.interruption is not None and self.interruption.signal_number is not None
+        if self.state.global_step not in (0, self._saved_at):
+            self._save_checkpoint(self.model_wrapped, None)
+        if missing is None:
+            self.callback_handler.on_train_end(self.args, self.state, self.control)
+        output_dir = str(self.args.output_dir)
+        raise TrainingInterrupted(self.state.global_step, output_dir, self.interruption.signal_number, missing)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As in transformers, and sealed when all processes have written their part; older ones go after that."""
@@ -98,6 +129,7 @@ class CheckpointingTrainer(PushingTrainer):
             seal(folder, self.run)
             self.push_checkpoint(folder)
             remove_older(folder, self.run, limit, self.state.best_model_checkpoint)
+        self._saved_at = self.state.global_step
 
     def save_model(self, output_dir: str | None = None, *args, **kwargs) -> None:
         """As in transformers, and the whole weights under FSDP too, however the state of the run is saved."""
@@ -110,6 +142,9 @@ class CheckpointingTrainer(PushingTrainer):
             Path(output_dir or str(self.args.output_dir), TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            super()._save(output_dir, state_dict)  # joins what is gathered; the folder is another process's
+            return
         model = self.accelerator.unwrap_model(self.model)
         if self._in_one_dtype and isinstance(model, LlavaForCausalLM):
             weights = model.state_dict() if state_dict is None else state_dict

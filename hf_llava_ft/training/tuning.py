@@ -36,7 +36,7 @@ from hf_llava_ft.settings.arguments import TuningArguments
 from hf_llava_ft.settings.defaults import tuning_with_defaults
 from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.training.fused_lora import fuse_lora
-from hf_llava_ft.training.precision.masters import with_float32_masters
+from hf_llava_ft.training.precision.masters import remember_dtype, with_float32_masters
 from hf_llava_ft.training.precision.quantization import is_quantized, prepare_quantized
 
 
@@ -184,7 +184,7 @@ def with_tuning(
     """
     arguments = tuning_with_defaults(arguments or TuningArguments(), num_rows)
     if base is None:
-        base = model.name_or_path
+        base = str(model.name_or_path)
         revision = revision or hub_commit(base, None)
     if arguments.is_lora:
         tuned: LlavaForCausalLM | PeftModel = with_lora(model, arguments, base, revision, adapter)
@@ -195,6 +195,7 @@ def with_tuning(
     for name, parameter in tuned.named_parameters():
         if part_of(name) in frozen:
             parameter.requires_grad_(False)
+    remember_dtype(model)
     return with_float32_masters(tuned) if float32_masters else tuned
 
 

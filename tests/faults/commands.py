@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,21 +42,31 @@ class Command:
     def wait(self) -> int:
         """The exit code."""
         if not self.ends_within(_PATIENCE):
-            self.kill()
+            self._process.kill()
             raise AssertionError(f"the command hangs: {self.printed()}")
         return int(self._process.exitcode)
 
-    def kill(self, number: int = signal.SIGKILL) -> None:
-        """Sends a signal to the command alone, as an operator or the system would, and waits for its end."""
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Waits until the condition holds, or the command has ended."""
+        end = time.monotonic() + _PATIENCE
+        while not condition() and self._process.exitcode is None and time.monotonic() < end:
+            time.sleep(0.002)
+
+    def kill(self, number: int = signal.SIGKILL, to_all: bool = False) -> int:
+        """Sends a signal to the command alone, as an operator or the system would, or to all its processes; gives the
+        exit code."""
         if self._process.exitcode is None:
-            os.kill(self._process.pid, number)
-        self._process.join(_PATIENCE)
+            with suppress(ProcessLookupError):
+                is_leader = os.getpgid(self._process.pid) == self._process.pid
+                (os.killpg if to_all and is_leader else os.kill)(self._process.pid, number)
+        return self.wait()
 
     def printed(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
-    def left_alive(self, patience: float = 5.0) -> list[int]:
-        """Processes of its session that live on after `patience` seconds."""
+    def left_alive(self, patience: float = 20.0) -> list[int]:
+        """Processes of its session that live on after `patience` seconds: a worker of a DataLoader asks every 5 whether
+        its parent is there."""
         end = time.monotonic() + patience
         while (alive := _of_session(self._process.pid)) and time.monotonic() < end:
             time.sleep(0.05)

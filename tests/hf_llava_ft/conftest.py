@@ -9,6 +9,7 @@ import pytest
 from hf_llava_ft.cli import main
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
+from hf_llava_ft.termination import TERMINATION_SIGNALS
 from tests.hub_client import HubClient
 from tests.loopback_hub import LoopbackHub
 
@@ -26,9 +27,10 @@ def llava_ft(monkeypatch, capfd):
         assert "Traceback" not in err
         return int(exit_info.value.code or 0), out, err
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in TERMINATION_SIGNALS}
     yield run
-    signal.signal(signal.SIGTERM, before)  # a command sets its own
+    for number, handler in before.items():
+        signal.signal(number, handler)  # a command sets its own
 
 
 @pytest.fixture(params=["pad", "anyres"])

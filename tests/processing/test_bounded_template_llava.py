@@ -2,6 +2,7 @@
 
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -40,3 +41,15 @@ def test_another_timer_is_left_alone():
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def test_outside_of_the_main_thread_too(monkeypatch):
+    monkeypatch.setattr(bounded_template_llava, "MAX_SECONDS", 0.3)
+    with ThreadPoolExecutor(1) as pool:
+        endless = pool.submit(render_within_bounds, conversations=QUESTION, chat_template=LOOPS)
+        with pytest.raises(ValueError, match="does not end within 0.3 s"):
+            endless.result(timeout=30)
+        # And the thread goes on being of use.
+        short = pool.submit(render_within_bounds, conversations=QUESTION, chat_template="{{ messages[0].content }}")
+        assert short.result(timeout=30)[0] == [QUESTION[0][0]["content"]]
+        assert pool.submit(time.sleep, 0.5).result(timeout=30) is None

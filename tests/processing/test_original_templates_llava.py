@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 from transformers import CLIPVisionConfig
@@ -22,6 +22,7 @@ from hf_llava_ft.processing.chat_templates_llava import CHAT_TEMPLATES, chat_tem
 from hf_llava_ft.processing.conversation_llava import IGNORE_INDEX
 from hf_llava_ft.processing.original_templates_llava import ORIGINAL_PROMPTS
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
+from tests.examples import examples
 from tests.processing.conversations import (
     IMAGE,
     RECORDS_DIR,
@@ -295,7 +296,7 @@ FRAGMENTS = (
 )
 TEXTS = texts_with(FRAGMENTS)
 
-any_conversation = settings(max_examples=15, deadline=None, derandomize=True, database=None)
+any_conversation = examples(15)
 each_version = pytest.mark.parametrize("version", RENDERED)
 each_kind = pytest.mark.parametrize("kind", [*SENTENCEPIECE, *BYTE_LEVEL])
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPVisionConfig, SiglipVisionConfig
@@ -18,6 +18,7 @@ from hf_llava_ft.processing.chat_templates_llava import CHAT_TEMPLATES
 from hf_llava_ft.processing.conversation_llava import IGNORE_INDEX
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from tests import warm_python
+from tests.examples import examples
 from tests.processing.conversations import (
     CASES,
     IMAGE,
@@ -95,7 +96,7 @@ def conversations_for(template: str):
     return CAPTIONS if template == "plain" else conversations_of(TEXTS, max_rounds=4)
 
 
-any_conversation = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+any_conversation = examples(40)
 
 
 @pytest.mark.parametrize("kind, template", TEMPLATES + TRIMMED)

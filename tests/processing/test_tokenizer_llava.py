@@ -4,12 +4,13 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer, CanineTokenizer
 
 from hf_llava_ft.processing.tokenizer_llava import IMAGE_TOKEN, file_if_there, load_tokenizer, prepare_tokenizer
+from tests.examples import examples
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FOLDERS = {"llama": GOLDEN / "tokenizer_llama", "legacy": GOLDEN / "tokenizer_tiny"}
@@ -42,7 +43,7 @@ def cut_by_sentencepiece(kind: str, image_token_id: int, chunks: list[str]) -> l
 
 
 @pytest.mark.parametrize("kind", FOLDERS)
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@examples(300)
 @given(chunks=st.lists(CHUNKS, min_size=1, max_size=4))
 def test_text_around_images_is_cut_as_sentencepiece_cuts_it(prepared, kind, chunks):
     tokenizer = prepared[kind]

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPVisionConfig, SiglipImageProcessorPil, SiglipVisionConfig
@@ -18,6 +18,7 @@ from hf_llava_ft.processing.image_processing_llava import build_image_processor
 from hf_llava_ft.processing.picture_opening_llava import as_rgb
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.processing.uint8_pixels_llava import can_hand_over_uint8, normalize_pixels, uint8_images
+from tests.examples import examples
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PHOTOS = sorted((Path(__file__).parents[2] / "hf_llava_ft" / "quickstart_data").glob("*.jpg"))
@@ -62,7 +63,7 @@ def shortcut_alone(monkeypatch):
 
 @pytest.mark.parametrize("vision_config", [CLIP, SIGLIP], ids=["clip", "siglip"])
 @pytest.mark.parametrize("aspect_ratio", ["pad", "square"])
-@settings(max_examples=60, deadline=None, derandomize=True)
+@examples(60)
 @given(width=st.integers(1, 300), height=st.integers(1, 300))
 def test_pictures_of_any_shape(vision_config, aspect_ratio, width, height):
     processor, image = build_image_processor(vision_config, aspect_ratio), noise(width, height)

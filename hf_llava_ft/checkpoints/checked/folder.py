@@ -101,6 +101,9 @@ def _check_numbers(path: str, file: str, config: dict[str, Any]) -> None:
             value = values.get(name)
             if value is not None and not (_is_number(value) and math.isfinite(value)):
                 raise UserError(f"{path}: {where}{name} in {file} is {_shown(value)}, and has to be a number.")
+        for name in ("rope_parameters", "rope_scaling"):
+            if values.get(name) is not None and not isinstance(values[name], dict):
+                raise UserError(f"{path}: {where}{name} in {file} is {_shown(values[name])}, and has to be an object.")
         for name in ("dtype", "torch_dtype"):
             value = values.get(name)
             if value is not None and not isinstance(getattr(torch, str(value), None), torch.dtype):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
+from hf_llava_ft.checkpoints.checked.folder import UNREADABLE, check_settings
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.modeling.configuration_llava import LlavaConfig
 from hf_llava_ft.settings.arguments import ModelArguments
@@ -85,9 +86,10 @@ def _is_another_tower(name: str, config: LlavaConfig) -> bool:
     own_name = config.vision_tower_name
     if own_name and Path(own_name).name == Path(name).name:
         return False
+    check_settings(name)
     try:
         tower = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError):
+    except UNREADABLE:
         return bool(own_name)  # nothing to compare but names
     tower, own = getattr(tower, "vision_config", tower), config.vision_config
     compared = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")

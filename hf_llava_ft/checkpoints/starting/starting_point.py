@@ -21,6 +21,7 @@ from transformers.integrations import set_hf_deepspeed_config, unset_hf_deepspee
 
 from hf_llava_ft.checkpoints.adapters import tuning_of_adapter
 from hf_llava_ft.checkpoints.artifact import staged_folder
+from hf_llava_ft.checkpoints.checked.folder import UNREADABLE, check_settings, reason_of
 from hf_llava_ft.checkpoints.compose import compose_llava
 from hf_llava_ft.checkpoints.files import read_json
 from hf_llava_ft.checkpoints.inspection import ADAPTER_CONFIG, inspect_checkpoint, is_language_model
@@ -69,7 +70,7 @@ class StartingPoint:
         Raises:
             UserError: see `load_model`; or if the projector is that of another kind of model.
         """
-        model = load_model(
+        model: Any = load_model(
             self.name,
             processor,
             revision=self.revision,
@@ -168,6 +169,7 @@ def check_starting_point(model_args: ModelArguments, tuning_args: TuningArgument
                 f"{name} --format llava-hf --output_dir ADAPTER) and train ADAPTER."
             )
         if checkpoint.kind == "adapter":
+            check_settings(name, model_args.revision)
             if model_args.pretrain_mm_mlp_adapter is not None:
                 raise UserError(
                     f"--pretrain_mm_mlp_adapter: {name} is an adapter, which goes on with its own projector: leave it "
@@ -228,8 +230,8 @@ def _compose(model_args: ModelArguments, projector: dict[str, torch.Tensor] | No
             (staged / _FINGERPRINT).write_text(fingerprint, encoding="utf-8")
     except UserError:
         raise
-    except (OSError, ValueError) as error:
-        raise UserError(f"{' and '.join(parts)} cannot be made into a LLaVA: {str(error).splitlines()[0]}") from error
+    except UNREADABLE as error:
+        raise UserError(f"{' and '.join(parts)} cannot be made into a LLaVA: {reason_of(error)}") from error
 
 
 def read_projector_of(path: str) -> dict[str, torch.Tensor]:

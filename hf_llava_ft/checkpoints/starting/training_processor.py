@@ -21,7 +21,6 @@ def processor_for_training(
         revision (`str`, *optional*): on the Hub.
         version (`str`, *optional*): name of a chat template, instead of the model's.
         image_aspect_ratio (`str`, *optional*): `square`, `pad` or `anyres`, instead of the model's.
-
         picture_opening (`str`, *optional*): `upright` or `original`, instead of what the model was trained with.
 
     Raises:

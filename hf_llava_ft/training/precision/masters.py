@@ -5,8 +5,8 @@ weight. So what trains is turned to float32 and computed in 16 bits by autocast,
 is frozen stays as it is. The result is written in the dtype that the model came in (`one_dtype.py`).
 
 What may surprise: a whole part is turned where only some of its layers train, because one layer reads another's
-output. DeepSpeed keeps float32 copies of its own beside weights that it turns to the dtype it computes in,
-so nothing is turned under it.
+output. DeepSpeed keeps float32 copies of its own beside weights that it turns to the 16 bits it computes in, so
+nothing is turned under it then; where it is told of none, it computes in the dtype of the weights, without a scale.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from torch import nn
 from hf_llava_ft.modeling.part_names_llava import LANGUAGE_MODEL, LM_HEAD, OTHER, part_of
 
 HALF = (torch.float16, torch.bfloat16)
-# Of models whose first weight no longer tells in what they came.
+# Of models whose first weight may no longer tell in what they came.
 _CAME_IN: WeakKeyDictionary[nn.Module, torch.dtype | None] = WeakKeyDictionary()
 
 
@@ -31,7 +31,7 @@ def with_float32_masters(model: Any) -> Any:
     before it gives; LoRA's own are float32 already, beside a frozen part as it was.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    came_in = getattr(base, "dtype", None)
+    remember_dtype(base)
     named = [(n, p) for n, p in model.named_parameters() if p.dtype in HALF and ".original_module." not in n]
     parts = {part_of(name) for name, parameter in named if parameter.requires_grad}
     if parts & {LANGUAGE_MODEL, LM_HEAD}:
@@ -39,8 +39,20 @@ def with_float32_masters(model: Any) -> Any:
     for name, parameter in named:
         if part_of(name) in parts:
             parameter.data = parameter.data.float()
-            _CAME_IN.setdefault(base, came_in)
     return model
+
+
+def keeps_own_masters(args: Any) -> bool:
+    """Whether the engine keeps float32 copies of what trains."""
+    return args.deepspeed_plugin is not None and (args.bf16 or args.fp16)
+
+
+def remember_dtype(base: Any) -> None:
+    """The dtype that a model came in, for its result; what is called first counts."""
+    is_divided = any(hasattr(each, "ds_tensor") for each in base.parameters())
+    # ZeRO-3 turns weights to what it computes in while they are loaded.
+    came_in = getattr(getattr(base, "config", None), "dtype", None) if is_divided else getattr(base, "dtype", None)
+    _CAME_IN.setdefault(base, came_in)
 
 
 def without_float16_on_cpu(model: Any, args: Any) -> None:
@@ -67,7 +79,7 @@ def said_precision(model: nn.Module, args: Any) -> str:
         computed = f"computed in {'bfloat16' if args.bf16 else 'float16'}"
     else:
         computed = "computed in the dtype of the weights"
-    if args.deepspeed_plugin is not None:
+    if keeps_own_masters(args):
         return f"Precision: {computed}; DeepSpeed keeps what trains in float32."
     rest = f", the rest in {frozen}" if frozen and frozen != trained else ""
     return f"Precision: what trains is held in {trained}{rest}; {computed}."

@@ -64,6 +64,10 @@ _ORDER = frozenset(
 _OF_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_bias", "lora_target_modules", "lora_vision_tower") + (
     *("use_dora", "use_rslora"),
 )
+_OF_A_NEW_LLAVA = ("vision_tower", "mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature") + (
+    *("mm_use_im_start_end", "mm_patch_merge_type", "image_grid_pinpoints"),
+)
+COMPOSED_BASE = "composed"  # in place of a digest: what it is made of is among the settings
 _READ_AT_EACH_END = 2**20
 # What stands in a course beside settings, in words.
 _IN_WORDS = {
@@ -85,9 +89,11 @@ def settings_course(*arguments: Any) -> dict[str, Any]:
                 course[field.name] = plain(getattr(part, field.name))
         if isinstance(part, TuningArguments) and not part.is_lora:
             course = {name: value for name, value in course.items() if name not in _OF_LORA}
+        elif isinstance(part, TuningArguments) and part.lora_target_modules is not None:
+            course["lora_target_modules"] = sorted(part.lora_target_modules)  # in any order the same
         if isinstance(part, LlavaTrainingArguments):
             course["data_seed"] = part.seed if part.data_seed is None else part.data_seed
-            course |= {"processes": part.world_size, "engine": _engine(part)}
+            course |= {"processes": part.world_size, "engine": _engine(part), "use_cpu": part.device.type == "cpu"}
     tower = course.get("vision_tower")
     if tower is not None and os.path.isdir(os.path.expanduser(tower)):
         course["vision_tower"] = Path(tower).name
@@ -101,20 +107,26 @@ def course_of(
     args: LlavaTrainingArguments,
     *,
     base: str,
+    longest: int,
     processor: LlavaProcessor,
     data: dict[str, Any],
     images: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """
-    The whole course.
+    The whole course. What is not said is what it means, so that a default may be written out.
 
     Args:
+        longest (`int`): the most tokens of a row.
         base (`str`): of [`base_digest`].
         processor (`LlavaProcessor`): of the run.
         data (`dict`): of `summary.data_facts`.
         images (`dict`, *optional*): number and digest of the images beside the data; None for a stream.
     """
     course = settings_course(model_args, data_args, tuning_args, args)
+    if base != COMPOSED_BASE:
+        # Of a LLaVA that is there they can only say what it is, which the digest does.
+        course = {name: value for name, value in course.items() if name not in _OF_A_NEW_LLAVA}
+    course |= {"model_max_length": longest, "picture_opening": processor.picture_opening}
     sources = [
         {"name": source["name"], "weight": source["weight"], "digest": source["fingerprint"][:12]}
         | ({"columns": source["columns"]} if "columns" in source else {})
@@ -198,6 +210,8 @@ def changes_between(was: dict[str, Any], now: dict[str, Any], begins_epoch_anew:
             changes.pop(name, None)
     elif "version" in changes or "image_aspect_ratio" in changes:
         changes.pop("processor")
+    if was.get("max_steps", -1) > 0 and now.get("max_steps", -1) > 0:
+        changes.pop("num_train_epochs", None)  # the steps decide, before and after
     return changes
 
 

@@ -62,7 +62,7 @@ def read_seal(checkpoint: str | Path) -> dict[str, Any]:
     """The content of a seal; empty where there is none that can be read."""
     try:
         told = json.loads(Path(checkpoint, SEAL).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return told if isinstance(told, dict) else {}
 
@@ -73,7 +73,7 @@ def run_id_of(checkpoint: str | Path) -> str | None:
     if told is None:
         try:
             told = json.loads(Path(checkpoint, UNFINISHED).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
     return told.get("id") if isinstance(told, dict) else None
 
@@ -126,10 +126,10 @@ def what_is_missing(checkpoint: str | Path) -> str | None:
     """Why a checkpoint is not whole, in words; `None` if it is."""
     folder = Path(checkpoint)
     try:
-        sizes = json.loads((folder / SEAL).read_text(encoding="utf-8"))["files"]
+        sizes = dict(json.loads((folder / SEAL).read_text(encoding="utf-8"))["files"])
     except FileNotFoundError:
         return "it was not written to its end"
-    except (ValueError, KeyError, OSError):
+    except (ValueError, KeyError, TypeError, OSError, RecursionError):
         return f"its {SEAL} cannot be read"
     for name, size in sizes.items():
         path = folder / name
@@ -225,7 +225,7 @@ def _run_of_folder(folder: str | Path) -> str | None:
     """
     try:
         told = json.loads(Path(folder, RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         told = None
     if isinstance(told, dict) and isinstance(told.get("id"), str):
         return str(told["id"])

@@ -135,6 +135,15 @@ def test_a_row_may_leave_its_answer_open(tmp_path, row):
     assert asked.line.get("expected") == row.get("completion")
 
 
+@pytest.mark.parametrize("columns", [None, "image=image,prompt=prompt,response=reply"])
+def test_the_answer_of_a_table_is_known_by_its_column(tmp_path, columns):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    answer = "response" if columns is None else "reply"
+    (tmp_path / "rows.csv").write_text(f"image,prompt,{answer}\na.png,What is it?,A square.\n")
+    [asked] = asked_rows(open_questions(str(tmp_path / "rows.csv"), str(tmp_path), columns=columns))
+    assert asked.line["expected"] == "A square." and asked.line["prompt"] == "<image>\nWhat is it?"
+
+
 def test_the_first_question_of_a_long_conversation_is_asked(tmp_path):
     turns = [("human", "A?"), ("gpt", "a"), ("human", "<image>B?"), ("gpt", "b")]
     row = {"image": "a.png", "conversations": [{"from": who, "value": text} for who, text in turns]}

@@ -172,6 +172,17 @@ def test_warnings_do_not_stop_training(llava_ft, folder, tiny_checkpoint):
     assert result["duplicate_rows"] == 1 and result["image_formats"] == {"PNG": 6, "JPEG": 1}
 
 
+def test_it_is_told_how_training_will_open_pictures(llava_ft, tiny_checkpoint, folder):
+    data = write(folder, [row("turned", "<image>\nq", "a", "turned.jpg")])
+    flags = ["--image_folder", folder / "images", "--json", folder / "out.json", "--picture_opening"]
+    code, out, _ = llava_ft("check", data, *flags, "original", "--model", tiny_checkpoint)
+    assert code == 0 and "1; trained upright" not in " ".join(out.split())
+    assert json.loads((folder / "out.json").read_text())["picture_opening"] == "original"
+    for more, said in ((["original"], "give it with --model"), (["sideways", "--model", tiny_checkpoint], "sideways")):
+        code, _, err = llava_ft("check", data, *flags, *more)
+        assert code == 2 and said in " ".join(err.split())
+
+
 def test_control_text_is_what_the_tokenizer_reads_as_such(tiny_processor, folder):
     data = write(folder, [row("a", "q", "</s>"), row("b", "q", "<|im_end|>"), row("c", "q", "< /s>")])
     with_model = check_data(open_source(data), tiny_processor, num_proc=1)

@@ -140,7 +140,7 @@ BROKEN = {
     "text_config null": (config(text_config=None), "text_config"),
     "vision_config a list": (config(vision_config=[]), "vision_config"),
     "rms_norm_eps a text": (config(text_config__rms_norm_eps="small"), "rms_norm_eps"),
-    "rope a text": (config(text_config__rope_parameters="yes"), ""),
+    "rope a text": (config(text_config__rope_parameters="yes"), "rope_parameters"),
     "rope without a kind": (config(text_config__rope_parameters={"rope_type": "none"}), ""),
     "layer -99": (config(vision_feature_layer=-99), "vision_feature_layer"),
     "layer a text": (config(vision_feature_layer="last"), "vision_feature_layer"),
@@ -283,6 +283,57 @@ def test_a_broken_adapter_is_one_sentence(adapter, tmp_path, name, capfd):
     assert "code of the folder" not in capfd.readouterr().out
 
 
+def without(name):
+    def change(folder):
+        settings = json.loads((folder / "adapter_config.json").read_text())
+        del settings[name]
+        (folder / "adapter_config.json").write_text(json.dumps(settings))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (without("target_modules"), "target_modules"),
+        (without("r"), "does not say r"),
+        (changed("adapter_config.json", target_modules=5), ""),
+        (changed("adapter_config.json", r=3), ""),
+        (changed("adapter_config.json", bias="some"), "some"),
+        (weights(lambda tensors: tensors[first(tensors, "lora_B")].fill_(float("nan")), ADAPTER), "NaN"),
+        (weights(lambda tensors: tensors.pop(first(tensors, "lora_A")), ADAPTER), "in one of them only"),
+        (written(ADAPTER, b"<html>proxy</html>"), ""),
+        (written("non_lora_trainables.bin", b"PK"), ""),
+    ],
+)
+def test_a_broken_lora_folder_of_the_original_is_one_sentence(golden, tmp_path, monkeypatch, change, said):
+    monkeypatch.chdir(golden)  # its base and its tower are named from there
+    shutil.copytree("f_lora/llava-tiny-lora", tmp_path / "broken")
+    binary = tmp_path / "broken/adapter_model.bin"
+    if binary.exists():
+        save_file(torch.load(binary, weights_only=True), tmp_path / "broken" / ADAPTER)
+        binary.unlink()
+    change(tmp_path / "broken")
+    with pytest.raises(UserError) as refused:
+        load_model(str(tmp_path / "broken"))
+    assert said in refused.value.sentence and "\n" not in refused.value.sentence
+
+
+@pytest.mark.parametrize(
+    "name", ["text_config null", "rope without a kind", "activation unknown", "config.json nested deeply"]
+)
+def test_what_loads_no_weights_says_it_too(llava_ft, tiny_checkpoint, llava_json, tmp_path, name):
+    """`estimate` makes the model without them, and `push --no_verify` reads the settings alone."""
+    shutil.copytree(tiny_checkpoint, tmp_path / "broken")
+    BROKEN[name][0](tmp_path / "broken")
+    (data, images), model = llava_json(1), tmp_path / "broken"
+    words = ["estimate", "--model_name_or_path", model, "--data_path", data, "--image_folder", images]
+    code, _, err = llava_ft(*words, "--output_dir", tmp_path / "out")
+    assert code == 2 and err.count("error: ") == 1
+    code, _, err = llava_ft("push", model, "--repo_id", "user/name", "--dry_run", "--no_verify")
+    assert code == (0 if name in ("rope without a kind", "activation unknown") else 2)
+
+
 @pytest.mark.parametrize("name", ["10^7 layers", "NaN", "template that talks"])
 def test_the_command_line_says_it_and_exits_with_2(tiny_checkpoint, tmp_path, name):
     shutil.copytree(tiny_checkpoint, tmp_path / "broken")
@@ -297,3 +348,31 @@ def test_the_command_line_says_it_and_exits_with_2(tiny_checkpoint, tmp_path, na
     if name == "NaN":
         taken = warm_python.run([*command, "--allow_nan"])
         assert taken.returncode == 0
+
+
+@pytest.mark.parametrize("command", ["merge --adapter", "export --for vllm --model", "estimate --model_name_or_path"])
+def test_a_base_that_is_no_text_is_refused_by_every_command(llava_ft, adapter, tmp_path, command):
+    shutil.copytree(adapter, tmp_path / "broken")
+    BROKEN_ADAPTERS["base a number"][0](tmp_path / "broken")
+    words = [*command.split(), tmp_path / "broken", "--output_dir", tmp_path / "out"]
+    code, _, err = llava_ft(*words, *(["--data_path", "d.json"] if "estimate" in command else []))
+    assert code == 2 and "base_model_name_or_path" in err
+
+
+def test_a_base_that_is_broken_is_not_merged_into(llava_ft, tiny_checkpoint, adapter, tmp_path):
+    shutil.copytree(tiny_checkpoint, tmp_path / "base")
+    BROKEN["text_config a text"][0](tmp_path / "base")
+    shutil.copytree(adapter, tmp_path / "adapter")
+    changed("adapter_config.json", base_model_name_or_path=str(tmp_path / "base"))(tmp_path / "adapter")
+    code, _, err = llava_ft("merge", "--adapter", tmp_path / "adapter", "--output_dir", tmp_path / "merged")
+    assert code == 2 and err.count("error: ") == 1 and "text_config" in err
+
+
+@pytest.mark.parametrize("name", ["targets a number", "another rank", "rank a text", "damaged"])
+def test_a_broken_adapter_is_not_trained_further(llava_ft, adapter, llava_json, tmp_path, name):
+    shutil.copytree(adapter, tmp_path / "broken")
+    BROKEN_ADAPTERS[name][0](tmp_path / "broken")
+    data, images = llava_json(1)
+    words = ["train", "--model_name_or_path", tmp_path / "broken", "--data_path", data, "--image_folder", images]
+    code, _, err = llava_ft(*words, "--output_dir", tmp_path / "out", "--use_cpu", "True", "--max_steps", "1")
+    assert code == 2 and err.count("error: ") == 1 and str(tmp_path / "broken") in " ".join(err.split())

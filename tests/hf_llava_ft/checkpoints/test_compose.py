@@ -23,6 +23,17 @@ import hf_llava_ft
 from hf_llava_ft.checkpoints.verify import default_image
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
+from tests.hf_llava_ft.checkpoints.test_broken_folders import (
+    DEEP,
+    MODEL,
+    Code,
+    config,
+    first,
+    pickled,
+    template,
+    weights,
+    written,
+)
 
 MODELS = {"llama": LlamaForCausalLM, "mistral": MistralForCausalLM, "qwen2": Qwen2ForCausalLM}
 
@@ -67,6 +78,48 @@ def test_compose(parts, tmp_path, text, tie, vision):
     # Text and picture make a prompt that the model takes.
     inputs = processor(text=["USER: <image>\nq ASSISTANT:"], images=[default_image()], return_tensors="pt")
     assert model(**inputs).logits.isfinite().all()
+
+
+def spoilt(text):
+    def change(tensors):
+        tensors[first(tensors, text)].view(-1)[1] = float("nan")
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "said"),
+    [
+        ("tower", config(patch_size=0), "patch_size"),
+        ("tower", config(num_hidden_layers=900), "900 layers"),
+        ("tower", config(hidden_size=128), "shape"),
+        ("tower", config(hidden_act="loud"), "loud"),
+        ("tower", written("config.json", "[]"), "not a JSON object"),
+        ("tower", weights(lambda t: t.pop(first(t, "fc1"))), "lack"),
+        ("tower", weights(spoilt("fc1")), "NaN"),
+        ("tower", written(MODEL, b"<html>proxy</html>"), "web page"),
+        ("tower", pickled({"x": Code()}), "code"),
+        ("language", config(num_hidden_layers=10**7), "num_hidden_layers"),
+        ("language", config(vocab_size=8_000_000), "shape"),
+        ("language", config(rms_norm_eps="small"), "rms_norm_eps"),
+        ("language", written("config.json", DEEP), "nested too deeply"),
+        ("language", weights(lambda t: t.pop(first(t, "down_proj"))), "lack"),
+        ("language", weights(spoilt("down_proj")), "NaN"),
+        ("language", written(MODEL, b""), "weights"),
+        ("language", written("tokenizer_config.json", "[]"), "not a JSON object"),
+        ("language", written("tokenizer.json", "{}"), ""),
+        ("language", lambda folder: (folder / MODEL).unlink(), "no file"),
+        ("language", template("{{ 'a' * 100000000000 }}"), "template"),
+    ],
+)
+def test_a_part_that_is_broken_is_one_sentence(parts, tmp_path, capfd, part, change, said):
+    tower, language, _ = parts("llama", "clip", False)
+    change(tower if part == "tower" else language)
+    with pytest.raises(UserError) as refused:
+        hf_llava_ft.compose_llava(str(tower), str(language), tmp_path / "made")
+    assert said in refused.value.sentence and "\n" not in refused.value.sentence
+    assert str(tower if part == "tower" else language) in refused.value.sentence
+    assert not (tmp_path / "made").exists() and "code of the folder" not in capfd.readouterr().out
 
 
 def test_the_seed_decides_the_projector(parts, tmp_path):

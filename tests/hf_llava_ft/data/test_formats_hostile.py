@@ -13,7 +13,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -22,6 +22,7 @@ from hf_llava_ft.data.formats import images as images_module
 from hf_llava_ft.data.formats.dialects import IMAGE_CAPTION, LLAVA, MESSAGES, PROMPT_COMPLETION
 from hf_llava_ft.data.formats.mixture import parse_data_path
 from hf_llava_ft.errors import UserError
+from tests.examples import examples
 
 QUESTION, ANSWER = "<image>\nWhat is it?", "A cat."
 
@@ -486,7 +487,7 @@ anything = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=400)
+@examples(400)
 @given(anything | st.dictionaries(keys, anything, max_size=6))
 def test_anything_at_all_is_a_row_or_a_sentence(row):
     for dialect in (LLAVA, MESSAGES, PROMPT_COMPLETION, IMAGE_CAPTION):

@@ -8,7 +8,7 @@ import datasets
 import multiprocess.pool
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -24,6 +24,7 @@ from hf_llava_ft.data.json.rows import iter_json_rows
 from hf_llava_ft.data.pictures import unreadable_images
 from hf_llava_ft.data.worker_pool import results_in_order
 from hf_llava_ft.errors import UserError
+from tests.examples import examples
 
 
 def row(number=0, image=None, answer="A cat."):
@@ -89,7 +90,7 @@ json_values = st.recursive(
 )
 
 
-@settings(deadline=None)
+@examples(100)
 @given(st.lists(json_values, min_size=1, max_size=6), st.booleans(), st.sampled_from([None, 1]), st.integers(1, 60))
 def test_a_buffer_that_cuts_anywhere_changes_nothing(tmp_path_factory, rows, ascii_only, indent, chunk):
     path = tmp_path_factory.getbasetemp() / "cut.json"

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
@@ -17,6 +17,7 @@ from hf_llava_ft.data.sampler import (
     split_to_even_chunks,
 )
 from hf_llava_ft.errors import UserError
+from tests.examples import examples
 
 # Computed by the original LLaVA (c121f043) with torch 2.13; see `note` in the file.
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "sampler.json").read_text())
@@ -57,7 +58,7 @@ def test_no_rows_and_a_row_without_length():
 nonzero = st.integers(-40, 40).filter(bool)
 
 
-@settings(deadline=None)
+@examples(100)
 @given(
     st.lists(nonzero, max_size=120),
     st.integers(1, 5),

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from hf_llava_ft.data.schema import IMAGE_PLACEHOLDER, count_words, parse_llava_row, row_place
 from hf_llava_ft.errors import UserError
+from tests.examples import examples
 
 IMAGE = {"type": "image", "text": None}
 
@@ -80,6 +81,7 @@ def test_other_images_stay_in_their_places():
 pieces = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8)
 
 
+@examples(100)
 @given(st.lists(pieces, min_size=1, max_size=4), pieces)
 def test_text_survives_word_for_word(parts, answer):
     value, num_images = IMAGE_PLACEHOLDER.join(parts), len(parts) - 1
@@ -205,6 +207,7 @@ json_values = st.recursive(
 )
 
 
+@examples(100)
 @given(json_values)
 def test_anything_else_is_a_user_error_too(raw):
     try:

@@ -36,7 +36,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
@@ -131,7 +131,10 @@ facts["refusals"] = {
     "config": refusal(load_config, "user/nothing"),
     "base": refusal(load_model, "org/adapter-of-nothing"),
     "original LoRA": refusal(LlavaForCausalLM.from_pretrained, "org/original-lora"),
+    "other shapes": refusal(load_model, "org/of-other-shapes"),
 }
+# By the headers of its weights, which were not fetched for that.
+facts["fetched"] = try_to_load_from_cache("org/of-other-shapes", "model.safetensors")
 (output / "with.json").write_text(json.dumps(facts))
 """
 # What people do who do not have this package.
@@ -303,6 +306,11 @@ def hub(folders):
         hub.upload("models/org/adapter-of-nothing", {"adapter_config.json": json.dumps(nobodys).encode()})
         lora = {"adapter_config.json": b'{"base_model_name_or_path": "user/native"}', "non_lora_trainables.bin": b"PK"}
         hub.upload("models/org/original-lora", lora)
+        settings = json.loads((root / "native/config.json").read_text())
+        settings["text_config"]["hidden_size"] *= 2
+        weights = (root / "native/model.safetensors").read_bytes()
+        other_shapes = {"config.json": json.dumps(settings).encode(), "model.safetensors": weights}
+        hub.upload("models/org/of-other-shapes", other_shapes)
         for name in ("gated", "failing", "breaking"):
             hub.upload(f"models/someone/{name}", root / "native")
         hub.repositories["models/someone/gated"].gated = True
@@ -393,6 +401,12 @@ def test_refusals_are_one_sentence(pushed):
     }.items():
         assert says in refusals[key] and "\n" not in refusals[key], (key, refusals[key])
         assert "hf_expired" not in refusals[key]
+
+
+def test_weights_of_other_shapes_are_refused_before_they_are_fetched(pushed):
+    facts = json.loads((pushed / "with.json").read_text())
+    assert "has the shape [" in facts["refusals"]["other shapes"] and "by config.json it has" in str(facts["refusals"])
+    assert facts["fetched"] is None
 
 
 def test_without_this_package(hub, pushed, folders, tmp_path):

@@ -1,6 +1,7 @@
 """What is pushed works for the next person, and what is refused is said in one sentence."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from hf_llava_ft.checkpoints.folder_lock import locked_folder
 from hf_llava_ft.checkpoints.original_folders import write_projector
 from tests.hub_client import MODEL_FILES, files, push
 
@@ -42,6 +44,14 @@ def test_a_model_is_pushed_and_works(hub, client, trained, tiny_checkpoint):
     assert (
         b"private" not in everything and b"hf_loopback" not in everything and str(trained).encode() not in everything
     )
+
+
+def test_a_folder_that_is_being_written_is_not_pushed(hub, client, trained):
+    with locked_folder(trained):
+        done = push(client, trained, "user/half")
+    assert done.code == 2 and f"is being used by process {os.getpid()} on" in done.err, done.err
+    assert "models/user/half" not in hub.repositories
+    assert push(client, trained, "user/half", "--dry_run").code == 0
 
 
 def test_the_same_once_more_is_no_commit(hub, client, trained):

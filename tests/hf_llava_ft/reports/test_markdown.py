@@ -12,6 +12,7 @@ from jinja2 import Template, UndefinedError
 from markdown_it import MarkdownIt
 
 from hf_llava_ft.reports.markdown import Markdown, card_values, code_span, escaped, fence
+from tests.examples import examples
 
 RENDERER = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
 HOSTILE = [
@@ -55,6 +56,7 @@ def test_it_is_what_one_reads(text):
     assert html.unescape(re.search(r"<td>(.*)</td>", row)[1]) == " ".join(text.split())
 
 
+@examples(100)
 @given(st.text(alphabet=string.printable, min_size=1).filter(str.strip))
 def test_any_printable_text_is_what_one_reads(text):
     visible = "".join(char for char in " ".join(text.split()) if char.isprintable())

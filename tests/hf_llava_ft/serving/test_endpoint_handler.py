@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from PIL import Image
 from transformers.image_utils import load_image
@@ -18,6 +18,7 @@ from hf_llava_ft.checkpoints.remote_code import ENDPOINT_HANDLER
 from hf_llava_ft.checkpoints.verify import Probe, default_image, default_messages, reference_outputs
 from hf_llava_ft.serving import export_for_serving
 from tests import warm_python
+from tests.examples import examples
 from tests.parts import parts_of
 
 QUESTION = "What is in the picture?"
@@ -156,7 +157,7 @@ BODIES = ANYTHING | st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@examples(100, suppress_health_check=list(HealthCheck))
 @given(body=BODIES)
 def test_any_body_is_answered_or_refused_in_a_sentence(handler, body):
     try:

@@ -21,7 +21,7 @@ from hf_llava_ft.serving import export_for_serving
 from hf_llava_ft.serving.guide import commands, go_template
 from hf_llava_ft.serving.limits import differences, refuse_what_cannot_be_served
 from hf_llava_ft.serving.names import check_names, written_shapes
-from hf_llava_ft.serving.parts import check_parts, write_parts
+from hf_llava_ft.serving.parts import check_parts, pictures_seen_otherwise, write_parts
 from hf_llava_ft.serving.tokenizer import save_tokenizer, sentencepiece_model, with_media_markers
 from hf_llava_ft.settings.arguments import TuningArguments
 from hf_llava_ft.training.tuning import with_lora
@@ -52,7 +52,8 @@ def adapter(tiny_checkpoint, tmp_path_factory):
 def test_an_adapter_becomes_a_whole_folder_for_vllm(adapter, tmp_path):
     done = export_for_serving(str(adapter), tmp_path / "served", "vllm")
     assert done.logit_difference < 1e-4 and done.commands == ["vllm serve ."]
-    merged, pictures = done.notes
+    merged, rounding, pictures = done.notes
+    assert rounding.startswith("Of what was learned, float32 keeps all but ")
     assert merged == "The adapter is merged into tiny: the folder is whole."
     assert pictures.startswith("vLLM paints transparent pixels white")
     model = load_model(str(adapter), load_processor(str(adapter))).merge_and_unload()
@@ -104,6 +105,7 @@ def test_the_command_says_what_it_did(tiny_checkpoint, tmp_path, monkeypatch, ca
         main()
     out, err = capfd.readouterr()
     assert not exit_info.value.code and "Exported and verified" in err and "issue 25814" in err
+    assert "opens a picture that its EXIF data turn" in " ".join(err.split())
     assert "python llama.cpp/convert_hf_to_gguf.py language_model" in out
     result = json.loads((tmp_path / "export.json").read_text())
     assert result["for"] == "llama.cpp" and result["commands"][-1] in out
@@ -172,6 +174,15 @@ def test_the_parts_are_the_whole(tiny, golden, tmp_path, kind):
     assert vision["hidden_act"] == ("gelu" if kind == "siglip" else "quick_gelu")
     projector = torch.load(tmp_path / "vision/llava.projector", weights_only=True)
     assert set(projector) == {f"model.mm_projector.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")}
+
+
+@pytest.mark.parametrize(("opening", "turned"), [("upright", True), ("original", False)])
+def test_pictures_that_llama_cpp_opens_otherwise_are_named(tiny, golden, opening, turned):
+    model, processor = parts_of(tiny, golden)
+    processor.picture_opening = opening
+    unlike = pictures_seen_otherwise(reference_outputs(model, processor, Probe()), processor)
+    assert ("a picture that its EXIF data turn" in unlike) is turned
+    assert "a picture with an alpha channel" not in unlike
 
 
 @pytest.mark.parametrize("part", ["projector", "tower", "language model"])

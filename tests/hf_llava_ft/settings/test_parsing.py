@@ -1,5 +1,6 @@
 """Where a setting comes from, and which one wins; recipes; the dry run."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -248,6 +249,15 @@ def test_a_dry_run_compares_flags_with_a_model_that_is_here(capsys, tiny_checkpo
     with pytest.raises(SystemExit):
         train_main([*flags, "--mm_projector_type", "linear"])
     assert "--mm_projector_type linear: in " in capsys.readouterr().err
+
+
+def test_a_dry_run_shows_what_an_adapter_decides(tmp_path):
+    argv = ["--model_name_or_path", str(tmp_path), *MINIMAL[2:], "--lora_dropout", "0.2"]
+    text = resolve(argv).to_json(lambda model, tuning: dataclasses.replace(tuning, lora_r=4, lora_alpha=8))
+    shown = json.loads(text)["settings"]
+    assert shown["lora_r"] == {"value": 4, "from": "the adapter that is trained further"}
+    assert shown["lora_dropout"] == {"value": 0.2, "from": "flag"}
+    assert json.loads(resolve(argv).to_json())["settings"]["lora_r"]["value"] is None
 
 
 def test_help_names_flags_of_all_kinds(capsys):

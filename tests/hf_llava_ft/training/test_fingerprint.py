@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from transformers import TrainingArguments, get_cosine_schedule_with_warmup
 
+from hf_llava_ft.checkpoints.opening import load_config
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.settings.arguments import DataArguments, ModelArguments, TuningArguments
 from hf_llava_ft.settings.parsing import resolve
@@ -72,6 +73,13 @@ def test_what_decides_the_course_is_named_from_what_to_what(name, was, now):
         refuse_another_course("out/checkpoint-3", before, after, 3, arguments(**{name: now})[3])
     note = refuse_another_course("c", before, after, 3, arguments(**{name: now}, resume_anyway=True)[3])
     assert note is not None and f"From step 3 on this is not the run that it was: --{name} was" in note
+
+
+def test_epochs_are_no_change_where_steps_decide():
+    changed = [
+        changes_between(course(num_train_epochs=1, max_steps=a), course(max_steps=b)) for a, b in ((9, 9), (9, -1))
+    ]
+    assert ["num_train_epochs" in each for each in changed] == [False, True]
 
 
 def test_what_does_not_decide_the_course_may_change():
@@ -218,7 +226,11 @@ def test_a_run_with_other_data_or_settings_is_refused_before_the_model_is_loaded
     with pytest.raises(UserError) as error:
         run(resume_from_checkpoint=tmp_path / "out/checkpoint-2", seed=3, lora_r=8)
     told = str(error.value)
-    assert "--lora_r was 4 and is 8; --seed was 42 and is 3" in told and "the content of data.json was" in told
+    assert (
+        "--lora_r was 4 and is 8" in told
+        and "--seed was 42 and is 3" in told
+        and "the content of data.json was" in told
+    )
     assert "the images (sizes and times) were 6 of" in told and told.endswith("--resume_anyway.")
     os.utime(run.images / "0.png", ns=(0, 0))
     run.data.write_text(json.dumps(rows))
@@ -229,6 +241,16 @@ def test_a_run_with_other_data_or_settings_is_refused_before_the_model_is_loaded
     assert "From step 2 on this is not the run that it was: the images" in printed
     # It is the run that it is now.
     run(resume_from_checkpoint=True)
+
+
+def test_what_a_default_means_may_be_written_out(run, tiny_checkpoint, tmp_path, capsys):
+    run()
+    longest = load_config(str(tiny_checkpoint)).text_config.max_position_embeddings
+    written_out = {"model_max_length": longest, "picture_opening": "upright", "data_seed": 42}
+    run(resume_from_checkpoint=tmp_path / "out/checkpoint-2", **written_out)
+    assert "From step 2 on" not in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(UserError, match=f"another: --model_max_length was {longest} and is {longest - 1}. Set"):
+        run(resume_from_checkpoint=tmp_path / "out/checkpoint-2", model_max_length=longest - 1)
 
 
 def test_what_is_changed_on_purpose_takes_effect(run, tmp_path, capsys):

@@ -6,11 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_llava_ft import LlavaTrainer, load_llava_json
 from hf_llava_ft.checkpoints.opening import load_model
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.settings.parsing import parse_arguments, resolve
+from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.train import train
 from hf_llava_ft.training import tuning
+from hf_llava_ft.training.loss import LossOverTokens
 from hf_llava_ft.training.precision.masters import dtype_of_result, with_float32_masters
 
 
@@ -63,6 +66,24 @@ def test_in_float16_itself_they_are_others(run, monkeypatch):
     monkeypatch.setattr("hf_llava_ft.training.guards.finite.FiniteTraining.see_gradients", lambda *_: None)
     half = run("float16", "--train_type", "full").losses
     assert max(abs(a - b) for a, b in zip(half, whole, strict=True)) > 5e-3
+
+
+def test_a_model_of_model_init_is_trained_in_float32_by_our_loss(copies, llava_json, tmp_path):
+    processor = LlavaProcessor.from_pretrained(copies / "float16")
+
+    def losses(name, **how):
+        flags = {"use_cpu": True, "max_steps": 2, "warmup_steps": 0, "learning_rate": 1e-3, "save_strategy": "no"}
+        args = LlavaTrainingArguments(output_dir=str(tmp_path / name), disable_tqdm=True, **flags)
+        data = {"train_dataset": load_llava_json(*llava_json()), "processing_class": processor}
+        trainer = LlavaTrainer(args=args, **data, **how)
+        trainer.train()
+        assert {each.dtype for each in trainer.model.parameters()} == {torch.float32}
+        assert isinstance(trainer.model.loss_function, LossOverTokens)
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    half, whole = (str(copies / name) for name in ("float16", "float16-as-float32"))
+    found = losses("half", model_init=lambda: load_model(half, processor))
+    assert found == pytest.approx(losses("whole", model=load_model(whole, processor)), abs=1e-3)
 
 
 def test_the_result_is_in_the_dtype_it_came_in_and_checkpoints_are_whole(run, capsys):
