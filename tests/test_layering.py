@@ -30,7 +30,7 @@ BELOW_OR_BESIDE_SCRIPTS = ("hf_llava_ft.modeling", "hf_llava_ft.processing", "hf
 TRAVELS_WITH = {"torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy", "PIL"}
 # From the ground up. `registration` stands apart: it ties modeling and processing to the Auto classes on import.
 WINGS = (
-    *("releases", "errors", "library_differences", "noise", "termination"),
+    *("releases", "errors", "library_differences", "noise", "termination", "start_up"),
     *("modeling", "processing"),
     *("settings", "reports", "checkpoints", "data", "checking", "answering", "evaluation", "hub", "training"),
     *("estimate", "serving", "train", "from_python", "quickstart", "cli"),
@@ -39,6 +39,7 @@ WINGS = (
 IMPORTS_LATE = {
     "hf_llava_ft/registration.py": "start-up: `import hf_llava_ft` of the command line registers nothing",
     "hf_llava_ft/library_differences.py": "start-up: transformers is imported by who needs it",
+    "hf_llava_ft/start_up.py": "start-up: `llava-ft --help` looks into no cache of the Hub",
     "hf_llava_ft/cli/application.py": "start-up: `llava-ft --help` must not wait for torch",
     "hf_llava_ft/cli/answering.py": "start-up, as above",
     "hf_llava_ft/cli/evaluation.py": "start-up, as above",

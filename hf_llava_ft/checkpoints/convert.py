@@ -93,7 +93,9 @@ def convert(
         except ValueError as error:
             raise UserError(f"{model} cannot be written as {checkpoint_format}: {error}") from error
         draft.ask()
-        verification = draft.verify("the converted model is not the same", whole.dtype, base=checkpoint.base)
+        dtype_of_model = whole.dtype
+        draft.model = loaded = whole = None  # the check loads what was written, and two would be in memory
+        verification = draft.verify("the converted model is not the same", dtype_of_model, base=checkpoint.base)
     return Converted(Path(output_dir), checkpoint.kind, verification)
 
 

@@ -10,6 +10,7 @@ The commit is that of a base on the Hub.
 """
 
 import ctypes
+import gc
 import json
 import os
 import signal
@@ -23,7 +24,7 @@ from PIL import Image
 
 # What it takes to load a folder: transformers; transformers with leave to run the folder's code; this package.
 Loader = Literal["transformers", "trust_remote_code", "hf_llava_ft"]
-MAX_NEW_TOKENS = 48
+MAX_NEW_TOKENS = 24
 # Pictures that readers open in different ways: they are compared as files, up to the pixels that a model gets.
 HARD_PICTURES = ("turned.jpg", "alpha.png", "palette.png")
 OPENED = "opened."
@@ -122,12 +123,14 @@ def load(model_dir: str, base: str, commit: str, loader: Loader) -> tuple[Any, A
     if loader == "hf_llava_ft":
         from hf_llava_ft.checkpoints.opening import load_model, load_processor
 
+        _collect_again()
         processor = load_processor(model_dir, base=base or None)
         return load_model(model_dir, processor, base=base or None), processor
 
     sys.modules["hf_llava_ft"] = None  # type: ignore[assignment]  # from here on, importing it is an error
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    _collect_again()
     whole, trust = whole_model(model_dir, base), loader == "trust_remote_code"
     model: Any = AutoModelForImageTextToText.from_pretrained(
         whole, revision=commit or None, dtype="auto", trust_remote_code=trust
@@ -137,6 +140,13 @@ def load(model_dir: str, base: str, commit: str, loader: Loader) -> tuple[Any, A
 
         model = PeftModel.from_pretrained(model, model_dir)
     return model, AutoProcessor.from_pretrained(model_dir, trust_remote_code=trust)
+
+
+def _collect_again() -> None:
+    """As `start_up.importing` ends, which is not at hand here; who starts this program has it begin."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
 
 
 def end_with_parent(parent: int) -> None:

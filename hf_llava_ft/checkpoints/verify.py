@@ -162,7 +162,7 @@ def reloaded_outputs(
         _, commit = _whole_model(model_dir, base)
         arguments = [os.fspath(Path(model_dir).resolve()), base or "", commit, loader, scratch, os.fspath(output)]
         done = fresh_python(
-            ["-c", program, *arguments],
+            ["-c", f"import gc; gc.disable()\n{program}", *arguments],
             cwd=None if loader == "hf_llava_ft" else scratch,
             # transformers copies a folder's code to where it imports it from.
             env={

@@ -25,6 +25,7 @@ from hf_llava_ft.cli.application import (
     write_json,
 )
 from hf_llava_ft.errors import UserError, exit_on_user_error
+from hf_llava_ft.start_up import importing, leave_out_bitsandbytes
 
 
 @app.command()
@@ -76,7 +77,9 @@ def generate(
         if image or output is None:
             wrong = "--image goes with --prompt; rows name their own" if image else "--data_path needs --output"
             raise UserError(f"{wrong}: llava-ft generate --model M --data_path rows.json --output answers.jsonl.")
-        from hf_llava_ft.answering.files import answer_file
+        _leave_out_bitsandbytes(model, loading)
+        with importing():
+            from hf_llava_ft.answering.files import answer_file
 
         done = answer_file(
             model,
@@ -93,6 +96,11 @@ def generate(
         write_json(json_file, {"output": str(output), "answered": done.num_answered, "failed": done.num_failed})
         if done.num_failed:
             raise typer.Exit(1)
+
+
+def _leave_out_bitsandbytes(model: str, loading: dict[str, Any]) -> None:
+    if loading["bits"] is None:
+        leave_out_bitsandbytes([model, loading["base"]])
 
 
 def _answer_one(
@@ -117,10 +125,12 @@ def _answer_one(
 
 def _load(model: str, image: list[str], loading: dict[str, Any], generation: dict[str, Any]) -> tuple[Any, list]:
     """(model and processor, pictures); what is wrong with settings and pictures is said before a model is loaded."""
-    from hf_llava_ft.answering.loading import answering_device, load_for_answering
-    from hf_llava_ft.answering.pictures import open_image
-    from hf_llava_ft.answering.prompts import sampling_options
-    from hf_llava_ft.checkpoints.opening import load_processor
+    _leave_out_bitsandbytes(model, loading)
+    with importing():
+        from hf_llava_ft.answering.loading import answering_device, load_for_answering
+        from hf_llava_ft.answering.pictures import open_image
+        from hf_llava_ft.answering.prompts import sampling_options
+        from hf_llava_ft.checkpoints.opening import load_processor
 
     sampling_options(generation["temperature"], generation["top_p"])
     answering_device(loading["device"])

@@ -7,6 +7,7 @@ import typer
 
 from hf_llava_ft.cli.application import ColumnsOption, JsonOption, app, write_json
 from hf_llava_ft.errors import UserError, exit_on_user_error
+from hf_llava_ft.start_up import importing
 
 if TYPE_CHECKING:
     from hf_llava_ft.hub.upload import Uploaded
@@ -74,7 +75,8 @@ def push(
                 raise UserError(f"{path} holds no {kinds[0]}: it has neither config.json nor adapter_config.json.")
             if wrong:
                 raise UserError(f"{wrong[0]} is for models, and {path} holds none: it has no config.json.")
-            from hf_llava_ft.hub.push_dataset import push_data
+            with importing():
+                from hf_llava_ft.hub.push_dataset import push_data
 
             of_card: dict[str, Any] = {"license": license, "language": language}
             data = push_data(path, repo_id, image_folder=image_folder, columns=columns, **of_card, **common)
@@ -84,7 +86,8 @@ def push(
             for name, value in {"--image_folder": image_folder, "--columns": columns}.items():
                 if value is not None:
                     raise UserError(f"{name} is for data, and {path} holds a model.")
-            from hf_llava_ft.hub import push as pushing
+            with importing():
+                from hf_llava_ft.hub import push as pushing
 
             pushed = pushing.push(
                 path,

@@ -18,6 +18,7 @@ from hf_llava_ft.cli.application import (
     write_json,
 )
 from hf_llava_ft.errors import UserError, exit_on_user_error
+from hf_llava_ft.start_up import importing, leave_out_bitsandbytes
 
 _FORMAT_HELP = (
     "llava: the format of haotian-liu/LLaVA. llava-hf: that of transformers; a model that it cannot express is "
@@ -36,7 +37,9 @@ def merge(
 ) -> None:
     """Merge an adapter into its base, and check the result in a fresh process."""
     with exit_on_user_error():
-        from hf_llava_ft.checkpoints.merge import merge_adapter
+        leave_out_bitsandbytes([adapter, base])
+        with importing():
+            from hf_llava_ft.checkpoints.merge import merge_adapter
 
         done = merge_adapter(adapter, output_dir, base=base, revision=revision, dtype=dtype)
         found, rounding = done.verification, done.rounding
@@ -65,7 +68,9 @@ def convert(
     with exit_on_user_error():
         if checkpoint_format not in ("llava-hf", "llava"):
             raise UserError(f"--format {checkpoint_format} is unknown: use llava-hf or llava.")
-        from hf_llava_ft.checkpoints.convert import convert as convert_checkpoint
+        leave_out_bitsandbytes([model, base])
+        with importing():
+            from hf_llava_ft.checkpoints.convert import convert as convert_checkpoint
 
         form = cast(Any, checkpoint_format)
         done = convert_checkpoint(
@@ -93,7 +98,9 @@ def export(
 ) -> None:
     """Write and check the folder that a server needs, with an adapter merged, and print how to serve it."""
     with exit_on_user_error():
-        from hf_llava_ft.serving import export_for_serving
+        leave_out_bitsandbytes([model, base])
+        with importing():
+            from hf_llava_ft.serving import export_for_serving
 
         name = cast(Any, server)
         done = export_for_serving(
@@ -131,7 +138,9 @@ def verify(
     Exit code: 0 if both answer the same, 1 if not, 2 if it can't be loaded.
     """
     with exit_on_user_error():
-        from hf_llava_ft.hub.verify_published import verify_for_others
+        leave_out_bitsandbytes([model, base, adapter])
+        with importing():
+            from hf_llava_ft.hub.verify_published import verify_for_others
 
         found = verify_for_others(model, base=base, revision=revision, adapter=adapter)
         by = {

@@ -16,6 +16,7 @@ from hf_llava_ft.cli.application import (
 )
 from hf_llava_ft.errors import exit_on_user_error
 from hf_llava_ft.settings.composition import Composition
+from hf_llava_ft.start_up import importing, leave_out_bitsandbytes
 
 
 @app.command()
@@ -29,7 +30,8 @@ def quickstart(
 ) -> None:
     """Compose a small LLaVA, fine-tune it on five photographs, merge it, and compare its answers before and after."""
     with exit_on_user_error():
-        from hf_llava_ft.quickstart.command import run_quickstart
+        with importing():
+            from hf_llava_ft.quickstart.command import run_quickstart
 
         if not run_quickstart(output_dir, seed=seed).passed:
             raise typer.Exit(1)
@@ -90,7 +92,8 @@ def compose(
 ) -> None:
     """Make a new LLaVA from a vision tower and a language model."""
     with exit_on_user_error():
-        from hf_llava_ft.checkpoints.compose import compose_llava
+        with importing():
+            from hf_llava_ft.checkpoints.compose import compose_llava
 
         folder = compose_llava(**context.params)  # these options are its arguments, name by name
         typer.echo(f"The new LLaVA is at {folder}.", err=True)
@@ -104,12 +107,14 @@ def compose(
 def train(context: typer.Context) -> None:
     """Fine-tune a LLaVA, with a recipe (YAML), flags, and those of the original LLaVA and of transformers' Trainer."""
     with exit_on_user_error():
-        from hf_llava_ft.settings.flags.first_look import first_look
+        from hf_llava_ft.settings.flags.first_look import first_look, models_and_words
 
         if (page := first_look(context.args)) is not None:
             typer.echo(page, nl=False)
             return
-        from hf_llava_ft.train import main as train_main
+        leave_out_bitsandbytes(*models_and_words(context.args))
+        with importing():
+            from hf_llava_ft.train import main as train_main
 
         train_main(context.args)
 
@@ -166,7 +171,9 @@ def check(
     Exit code: 0 if every row can be trained on, 1 if some can't, 2 if data or model can't be loaded.
     """
     with exit_on_user_error():
-        from hf_llava_ft.checking.command import run_check
+        leave_out_bitsandbytes([model])
+        with importing():
+            from hf_llava_ft.checking.command import run_check
 
         result = run_check(
             data,
@@ -214,7 +221,8 @@ def init(
     Exit code: 0 if every row can be trained on, 1 if some can't, 2 if no file was written.
     """
     with exit_on_user_error():
-        from hf_llava_ft.checking.init_folder import run_init
+        with importing():
+            from hf_llava_ft.checking.init_folder import run_init
 
         if not run_init(folder, output, prompt=prompt, captions=captions, columns=columns).trainable:
             raise typer.Exit(1)
@@ -227,6 +235,7 @@ def init(
 def estimate(context: typer.Context) -> None:
     """Estimate memory and time of a run from the model's configuration; takes the flags of train, and --fit GB."""
     with exit_on_user_error():
-        from hf_llava_ft.estimate.command import main as estimate_main
+        with importing():
+            from hf_llava_ft.estimate.command import main as estimate_main
 
         estimate_main(context.args)

@@ -46,6 +46,19 @@ def first_look(argv: Sequence[str]) -> str | None:
     return None
 
 
+def models_and_words(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The models that a command line names, the recipe's included, and all its words with those of the recipe."""
+    recipe, words = split_recipe(argv)
+    settings = {} if recipe is None else read_recipe(recipe, all_names())
+    models = settings.get("model_name_or_path", [])
+    for word, next_word in zip_longest(words, words[1:], fillvalue=""):
+        name, is_said, value = word.partition("=")
+        if name.replace("-", "_") == "__model_name_or_path":
+            models = [*models, value if is_said else next_word]
+    of_recipe = [word for name, values in settings.items() for word in (name, *values)]
+    return models, [*words, *of_recipe]
+
+
 def _check_choices(words: Sequence[str]) -> None:
     for word, next_word in zip_longest(words, words[1:], fillvalue="--"):
         name, is_said, value = word.removeprefix("--").partition("=")

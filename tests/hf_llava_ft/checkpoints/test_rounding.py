@@ -2,12 +2,15 @@
 
 import json
 import math
+import weakref
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_llava_ft.checkpoints import rewriting, verify
 from hf_llava_ft.checkpoints.adapters import adapter_weights
+from hf_llava_ft.checkpoints.merge import merge_adapter
 from hf_llava_ft.checkpoints.opening import load_model, load_processor
 from hf_llava_ft.checkpoints.rounding import Rounding, merged
 from hf_llava_ft.modeling.part_names_llava import PROJECTOR
@@ -138,3 +141,23 @@ def test_a_model_that_is_not_that_of_the_adapter_is_refused(of_ones, llava_ft, t
     assert code == 2 and "is for a merged model" in err
     code, _, err = llava_ft("verify", "--model", of_ones / "base", "--adapter", of_ones / "base")
     assert code == 2 and "give the adapter that was merged" in err
+
+
+def test_a_merge_has_let_its_model_go_when_the_check_loads_another(of_ones, tmp_path, monkeypatch):
+    seen = []
+    adapted = weakref.WeakSet()
+
+    def with_model_seen(*arguments, **settings):
+        model = load_model(*arguments, **settings)
+        adapted.update([model, model.get_base_model()])
+        return model
+
+    def fresh_python(*arguments, **settings):
+        seen.append(len(adapted))
+        return in_fresh_python(*arguments, **settings)
+
+    in_fresh_python = verify.fresh_python
+    monkeypatch.setattr(verify, "fresh_python", fresh_python)
+    monkeypatch.setattr(rewriting, "load_model", with_model_seen)
+    merge_adapter(of_ones / "adapter", tmp_path / "merged")
+    assert seen == [0]
