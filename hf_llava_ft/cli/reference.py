@@ -1,5 +1,6 @@
 """`docs/reference.md`, of what the commands declare: `python -m hf_llava_ft.cli.reference > docs/reference.md`."""
 
+from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -29,7 +30,7 @@ def reference() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _table(heading: str, rows: list[tuple[str, ...]]) -> str:
+def _table(heading: str, rows: Sequence[tuple[str, ...]]) -> str:
     lines = [heading, "| --- " * (heading.count("|") - 1) + "|"]
     lines += ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]
     return "\n".join(lines)

@@ -148,7 +148,10 @@ def evaluate(
         tell(f"Metric: {chosen[0].name}, because {reason}; --metric says another.")
     into = Path(output_dir) if output_dir else Path(f"evaluation-{Path(model).resolve().name}")
     into.mkdir(parents=True, exist_ok=True)
-    state = {"data": state_of_data(found.sources), "rows": None if found.keys is None else sorted(found.keys)}
+    state: dict[str, Any] = {
+        "data": state_of_data(found.sources),
+        "rows": None if found.keys is None else sorted(found.keys),
+    }
     state |= {"image_folder": data.image_folder, "columns": data.columns, "system": data.system}
     asking = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
     judged = {}

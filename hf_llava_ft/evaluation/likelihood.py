@@ -34,7 +34,7 @@ def losses_of(
     Raises:
         UserError: if a batch does not fit into the GPU's memory.
     """
-    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     loss = LossOverTokens(
         num_tokens=max(processor.tokenizer.get_vocab().values()) + 1, image_token_id=processor.image_token_id
     )

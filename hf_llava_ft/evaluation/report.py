@@ -134,7 +134,7 @@ def _line(figure: Figure) -> dict[str, Any]:
     return {
         "name": name_of(figure),
         "tuned": shown_interval(figure, figure.tuned),
-        "base": shown_interval(figure, figure.base) if has_base else None,
+        "base": shown_interval(figure, figure.base) if figure.base is not None else None,
         "change": shown_change(figure) if has_base else None,
         "kind": "" if not figure.is_beyond_noise else "bad" if figure.is_worse else "good",
     }

@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from hf_llava_ft.evaluation.metrics.given import mean_metric
 
 _ENOUGH = 3
-_PUNCTUATION = (";", "/", "[", "]", '"', "{", "}", "(", ")", "=", "+", "\\", "_", "-")
-_PUNCTUATION += (">", "<", "@", "`", ",", "?", "!")
+_PUNCTUATION = tuple(';/[]"{}()=+\\_-><@`,?!')
 _PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)")
 _COMMA = re.compile(r"(\d)(\,)(\d)")
 _ARTICLES = frozenset(("a", "an", "the"))
