@@ -115,14 +115,14 @@ def _estimate(own: argparse.Namespace, settings: dict[str, Any]) -> Estimate:
     if engine.startswith("zero"):  # DeepSpeed reads them before the rows are counted
         batch = {name: UNTIL_KNOWN[name] if number is None else number for name, number in batch.items()}
     batch |= batch_of(tuning.train_type, own.rows, own.devices, batch)
-    size, accumulation = (batch[name] for name in OF_BATCH)
-    step = own.global_batch or size * accumulation * own.devices
+    rows, accumulation = (batch[name] for name in OF_BATCH)
+    step = own.global_batch or rows * accumulation * own.devices
     plan = Plan(
         engine,
         own.devices,
         int(accumulation),
         _checkpointing(settings),
-        Batch(int(size), own.images, text, supervised, size),
+        Batch(int(rows), own.images, text, supervised, size),
         bucket,
         live,
     )

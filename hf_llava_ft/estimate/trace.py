@@ -174,7 +174,7 @@ def _trace(
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(_forget_gradient)
-        counter = FlopCounterMode(display=False, custom_mapping=_attention_operations())
+        counter = FlopCounterMode(display=False, custom_mapping=_unknown_operations())
         dtype = torch.bfloat16 if precision.autocast else torch.float32
         with counter, bytes_alive:
             with torch.autocast("cpu", dtype, enabled=precision.autocast):
@@ -255,9 +255,10 @@ def _forget_gradient(parameter: torch.Tensor) -> None:
     parameter.grad = None  # counted with the states
 
 
-def _attention_operations() -> dict[Any, Any]:
+def _unknown_operations() -> dict[Any, Any]:
     """
-    Of the fused attention that fake tensors take, which PyTorch's counter does not know.
+    Of the fused attention that fake tensors take, and of the product that a LoRA layer adds in place, which PyTorch's
+    counter does not know.
 
     Causal attention computes half of the products; the backward pass has two for one of the forward pass. A mask says
     causal here too: the rows have no padding, and transformers, to which fake tensors look like a trace, writes out
@@ -277,8 +278,12 @@ def _attention_operations() -> dict[Any, Any]:
     ):
         return 2 * products(query, key, value, is_causal or attn_mask is not None)
 
+    def added_product(added, left, right, *args, **kwargs):
+        return 2 * left[0] * left[1] * right[1]
+
     aten = torch.ops.aten
     return {
+        aten.addmm_: added_product,
         aten._scaled_dot_product_flash_attention_for_cpu: forward,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }

@@ -180,6 +180,8 @@ def test_import_warns_once(installed):
 
 
 TRAINING = ("-m", "hf_llava_ft.train", "--dry_run")
+# With all that it needs, or it ends before a library is imported.
+COMMAND_TRAINING = ("-m", "hf_llava_ft.cli", "train", "--model_name_or_path", "m", "--data_path", "d", "--dry_run")
 GENERATING = ("-m", "hf_llava_ft.cli", "generate", "--model", "nowhere", "--prompt", "Hello")
 
 
@@ -187,7 +189,7 @@ GENERATING = ("-m", "hf_llava_ft.cli", "generate", "--model", "nowhere", "--prom
     ("words", "change", "error"),
     [
         (TRAINING, "name", "'PrinterCallback'"),
-        (("-m", "hf_llava_ft.cli", "train", "--dry_run"), "name", "'PrinterCallback'"),
+        (COMMAND_TRAINING, "name", "'PrinterCallback'"),
         (GENERATING, "argument", "unexpected keyword argument"),
     ],
 )
