@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import hf_llava_ft.modeling.chunked_loss_llava as chunked
-from hf_llava_ft.training.loss import LossOverTokens
+from hf_llava_ft.evaluation.token_losses import LossOverTokens
 
 
 def small_pieces(monkeypatch, model, rows=2):
