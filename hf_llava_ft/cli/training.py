@@ -40,7 +40,7 @@ def quickstart(
 @app.command()
 def shapes(
     output_dir: OutputDirOption,
-    num_pictures: Annotated[int, typer.Option("--num_pictures", min=1, help="Pictures that are trained on.")] = 8000,
+    num_pictures: Annotated[int, typer.Option("--num_pictures", min=1, help="Pictures that are trained on.")] = 12000,
     num_held_out: Annotated[
         int, typer.Option("--num_held_out", min=1, help="Held-out pictures, of each of the two kinds.")
     ] = 300,

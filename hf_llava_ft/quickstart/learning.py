@@ -133,7 +133,7 @@ def _tokenizer(data_dir: Path) -> PreTrainedTokenizerFast:
 
 
 def stages(
-    output_dir: Path, data_dir: Path, seed: int, epochs: tuple[float, float] = (4, 1.5)
+    output_dir: Path, data_dir: Path, seed: int, epochs: tuple[float, float] = (5, 2.5)
 ) -> list[dict[str, Any]]:
     """The flags of both runs of `llava-ft train`."""
     both = {
@@ -176,7 +176,7 @@ def learn_shapes(
     output_dir: Path,
     data_dir: Path,
     seed: int = 42,
-    epochs: tuple[float, float] = (4, 1.5),
+    epochs: tuple[float, float] = (5, 2.5),
     console: Console | None = None,
 ) -> Learned:
     """Trains both stages on the set at `data_dir` and examines the result; `result.json` holds what comes out."""

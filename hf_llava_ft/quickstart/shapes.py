@@ -31,7 +31,6 @@ COLOURS = {
     "black": (25, 25, 25),
     "grey": (130, 130, 130),
 }
-SHADES = 25  # how far each channel of a colour may be from it: no two of them meet
 COUNTS = ("one", "two", "three", "four")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 SIZES = {"small": 6.5, "large": 10}  # half their width in pixels
@@ -61,12 +60,8 @@ class Scene:
     size: str
 
     @property
-    def captions(self) -> tuple[str, str]:
-        """Two orders: where the kind comes first, the colour, of which pairs are held out, can't give it away."""
-        return (
-            f"{self.count} {self.size} {self.colour} {self.kind}, {self.place}",
-            f"{self.kind}, {self.colour}, {self.place}, {self.size}, {self.count}",
-        )
+    def caption(self) -> str:
+        return f"{self.count} {self.size} {self.colour} {self.kind}, {self.place}"
 
     @property
     def pair(self) -> tuple[str, str]:
@@ -86,7 +81,7 @@ def draw_scene(scene: Scene, draw: random.Random) -> Image.Image:
     picture = Image.new("RGB", (SIZE * times, SIZE * times), tuple(light - draw.randint(0, 8) for _ in range(3)))
     pen = ImageDraw.Draw(picture)
     row, column = divmod(PLACES.index(scene.place), 2)
-    colour = tuple(max(0, min(255, value + draw.randint(-SHADES, SHADES))) for value in COLOURS[scene.colour])
+    colour = tuple(max(0, min(255, value + draw.randint(-12, 12))) for value in COLOURS[scene.colour])
     cells = draw.sample(range(4), COUNTS.index(scene.count) + 1)
     for cell in cells:
         half = SIZES[scene.size] * draw.uniform(0.92, 1.08)
@@ -118,7 +113,7 @@ def _draw_shape(pen: ImageDraw.ImageDraw, kind: str, x: float, y: float, half: f
         pen.ellipse(box, outline=colour, width=round(0.45 * half))
 
 
-def write_shapes(output_dir: Path, num_pictures: int = 8000, num_held_out: int = 300, seed: int = 42) -> Path:
+def write_shapes(output_dir: Path, num_pictures: int = 12000, num_held_out: int = 300, seed: int = 42) -> Path:
     """
     Writes the set into a new folder: `images/`, the rows of both stages, the held-out rows, and `shapes.json`, which
     says what is held out. The same set that is there already is left as it is.
@@ -146,7 +141,7 @@ def write_shapes(output_dir: Path, num_pictures: int = 8000, num_held_out: int =
     with staged_folder(output_dir) as staged:
         (staged / "images").mkdir()
         scenes = _drawn(staged, "train", known, num_pictures, draw)
-        _write_rows(staged / PRETRAIN, (_caption_row(*each, draw) for each in scenes))
+        _write_rows(staged / PRETRAIN, (_caption_row(*each) for each in scenes))
         _write_rows(staged / TRAIN, (_conversation(*each, draw) for each in scenes))
         for name, pairs in (("heldout_pictures", known), ("heldout_combinations", apart)):
             scenes = _drawn(staged, name, pairs, num_held_out, draw)
@@ -185,8 +180,8 @@ def _row(name: str, path: str, turns: Iterable[tuple[str, str]]) -> dict[str, An
     return {"id": name, "image": path, "conversations": said}
 
 
-def _caption_row(path: str, scene: Scene, draw: random.Random) -> dict[str, Any]:
-    return _row(path.removesuffix(".png"), path, [(CAPTION_REQUEST, draw.choice(scene.captions))])
+def _caption_row(path: str, scene: Scene) -> dict[str, Any]:
+    return _row(path.removesuffix(".png"), path, [(CAPTION_REQUEST, scene.caption)])
 
 
 def _conversation(path: str, scene: Scene, draw: random.Random) -> dict[str, Any]:
