@@ -59,18 +59,21 @@ def __dir__() -> list[str]:
 
 
 # `python -m hf_llava_ft.train`, by a launcher too. Until Python has found the module, "-m" stands for it.
-_is_module = sys.argv[:1] == ["-m"]
-if _is_module and any(flag == "-m" and name.startswith(__name__) for flag, name in pairwise(sys.orig_argv)):
+_module = ""
+if sys.argv[:1] == ["-m"]:
+    _module = next((name for flag, name in pairwise(sys.orig_argv) if flag == "-m" and name.startswith(__name__)), "")
+if _module:
     from hf_llava_ft.releases import say_it_of_uncaught_errors
 
     say_it_of_uncaught_errors()
+if _module == f"{__name__}.train":
+    from hf_llava_ft.settings.flags.first_look import end_at_first_look
+
+    end_at_first_look(sys.argv[1:])
 
 # The command line registers in the command that needs it: `llava-ft --help` must not take the seconds torch takes to
 # import.
-_is_command = Path(sys.argv[0] if sys.argv else "").stem == "llava-ft" or (
-    _is_module
-    and any(flag == "-m" and name in (__name__, f"{__name__}.cli") for flag, name in pairwise(sys.orig_argv))
-)
+_is_command = Path(sys.argv[0] if sys.argv else "").stem == "llava-ft" or _module in (__name__, f"{__name__}.cli")
 if not _is_command:
     from hf_llava_ft.registration import register
 

@@ -107,11 +107,9 @@ def compose(
 def train(context: typer.Context) -> None:
     """Fine-tune a LLaVA, with a recipe (YAML), flags, and those of the original LLaVA and of transformers' Trainer."""
     with exit_on_user_error():
-        from hf_llava_ft.settings.flags.first_look import first_look, models_and_words
+        from hf_llava_ft.settings.flags.first_look import end_at_first_look, models_and_words
 
-        if (page := first_look(context.args)) is not None:
-            typer.echo(page, nl=False)
-            return
+        end_at_first_look(context.args)
         leave_out_bitsandbytes(*models_and_words(context.args))
         with importing():
             from hf_llava_ft.train import main as train_main

@@ -179,9 +179,10 @@ def test_import_warns_once(installed):
     assert done.stderr.count("transformers 99.1.0 is newer than") == 1
 
 
-TRAINING = ("-m", "hf_llava_ft.train", "--dry_run")
 # With all that it needs, or it ends before a library is imported.
-COMMAND_TRAINING = ("-m", "hf_llava_ft.cli", "train", "--model_name_or_path", "m", "--data_path", "d", "--dry_run")
+WHAT_IT_NEEDS = ("--model_name_or_path", "m", "--data_path", "d", "--dry_run")
+TRAINING = ("-m", "hf_llava_ft.train", *WHAT_IT_NEEDS)
+COMMAND_TRAINING = ("-m", "hf_llava_ft.cli", "train", *WHAT_IT_NEEDS)
 GENERATING = ("-m", "hf_llava_ft.cli", "generate", "--model", "nowhere", "--prompt", "Hello")
 
 

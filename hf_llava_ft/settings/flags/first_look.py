@@ -2,10 +2,11 @@
 imported. What it lets pass, the parser looks at again."""
 
 import difflib
+import sys
 from collections.abc import Sequence
 from itertools import zip_longest
 
-from hf_llava_ft.errors import UserError
+from hf_llava_ft.errors import UserError, exit_on_user_error
 from hf_llava_ft.settings.flags.help import wants_help
 from hf_llava_ft.settings.flags.known import all_names, is_known, own_flags
 from hf_llava_ft.settings.flags.wrong_names import sentence_on
@@ -44,6 +45,15 @@ def first_look(argv: Sequence[str]) -> str | None:
         if name not in given:
             raise UserError(f"--{name} is missing: {what}. llava-ft train --help lists all flags.")
     return None
+
+
+def end_at_first_look(argv: Sequence[str]) -> None:
+    """Ends the process where there is nothing to import for: after a page of help, or after the sentence on what is
+    wrong with `argv`, with exit code 2."""
+    with exit_on_user_error():
+        if (page := first_look(argv)) is not None:
+            print(page, end="")
+            sys.exit(0)
 
 
 def models_and_words(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -135,3 +135,12 @@ def test_each_flag_of_ours_stands_in_one_group_and_is_short(monkeypatch):
     for name in set(flags_of_transformers()) - set(listed) - set(NOT_SHOWN):
         assert not re.search(rf"^  --{name}\b", page, re.MULTILINE), name
         assert re.search(rf"^  --{name}\b", help_text(with_all=True), re.MULTILINE), name
+
+
+@pytest.mark.parametrize(("words", "code"), [(["--help"], 0), (["--learning_rat", "1"], 2)])
+def test_the_module_that_launchers_start_looks_first_too(words, code):
+    command = [sys.executable, "-X", "importtime", "-m", "hf_llava_ft.train", *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == code
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "|" in line}
+    assert "hf_llava_ft.settings.flags.first_look" in imported and not {"torch", "transformers"} & imported
