@@ -70,6 +70,8 @@ def token_counts(
 
     Of several processes that ask for the same at once, as the ranks of a run do, one counts and the others wait.
     """
+    if _of_parts and (shared := _of_parts.get(_key(dataset, processor))) is not None:
+        return shared
     if not dataset.cache_files:
         return _count(dataset, processor, num_proc)
     folder = Path(dataset.cache_files[0]["filename"]).parent
@@ -86,6 +88,17 @@ def token_counts(
                 np.save(file, np.stack([counts.num_tokens, counts.num_supervised]))
             unfinished.replace(kept)
         return counts
+
+
+def share_counts(dataset: Dataset, processor: LlavaProcessor, counts: TokenCounts) -> None:
+    """Has [`token_counts`] give these numbers in this process, for rows that are part of a set that was counted."""
+    while len(_of_parts) >= _MAX_PARTS:
+        del _of_parts[next(iter(_of_parts))]
+    _of_parts[_key(dataset, processor)] = counts
+
+
+_MAX_PARTS = 8  # those of a run are three, or six with rows to evaluate
+_of_parts: dict[str, TokenCounts] = {}
 
 
 def token_lengths(
