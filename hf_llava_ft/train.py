@@ -115,8 +115,10 @@ def _train(
     if run.resumed_from is not None:
         keep_order(training_args, run.course)
     # What nobody said follows from what trains and from the rows; a run that goes on keeps its own.
+    longest = data_args.model_max_length or _longest_of(start)
+    lengths = opened.lengths(processor, longest) if training_args.packing else None
     tuning_args, training_args, chosen = settled_arguments(
-        model_args, tuning_args, training_args, opened.num_rows, run.course
+        model_args, tuning_args, training_args, opened.num_rows, run.course, lengths
     )
     if chosen is not None:
         tell(chosen)
@@ -124,7 +126,6 @@ def _train(
 
     # A run that goes on is the run that it was.
     as_they_were, data = opened.as_they_were(), in_first_process(training_args, opened.facts)
-    longest = data_args.model_max_length or _longest_of(start)
     course = course_of(
         *(model_args, data_args, tuning_args, training_args),
         base=base_digest(start.name, start.commit) if start.composed is None else COMPOSED_BASE,

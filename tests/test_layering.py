@@ -54,6 +54,7 @@ IMPORTS_LATE = {
     "hf_llava_ft/settings/training_arguments.py": "optional package: deepspeed",
     "hf_llava_ft/evaluation/benchmarks.py": "optional package: lmms-eval",
     "hf_llava_ft/training/fsdp.py": "optional part of torch, which not every build has",
+    "hf_llava_ft/training/speed/packed_attention.py": "optional part of torch, from 2.10 on",
     "hf_llava_ft/training/summary.py": "optional module: Windows has no `resource`",
     "hf_llava_ft/data/json/parts.py": "start-up: worker processes read JSON without `datasets`",
     "hf_llava_ft/data/lengths.py": "start-up, as above",

@@ -29,7 +29,7 @@ from hf_llava_ft.data.formats.containers import Container
 from hf_llava_ft.data.formats.dataset import load_source
 from hf_llava_ft.data.formats.mixture import draw_rows
 from hf_llava_ft.data.formats.source import Source, open_source, refuse_preferences
-from hf_llava_ft.data.lengths import token_counts
+from hf_llava_ft.data.lengths import TokenCounts, token_counts
 from hf_llava_ft.data.problems import CHANGE, NOTHING_TO_LEARN, Problem, over_length
 from hf_llava_ft.data.schema import row_place
 from hf_llava_ft.data.skipped_rows import SKIPPED_FILE, skipped_line, write_whole
@@ -121,6 +121,19 @@ class SoundRows:
             raise UserError(f"{self.parts[0].source.where}: {_NO_ROW}")
         return kept[0] if len(kept) == 1 else datasets.concatenate_datasets(kept)
 
+    def lengths(self, processor: LlavaProcessor, longest: int) -> list[int]:
+        """Tokens of all rows that can be encoded, whatever their weight, cut at `longest`; see `that_fit`."""
+        found: list[int] = []
+        for part in self.parts:
+            counted = self._counted(part, processor).num_tokens
+            found += np.minimum(counted[counted > 0], longest).tolist()
+        return found
+
+    def _counted(self, part: _Part, processor: LlavaProcessor) -> TokenCounts:
+        return token_counts(
+            part.dataset, processor, known=lambda: known_counts(self.root, part.source, part.numbers, processor)
+        )
+
     def places(self) -> list[tuple[str, int]]:
         """File and number there of each row that `that_fit` gave, in order."""
         return [(part.source.where, number) for part, rows in self._places for number in part.numbers[rows].tolist()]
@@ -133,9 +146,7 @@ class SoundRows:
             number -= min(number, len(rows))
 
     def _rows_that_fit(self, part: _Part, processor: LlavaProcessor, longest: int) -> np.ndarray:
-        counts = token_counts(
-            part.dataset, processor, known=lambda: known_counts(self.root, part.source, part.numbers, processor)
-        )
+        counts = self._counted(part, processor)
         too_long = set(np.flatnonzero(counts.num_tokens > longest).tolist())
         nothing = set(np.flatnonzero(counts.num_supervised == 0).tolist())
         fits = np.ones(len(part.dataset), dtype=bool)

@@ -30,6 +30,13 @@ class LlavaTrainingArguments(TrainingArguments):
             `original` takes the rows in the original LLaVA's order for this seed, grouped or not; grouping then sorts
             within one step, which saves no padding. Micro-batches that do not fill an optimiser step are left out, as
             there.
+        packing (`bool`):
+            Each batch of a device is a pack of rows that fill `max_tokens_per_batch` tokens without padding, each of
+            which sees itself alone. `per_device_train_batch_size` is 1 then, and `gradient_accumulation_steps` counts
+            packs.
+        max_tokens_per_batch (`int`, *optional*):
+            Most tokens of a pack; by default so many that a step has about the rows that it has without packing, 8192
+            at most, or the longest row.
         loss_normalization (`"tokens"` or `"micro_batch"`):
             `tokens` is the mean over all supervised tokens of an optimiser step. `micro_batch` is the original's mean
             per micro-batch, then the mean of those over accumulation steps and ranks.
@@ -99,6 +106,12 @@ class LlavaTrainingArguments(TrainingArguments):
     sampler_order: Literal["default", "original"] = field(
         default="default", metadata={"help": "original: the rows in the original LLaVA's order."}
     )
+    packing: bool = field(
+        default=False, metadata={"help": "Rows come in packs of max_tokens_per_batch instead of padded batches."}
+    )
+    max_tokens_per_batch: int | None = field(
+        default=None, metadata={"help": "With packing: most tokens of a pack; default: by the rows, 8192 at most."}
+    )
     loss_normalization: Literal["tokens", "micro_batch"] = field(
         default="tokens",
         metadata={"help": "tokens: mean over a step's supervised tokens; micro_batch: the original's mean of means."},
@@ -138,6 +151,9 @@ class LlavaTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         unsaid = {name for name in UNTIL_KNOWN if getattr(self, name) is None}
+        if self.packing and self.per_device_train_batch_size is None:
+            self.per_device_train_batch_size = 1  # a pack
+            unsaid.remove("per_device_train_batch_size")
         for name in unsaid:
             setattr(self, name, UNTIL_KNOWN[name])
         if self.bf16 is None:
@@ -147,7 +163,9 @@ class LlavaTrainingArguments(TrainingArguments):
             self.dataloader_num_workers = 0
         self.order_unsaid = self.group_by_modality_length is None
         if self.order_unsaid:
-            self.group_by_modality_length = groups_by_default(self.sampler_order, self.train_sampling_strategy)
+            self.group_by_modality_length = not self.packing and groups_by_default(
+                self.sampler_order, self.train_sampling_strategy
+            )
         # No setting: a run that goes on keeps its own (`training/row_order.py`).
         self.grouped_by: str = "words" if self.sampler_order == "original" else "tokens"
         self.try_longest_batch = str(self.try_longest_batch).lower()

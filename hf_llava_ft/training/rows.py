@@ -97,6 +97,12 @@ class OpenedRows:
         share = self.data_args.eval_split
         return number if share is None else number - max(1, round(share * number))
 
+    def lengths(self, processor: LlavaProcessor, longest: int) -> list[int] | None:
+        """About how many tokens the rows have that are trained on; None of a stream."""
+        if isinstance(self.rows, LlavaStream):
+            return None
+        return self.rows.lengths(processor, longest)
+
     def facts(self) -> dict[str, Any]:
         """[`data_facts`] of the files, in which no row is counted."""
         return data_facts(self._sources)

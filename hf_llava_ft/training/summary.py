@@ -218,7 +218,10 @@ def train_summary(
         **dataclasses.asdict(counts),
         "supervised_share": round(counts.supervised_tokens / counts.tokens, 4) if counts.tokens else None,
         **per_second,
-        "rows_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        # Of packs, each step has another number.
+        "rows_per_step": None
+        if args.packing
+        else args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "seed": args.seed,
         "peak_memory": peak_memory(args.device),
         "device": device,

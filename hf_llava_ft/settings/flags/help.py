@@ -95,7 +95,16 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "how it is optimised": (
         *("learning_rate", "mm_projector_lr", "mm_vision_tower_lr", "lr_scheduler_type", "warmup_steps"),
         *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
-        *("group_by_modality_length", "gradient_checkpointing", "try_longest_batch", "bf16", "fp16", "optim"),
+        *(
+            "group_by_modality_length",
+            "packing",
+            "max_tokens_per_batch",
+            "gradient_checkpointing",
+            "try_longest_batch",
+            "bf16",
+            "fp16",
+            "optim",
+        ),
         *("weight_decay", "max_grad_norm", "neftune_noise_alpha", "loss_normalization", "sampler_order"),
         *("torch_compile", "dataloader_num_workers", "seed"),
     ),
