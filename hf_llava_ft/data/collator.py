@@ -4,10 +4,12 @@ import io
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from PIL import Image
 
 from hf_llava_ft.data.unchanged import RowsAsTheyWere
 from hf_llava_ft.errors import UserError
+from hf_llava_ft.processing.conversation_llava import IGNORE_INDEX
 from hf_llava_ft.processing.picture_opening_llava import PictureOpening, rgb_picture
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 
@@ -46,6 +48,49 @@ class LlavaCollator:
             )
         except (ValueError, OSError) as error:
             raise UserError(f"row with id {row.get('id')!r}: {error}") from error
+
+
+@dataclass
+class PackCollator:
+    """
+    Rows of a pack as one row of the batch, one document behind the other.
+
+    Args:
+        collator (`LlavaCollator`): encodes the rows.
+    """
+
+    collator: LlavaCollator
+
+    def __call__(self, packs: list[list[dict[str, Any]]]) -> dict[str, Any]:
+        """
+        Args:
+            packs: one, as `PackedRows` gives it.
+
+        Returns:
+            `input_ids`, `labels`, `attention_mask` and `position_ids` `int64[1, T]`, of which the positions begin anew
+            with each document, and its first label is -100, since nothing of the document before predicts it;
+            `document_lengths` (`list[int]`), whose sum is T; `borders` `int32[documents + 1]`, the same added up; and
+            the pictures of all documents, in order.
+        """
+        [rows] = packs
+        documents = [self.collator.encoded(row) for row in rows]
+        lengths = [len(document["input_ids"]) for document in documents]
+        labels = [document["labels"].clone() for document in documents]
+        for each in labels:
+            each[0] = IGNORE_INDEX
+        batch: dict[str, Any] = {
+            "input_ids": torch.cat([document["input_ids"] for document in documents])[None],
+            "labels": torch.cat(labels)[None],
+            "attention_mask": torch.ones(1, sum(lengths), dtype=torch.int64),
+            "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+            "document_lengths": lengths,
+            "borders": torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
+        }
+        for name in self.collator.processor.image_processor.model_input_names:  # pixel_values; image_sizes
+            parts = [document[name] for document in documents if name in document]
+            if parts:
+                batch[name] = torch.cat(parts)
+        return batch
 
 
 def open_picture(image: Image.Image | dict[str, Any], opening: PictureOpening = "upright") -> Image.Image:

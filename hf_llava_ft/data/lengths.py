@@ -4,6 +4,9 @@ The numbers are those of `LlavaProcessor.encode_conversation`, from text alone. 
 processor says for its size, which stands in the file's header: no pixel is decoded, and under LLaVA-1.5, where all
 pictures take the same, no file is opened.
 
+A large set is counted in parts: of a launcher's processes, on one node or several, each takes a part that nobody else
+is counting, and all read all parts. What a killed run has counted stays.
+
 What may surprise: the numbers are found again only for the same rows, tokenizer, chat template and image settings.
 Rows are known by the dataset's fingerprint, which `load_llava_json` makes from the contents of the files; so a set
 that is only in memory is counted each time.
@@ -13,8 +16,9 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -25,19 +29,20 @@ import pyarrow.compute as pc
 import tokenizers
 import transformers
 from datasets import Dataset
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from PIL import Image
 
 from hf_llava_ft.data.counting.counter import TokenCounter
 from hf_llava_ft.data.counting.rendering import Rendered, turns_of
 from hf_llava_ft.data.json.garbage import garbage_collection_paused
-from hf_llava_ft.data.worker_pool import results_in_order
+from hf_llava_ft.data.worker_pool import num_workers, results_in_order
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.processing.picture_opening_llava import size_when_opened
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 
 _VERSION = 2  # raise it when the same rows give other numbers
 _ROWS_AT_ONCE = 256
+_ROWS_IN_PART = 200_000
 
 
 @dataclass
@@ -68,7 +73,8 @@ def token_counts(
         num_proc (`int`, *optional*): processes; by default one for each core.
         known: asked before anything is counted; gives the same numbers if somebody has counted them.
 
-    Of several processes that ask for the same at once, as the ranks of a run do, one counts and the others wait.
+    Of several processes that ask for the same at once, as the ranks of a run do, each counts parts and waits for the
+    others'. A set of one part is counted by one of them.
     """
     if _of_parts and (shared := _of_parts.get(_key(dataset, processor))) is not None:
         return shared
@@ -77,17 +83,53 @@ def token_counts(
     folder = Path(dataset.cache_files[0]["filename"]).parent
     if not os.access(folder, os.W_OK):  # a cache that is shared for reading
         return _count(dataset, processor, num_proc)
-    kept = folder / f"token-counts-{_key(dataset, processor)}.npy"
-    with FileLock(f"{kept}.lock"):
-        if kept.exists():
-            return TokenCounts(*np.load(kept, allow_pickle=False))
-        counts = known() or _count(dataset, processor, num_proc)
-        if not counts.refused:
-            unfinished = kept.with_suffix(".incomplete")
-            with open(unfinished, "wb") as file:
-                np.save(file, np.stack([counts.num_tokens, counts.num_supervised]))
-            unfinished.replace(kept)
-        return counts
+    name, starts = f"token-counts-{_key(dataset, processor)}", list(range(0, len(dataset), _ROWS_IN_PART)) or [0]
+    if num_proc is None and len(starts) > 1:
+        num_proc = max(1, num_workers() // min(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), len(starts)))
+    known = cache(known)
+    found: dict[int, TokenCounts] = {}
+    # From a place of its own on, first what nobody is counting, then what others were.
+    first = len(starts) * int(os.environ.get("RANK", "0")) // int(os.environ.get("WORLD_SIZE", "1"))
+    for patience in (0, -1):
+        for start in starts[first:] + starts[:first]:
+            kept = folder / (f"{name}.npy" if len(starts) == 1 else f"{name}-{start}.npy")
+            with suppress(Timeout):
+                if start not in found:
+                    with FileLock(f"{kept}.lock", timeout=patience):
+                        found[start] = _kept_or_counted(kept, dataset, start, processor, num_proc, known)
+    parts = [found[start] for start in starts]
+    return TokenCounts(
+        np.concatenate([part.num_tokens for part in parts]),
+        np.concatenate([part.num_supervised for part in parts]),
+        {start + place: why for start in starts for place, why in found[start].refused.items()},
+    )
+
+
+def _kept_or_counted(
+    kept: Path,
+    dataset: Dataset,
+    start: int,
+    processor: LlavaProcessor,
+    num_proc: int | None,
+    known: Callable[[], TokenCounts | None],
+) -> TokenCounts:
+    """Of the part that begins at a row; refused rows are named by their place in it."""
+    if kept.exists():
+        return TokenCounts(*np.load(kept, allow_pickle=False))
+    stop = min(start + _ROWS_IN_PART, len(dataset))
+    whole = known()
+    if whole is None:
+        part = dataset if stop - start == len(dataset) else dataset.select(range(start, stop))
+        counts = _count(part, processor, num_proc)
+    else:
+        refused = {place - start: why for place, why in whole.refused.items() if start <= place < stop}
+        counts = TokenCounts(whole.num_tokens[start:stop], whole.num_supervised[start:stop], refused)
+    if not counts.refused:
+        unfinished = kept.with_suffix(".incomplete")
+        with open(unfinished, "wb") as file:
+            np.save(file, np.stack([counts.num_tokens, counts.num_supervised]))
+        unfinished.replace(kept)
+    return counts
 
 
 def share_counts(dataset: Dataset, processor: LlavaProcessor, counts: TokenCounts) -> None:

@@ -13,6 +13,7 @@ from hf_llava_ft.settings.defaults import (
     DEFAULT,
     FEWEST_STEPS_TO_WARM_UP,
     MOST_ROWS_PER_DEVICE,
+    MOST_TOKENS_PER_PACK,
     OF_BATCH,
     OF_RATES,
     ROWS_PER_STEP_OF_STAGE_1,
@@ -56,17 +57,25 @@ def put_defaults(settings: dict[str, Setting]) -> None:
             put("lora_alpha", alpha_of(rank, use_rslora=False) if rank else None, "twice lora_r")
     grouped = groups_by_default(settings["sampler_order"].value, settings["train_sampling_strategy"].value)
     is_streamed = settings["streaming"].value
+    is_packed = settings["packing"].value
+    why = "since a stream does not know all rows" if is_streamed else "so that little is padding" if grouped else ""
     put(
         "group_by_modality_length",
-        grouped and not is_streamed,
-        "since a stream does not know all rows" if is_streamed else "so that little is padding" if grouped else "",
+        grouped and not is_streamed and not is_packed,
+        "since packs have no padding" if is_packed else why,
     )
     put("num_train_epochs", None, _by_rows("num_epochs"))
     steps = _by_rows("rows_per_step", ROWS_PER_STEP_OF_STAGE_1 if train_type == "projector" else None)
     size, accumulation = (value(name) for name in OF_BATCH)
+    if is_packed:
+        put("max_tokens_per_batch", None, f"by the rows, at most {MOST_TOKENS_PER_PACK} or the longest row")
+        if settings["per_device_train_batch_size"].origin == DEFAULT:
+            settings["per_device_train_batch_size"] = Setting(1, "a pack")
     if settings["deepspeed"].value is not None:
         for name in OF_BATCH:
             put(name, UNTIL_KNOWN[name], "since DeepSpeed is told before the rows are counted")
+    elif is_packed:
+        put("gradient_accumulation_steps", None, f"so that the rows in a step are about, {steps}")
     elif size is None:
         put("per_device_train_batch_size", None, f"at most {MOST_ROWS_PER_DEVICE} of the rows in a step, {steps}")
         put("gradient_accumulation_steps", None, f"so that the rows in a step are, {steps}")

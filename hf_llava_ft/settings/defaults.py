@@ -10,7 +10,7 @@ Sources: haotian-liu/LLaVA, `scripts/v1_5/`, for rates, and for all of a set of 
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +70,8 @@ MOST_ROWS_PER_DEVICE = 8  # transformers' own default; the rest of a step is acc
 WARMUP_SHARE = 0.03
 # The first step of a warm-up has the rate 0. A run of fewer steps than this does not give one away.
 FEWEST_STEPS_TO_WARM_UP = 100
+# Of a pack, where nobody said it: as much as eight long rows, or fewer where a step is to have fewer rows.
+MOST_TOKENS_PER_PACK = 8192
 
 OF_RATES = ("learning_rate", "mm_projector_lr", "mm_vision_tower_lr")
 OF_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -82,6 +84,7 @@ UNTIL_KNOWN: dict[str, Any] = {
     "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 1,
     "warmup_steps": WARMUP_SHARE,
+    "max_tokens_per_batch": None,
 }
 
 
@@ -125,13 +128,40 @@ def alpha_of(lora_r: int, use_rslora: bool) -> int:
     return ALPHA_OF_RSLORA if use_rslora else 2 * lora_r
 
 
+def rows_per_step(train_type: str, num_rows: int | None) -> int:
+    """Of all devices, over accumulation."""
+    line = by_size(num_rows)
+    return ROWS_PER_STEP_OF_STAGE_1 if train_type == "projector" and line is BY_SIZE[-1] else line.rows_per_step
+
+
+def packs_of(
+    train_type: str, lengths: Sequence[int], num_devices: int, said: Mapping[str, Any]
+) -> tuple[dict[str, int], float]:
+    """
+    Of a pack's tokens and a step's packs what nobody said, so that a step has about as many rows as without packing;
+    and how many it has on average.
+
+    Args:
+        lengths (`Sequence[int]`): tokens of each row.
+        num_devices (`int`): that train together.
+    """
+    rows, mean, found = rows_per_step(train_type, len(lengths)), sum(lengths) / len(lengths), {}
+    budget, accumulation = said["max_tokens_per_batch"], said["gradient_accumulation_steps"]
+    if budget is None:
+        share = max(1, rows // (num_devices * (accumulation or 1)))
+        budget = found["max_tokens_per_batch"] = max(min(math.ceil(share * mean), MOST_TOKENS_PER_PACK), max(lengths))
+    rows_per_pack = max(1.0, min(budget / mean, len(lengths) / num_devices))
+    if accumulation is None:
+        accumulation = found["gradient_accumulation_steps"] = max(1, round(rows / (num_devices * rows_per_pack)))
+    return found, rows_per_pack * accumulation * num_devices
+
+
 def batch_of(train_type: str, num_rows: int | None, num_devices: int, said: Mapping[str, Any]) -> dict[str, int]:
     """Of rows per device and accumulation what nobody said, for `num_devices` that train together."""
     size, accumulation = (said.get(name) for name in OF_BATCH)
     if size is not None:
         return {} if accumulation is not None else {"gradient_accumulation_steps": 1}
-    line = by_size(num_rows)
-    rows = ROWS_PER_STEP_OF_STAGE_1 if train_type == "projector" and line is BY_SIZE[-1] else line.rows_per_step
+    rows = rows_per_step(train_type, num_rows)
     size = min(MOST_ROWS_PER_DEVICE, max(1, rows // (num_devices * (accumulation or 1))))
     found = {"per_device_train_batch_size": size}
     if accumulation is None:
@@ -171,6 +201,7 @@ def training_with_defaults(
     *,
     before: Mapping[str, Any] | None = None,
     is_new_projector: bool = False,
+    lengths: Sequence[int] | None = None,
 ) -> "LlavaTrainingArguments":
     """
     `args` with what nobody said chosen; the same object where nothing was left open.
@@ -180,6 +211,7 @@ def training_with_defaults(
         num_rows (`int`, *optional*): that are trained on.
         before (`Mapping`, *optional*): what a run had that goes on; it keeps its own.
         is_new_projector (`bool`): see [`rates_of`].
+        lengths (`Sequence[int]`, *optional*): tokens of each row, for a run with packing.
     """
     if not args.unsaid:
         return args
@@ -187,23 +219,31 @@ def training_with_defaults(
     kept = {name: before[name] for name in args.unsaid if before is not None and name in before}
     said = {name: None if name in args.unsaid else getattr(args, name) for name in UNTIL_KNOWN} | kept
     chosen: dict[str, Any] = rates_of(train_type, said, is_new_projector)
-    chosen |= batch_of(train_type, num_rows, num_devices, said)
+    num_per_step: float | None = None
+    if not args.packing:
+        chosen |= batch_of(train_type, num_rows, num_devices, said)
+    elif lengths is not None and len(lengths):
+        found, num_per_step = packs_of(train_type, [int(each) for each in lengths], num_devices, said)
+        chosen |= found
     if said["num_train_epochs"] is None:
         chosen["num_train_epochs"] = float(by_size(num_rows).num_epochs)
     for name, value in (chosen | kept).items():
         setattr(settled, name, value)
     if said["warmup_steps"] is None:
-        settled.warmup_steps = warmup_of(_num_steps(settled, num_rows, num_devices))
+        settled.warmup_steps = warmup_of(_num_steps(settled, num_rows, num_devices, num_per_step))
     settled.unsaid = frozenset()
     return settled
 
 
-def _num_steps(args: "LlavaTrainingArguments", num_rows: int | None, num_devices: int) -> int | None:
+def _num_steps(
+    args: "LlavaTrainingArguments", num_rows: int | None, num_devices: int, rows_per_step: float | None
+) -> int | None:
     if args.max_steps > 0:
         return args.max_steps
     if num_rows is None:
         return None
-    rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * num_devices
+    if rows_per_step is None:
+        rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * num_devices
     return math.ceil(math.ceil(num_rows / rows_per_step) * args.num_train_epochs)
 
 
@@ -213,6 +253,7 @@ def settled_arguments(
     args: "LlavaTrainingArguments",
     num_rows: int | None,
     before: Mapping[str, Any] | None = None,
+    lengths: Sequence[int] | None = None,
 ) -> tuple["TuningArguments", "LlavaTrainingArguments", str | None]:
     """
     `tuning` and `args` of a run with all that nobody said, and a sentence on it, None if everything was said.
@@ -220,10 +261,13 @@ def settled_arguments(
     Args:
         num_rows (`int`, *optional*): that are trained on.
         before (`Mapping`, *optional*): what the run had that goes on.
+        lengths (`Sequence[int]`, *optional*): tokens of each row, for a run with packing.
     """
     is_new = is_new_projector(model.vision_tower, model.pretrain_mm_mlp_adapter)
     tuned = tuning_with_defaults(tuning, num_rows, before)
-    trained = training_with_defaults(args, tuned.train_type, num_rows, before=before, is_new_projector=is_new)
+    trained = training_with_defaults(
+        args, tuned.train_type, num_rows, before=before, is_new_projector=is_new, lengths=lengths
+    )
     chosen = {name: getattr(trained, name) for name in UNTIL_KNOWN if name in args.unsaid}
     if args.max_steps > 0:
         chosen.pop("num_train_epochs", None)

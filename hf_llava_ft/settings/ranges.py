@@ -43,6 +43,7 @@ _RANGES = {
     "lora_dropout": _SHARE,
     "lora_r": _COUNT,
     "max_grad_norm": _NOT_NEGATIVE,
+    "max_tokens_per_batch": _COUNT,
     "max_steps": _Range(1, "1 or more, or -1 for --num_train_epochs", others=(-1,)),
     "mm_projector_lr": _NOT_NEGATIVE,
     "mm_vision_tower_lr": _NOT_NEGATIVE,

@@ -99,11 +99,42 @@ def check_not_refused(args: Any) -> None:
             raise UserError(
                 f"accelerator_config {name} deals the rows of a batch again, as our samplers have done: leave it out."
             )
-    strategy = getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy)
-    if strategy == "sequential" and (args.group_by_modality_length or args.sampler_order == "original"):
+    if _strategy(args) == "sequential" and (args.group_by_modality_length or args.sampler_order == "original"):
         other = "group_by_modality_length" if args.group_by_modality_length else "sampler_order original"
         raise UserError(f"train_sampling_strategy sequential and {other} are two orders of the rows: leave one out.")
+    _check_packing(args)
     _check_scheduler(args)
+
+
+def _check_packing(args: Any) -> None:
+    if not args.packing:
+        if args.max_tokens_per_batch is not None:
+            raise UserError(f"max_tokens_per_batch {args.max_tokens_per_batch} is of packing alone: add packing True.")
+        return
+    if args.per_device_train_batch_size != 1:
+        raise UserError(
+            f"packing and per_device_train_batch_size {args.per_device_train_batch_size}: with packing a pack is the "
+            "batch of a device, and max_tokens_per_batch says its size; leave per_device_train_batch_size out."
+        )
+    if args.group_by_modality_length or args.sampler_order != "default" or _strategy(args) != "random":
+        raise UserError(
+            "packing has an order of its own: leave out group_by_modality_length, sampler_order and "
+            "train_sampling_strategy, or packing."
+        )
+    if args.loss_normalization != "tokens":
+        raise UserError(
+            "packing and loss_normalization micro_batch: the weight of a token would depend on what is packed beside "
+            "it; leave one out."
+        )
+    if args.n_gpu > 1:
+        raise UserError(
+            f"packing needs a process for each of the {args.n_gpu} GPUs: start with accelerate launch, or show one "
+            "alone with CUDA_VISIBLE_DEVICES=0."
+        )
+
+
+def _strategy(args: Any) -> Any:
+    return getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy)
 
 
 def _check_scheduler(args: Any) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from hf_llava_ft.checking.bad_rows import SoundRows, sound_rows, told_of_skipped
 from hf_llava_ft.checking.preview import first_rows
+from hf_llava_ft.checking.sound_rows import SoundRows, sound_rows, told_of_skipped
 from hf_llava_ft.data.formats import Source, open_source
 from hf_llava_ft.data.formats.column_choice import SaidOfColumns
 from hf_llava_ft.data.formats.source import refuse_preferences
@@ -96,6 +96,12 @@ class OpenedRows:
         number = sum(max(1, int(part.source.weight * len(part.dataset) + 0.5)) for part in self.rows.parts)
         share = self.data_args.eval_split
         return number if share is None else number - max(1, round(share * number))
+
+    def lengths(self, processor: LlavaProcessor, longest: int) -> list[int] | None:
+        """About how many tokens the rows have that are trained on; None of a stream."""
+        if isinstance(self.rows, LlavaStream):
+            return None
+        return self.rows.lengths(processor, longest)
 
     def facts(self) -> dict[str, Any]:
         """[`data_facts`] of the files, in which no row is counted."""

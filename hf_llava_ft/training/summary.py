@@ -18,11 +18,11 @@ from transformers import TrainerState, TrainingArguments
 
 from hf_llava_ft.checkpoints.run_files import SUMMARY_FILE
 from hf_llava_ft.data.formats import Source
-from hf_llava_ft.reports.page import write_atomically
 from hf_llava_ft.settings.resolved import SECRET, default_of
 from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.training.throughput import Counts
 from hf_llava_ft.training.tuning import TrainedPart, learning_rate_of
+from hf_llava_ft.whole_files import write_atomically
 
 _PACKAGES = (
     *("hf-llava-ft", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors"),
@@ -218,7 +218,10 @@ def train_summary(
         **dataclasses.asdict(counts),
         "supervised_share": round(counts.supervised_tokens / counts.tokens, 4) if counts.tokens else None,
         **per_second,
-        "rows_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        # Of packs, each step has another number.
+        "rows_per_step": None
+        if args.packing
+        else args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "seed": args.seed,
         "peak_memory": peak_memory(args.device),
         "device": device,

@@ -15,12 +15,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from hf_llava_ft.data.collator import LlavaCollator
+from hf_llava_ft.data.packing import PackSampler
 from hf_llava_ft.data.streaming import LlavaStream
 from hf_llava_ft.data.streaming.loader import StreamPosition, refuse_grouping, stream_dataloader
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.evaluation.token_losses import LossOverTokens, row_losses
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
-from hf_llava_ft.modeling.part_names_llava import PROJECTOR, VISION_TOWER, part_of
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.processing.uint8_pixels_llava import can_hand_over_uint8, normalize_pixels
 from hf_llava_ft.settings.defaults import training_with_defaults
@@ -31,6 +31,7 @@ from hf_llava_ft.training.guards.finite import FiniteTraining
 from hf_llava_ft.training.guards.longest_batch import LongestBatch
 from hf_llava_ft.training.guards.moved_weights import MovedWeights
 from hf_llava_ft.training.guards.out_of_memory import advice, advice_for_evaluation, told_of_out_of_memory
+from hf_llava_ft.training.learning_rates import give_own_rates
 from hf_llava_ft.training.precision.masters import (
     keeps_own_masters,
     remember_dtype,
@@ -39,7 +40,20 @@ from hf_llava_ft.training.precision.masters import (
 )
 from hf_llava_ft.training.resuming.changed_settings import ChangedSettings, settings_of_groups
 from hf_llava_ft.training.resuming.resume import checkpoint_to_resume
-from hf_llava_ft.training.row_order import leave_ungrouped_what_has_no_lengths, row_sampler, told_of_padding
+from hf_llava_ft.training.row_order import (
+    counted_lengths,
+    leave_ungrouped_what_has_no_lengths,
+    row_sampler,
+    told_of_padding,
+)
+from hf_llava_ft.training.speed.packed_attention import (
+    DocumentsApart,
+    attention_of,
+    packed_inputs,
+    use_packed_attention,
+    without_mask_the_same,
+)
+from hf_llava_ft.training.speed.packed_loader import pack_loader, pack_sampler, told_of_packs
 from hf_llava_ft.training.throughput import Throughput
 from hf_llava_ft.training.trainer_checkpoints import CheckpointingTrainer
 from hf_llava_ft.training.tuning import what_trains
@@ -66,7 +80,14 @@ class LlavaTrainer(CheckpointingTrainer):
         self.longest_batch = LongestBatch(self)
         self.finite = FiniteTraining(self)
         # First, so that what they refuse is said before a progress bar is up.
-        own = [StreamPosition(), self.longest_batch, self.finite, MovedWeights(), ChangedSettings(self)]
+        own = [
+            StreamPosition(),
+            DocumentsApart(self),
+            self.longest_batch,
+            self.finite,
+            MovedWeights(),
+            ChangedSettings(self),
+        ]
         kwargs["callbacks"] = [*own, *(kwargs.get("callbacks") or [])]
         args = args or LlavaTrainingArguments()
         leave_ungrouped_what_has_no_lengths(args, kwargs.get("train_dataset"))
@@ -77,12 +98,16 @@ class LlavaTrainer(CheckpointingTrainer):
                 "hf_llava_ft.with_tuning(model, TuningArguments()) chooses, by default LoRA and the projector."
             )
         if model is not None and args.unsaid:
-            args = training_with_defaults(args, what_trains(model), _num_rows(kwargs.get("train_dataset")))
+            rows, cut_at = kwargs.get("train_dataset"), getattr(data_collator, "max_length", None)
+            lengths = counted_lengths(rows, processor, cut_at) if args.packing else None
+            args = training_with_defaults(args, what_trains(model), _num_rows(rows), lengths=lengths)
         if model is not None:
             model = _with_masters(model, args)
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
         if isinstance(self.train_dataset, LlavaStream):
             refuse_grouping(self.args)
+        if self.args.packing:
+            use_packed_attention(self._unwrapped_model)
         if isinstance(processor, LlavaProcessor):
             self._give_loss_to(self._unwrapped_model)
             self.label_smoother = None  # transformers' own, which would not move the labels
@@ -105,7 +130,10 @@ class LlavaTrainer(CheckpointingTrainer):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As in transformers, which makes a model of `model_init` for each trial: prepared as one that is given."""
         model = _with_masters(super().call_model_init(trial), self.args)
-        self._give_loss_to(model.get_base_model() if isinstance(model, PeftModel) else model)
+        unwrapped = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._give_loss_to(unwrapped)
+        if self.args.packing:
+            use_packed_attention(unwrapped)
         return model
 
     def _give_loss_to(self, model: Any) -> None:
@@ -165,26 +193,31 @@ class LlavaTrainer(CheckpointingTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if model.training and not return_outputs and self.compute_loss_func is None:
             inputs = {**inputs, "supervised_logits_only": True}
-            if self._needs_no_mask:
+            if "document_lengths" in inputs:
+                inputs = packed_inputs(inputs, attention_of(self._unwrapped_model))
+            elif self._needs_no_mask:
                 inputs.pop("attention_mask", None)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         is_new = self.optimizer is None
         optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
-        rates = {PROJECTOR: self.args.mm_projector_lr, VISION_TOWER: self.args.mm_vision_tower_lr}
-        for part, rate in rates.items():
-            if is_new and rate is not None:
-                named = (self.model if model is None else model).named_parameters()
-                _split_off(optimizer, {parameter for name, parameter in named if part_of(name) == part}, rate)
         if is_new:
+            give_own_rates(optimizer, self.model if model is None else model, self.args)
             self.told_of_groups = settings_of_groups(optimizer)
         return optimizer
 
     def get_train_dataloader(self) -> DataLoader:
         if isinstance(self.train_dataset, LlavaStream):
             return stream_dataloader(self.train_dataset, self.data_collator, self.args, self._train_batch_size)
+        if self.args.packing:
+            loader = pack_loader(self.train_dataset, self.pack_sampler(), self.data_collator, self.args)
+            return self.accelerator.prepare(loader)
         return super().get_train_dataloader()
+
+    def pack_sampler(self) -> PackSampler:
+        """The packs that a run with `packing` trains on."""
+        return pack_sampler(self.train_dataset, self.args, self._processor, self._max_length)
 
     def num_examples(self, dataloader: DataLoader) -> int:
         dataset = dataloader.dataset
@@ -204,6 +237,8 @@ class LlavaTrainer(CheckpointingTrainer):
     def told_of_padding(self) -> str | None:
         """A sentence on the padding of the first epoch; None where it is not known."""
         dataset, processor = self.train_dataset, self.processing_class
+        if self.args.packing:
+            return told_of_packs(self.pack_sampler(), self.args)
         sampler = None
         if hasattr(dataset, "__len__"):
             sampler = row_sampler(dataset, self.args, processor, self._max_length)
@@ -258,29 +293,7 @@ def _with_masters(model: Any, args: LlavaTrainingArguments) -> Any:
     return model
 
 
-def without_mask_the_same(model: Any) -> bool:
-    """Whether rows padded on the right give the same loss without their mask: what a language model does beside causal
-    attention, as counting how its experts are loaded, may ask for it."""
-    if not isinstance(model, LlavaForCausalLM):
-        return False
-    text = model.config.text_config
-    looks_ahead = not getattr(text, "is_causal", True) or getattr(text, "use_bidirectional_attention", False)
-    return not looks_ahead and not getattr(text, "output_router_logits", False)
-
-
 def _num_rows(dataset: Any) -> int | None:
     if isinstance(dataset, LlavaStream):
         return dataset.num_rows
     return len(dataset) if hasattr(dataset, "__len__") else None
-
-
-def _split_off(optimizer: torch.optim.Optimizer, parameters: set[nn.Parameter], learning_rate: float) -> None:
-    """Moves `parameters` out of the groups of `optimizer` into groups of the same settings and another learning
-    rate."""
-    for group in list(optimizer.param_groups):
-        moved = [parameter for parameter in group["params"] if parameter in parameters]
-        if moved:
-            group["params"] = [parameter for parameter in group["params"] if parameter not in parameters]
-            settings = {name: value for name, value in group.items() if name != "params"}
-            optimizer.add_param_group({**settings, "params": moved, "lr": learning_rate})
-    optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]

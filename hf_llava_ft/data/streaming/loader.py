@@ -60,6 +60,10 @@ def refuse_grouping(args: LlavaTrainingArguments) -> None:
         args.dataloader_num_workers, args.dataloader_persistent_workers = 0, False
     if args.order_unsaid:
         args.group_by_modality_length = False
+    if args.packing:
+        raise UserError(
+            "--packing needs to know how long all rows are, and a stream does not: leave it out, or --streaming."
+        )
     if args.group_by_modality_length:
         raise UserError(
             "--group_by_modality_length sorts all rows, and a stream does not know them all; leave it out, or "

@@ -19,9 +19,11 @@ from datasets import Dataset
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
 
+from hf_llava_ft.data.collator import PackCollator
 from hf_llava_ft.data.lengths import token_counts
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.training.evaluation import untouched_rng
+from hf_llava_ft.training.speed.packed_loader import heaviest_packs
 
 logger = logging.getLogger(__name__)
 
@@ -81,19 +83,26 @@ class LongestBatch(TrainerCallback):
             return
         with trainer.throughput.paused(), untouched_rng():
             max_length = getattr(trainer.data_collator, "max_length", None)
-            batches = heaviest_batches(dataset, processor, trainer._train_batch_size, max_length)
+            if args.packing:
+                batches = heaviest_packs(dataset, trainer.pack_sampler())
+            else:
+                batches = heaviest_batches(dataset, processor, trainer._train_batch_size, max_length)
             states = _room_for_states(trainer.optimizer, args.optim)
-            for kind, (indices, num_tokens) in zip(("longest rows", "most images"), batches, strict=False):
-                self.trying = f"the batch of the {kind} (rows: {len(indices)}, up to {num_tokens:,} tokens)"
+            kinds, up_to = ("the batch of the longest rows", "the batch of the most images"), "up to "
+            if args.packing:
+                kinds, up_to = ("the fullest pack", "the pack of the most images"), ""
+            for kind, (indices, num_tokens) in zip(kinds, batches, strict=False):
+                self.trying = f"{kind} (rows: {len(indices)}, {up_to}{num_tokens:,} tokens)"
                 self._try(dataset.select(indices), args)
             del states
-        fits = f"rows: {len(batches[0][0])}, up to {batches[0][1]:,} tokens"
-        self.tell(f"The batch of the longest rows fits ({fits}){_at_most(args.device)}.")
+        fits = f"rows: {len(batches[0][0])}, {up_to}{batches[0][1]:,} tokens"
+        self.tell(f"{kinds[0].capitalize()} fits ({fits}){_at_most(args.device)}.")
         self.trying = None
 
     def _try(self, rows: Dataset, args: Any) -> None:
         trainer, model = self.trainer, self.trainer.model_wrapped
-        inputs = trainer.data_collator(list(rows))
+        collator = trainer.data_collator
+        inputs = PackCollator(collator)([list(rows)]) if args.packing else collator(list(rows))
         # Not `trainer`'s own, which counts what it is given as trained.
         _, num_items = Trainer.get_batch_samples(trainer, iter([inputs]), 1, args.device)
         trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps

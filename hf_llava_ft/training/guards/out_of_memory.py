@@ -60,6 +60,11 @@ def advice(model: Any, args: LlavaTrainingArguments) -> str:
         changes.append(
             f"--per_device_train_batch_size {fewer} --gradient_accumulation_steps {rows // fewer}, as many rows a step"
         )
+    if args.packing and args.max_tokens_per_batch is not None:
+        half, twice = -(-args.max_tokens_per_batch // 2), 2 * args.gradient_accumulation_steps
+        changes.append(
+            f"--max_tokens_per_batch {half} --gradient_accumulation_steps {twice}, about as many rows a step"
+        )
     if not checkpointing:
         changes.append("--gradient_checkpointing True, which computes activations twice")
     if not (args.bf16 or args.fp16) and args.device.type != "cpu":

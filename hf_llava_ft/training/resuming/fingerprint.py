@@ -64,6 +64,7 @@ _ORDER = frozenset(
         "group_by_modality_length",
         "grouped_by",
         "sampler_order",
+        *("packing", "max_tokens_per_batch"),
         "images",
         "dataloader_drop_last",
     )
@@ -101,6 +102,8 @@ def settings_course(*arguments: Any) -> dict[str, Any]:
             course["lora_target_modules"] = sorted(part.lora_target_modules)  # in any order the same
         if isinstance(part, LlavaTrainingArguments):
             course["data_seed"] = part.seed if part.data_seed is None else part.data_seed
+            if not part.packing:
+                course.pop("max_tokens_per_batch")
             course["grouped_by"] = part.grouped_by if part.group_by_modality_length else None
             course |= {"processes": part.world_size, "engine": _engine(part), "use_cpu": part.device.type == "cpu"}
     tower = course.get("vision_tower")
@@ -187,6 +190,7 @@ def refuse_another_course(
             f"{checkpoint} does not say what its run was: whether data and settings are the same was not compared. "
             "The next checkpoint will know."
         )
+    was = {"packing": False, **was}  # which there was not before it was a setting
     changes = changes_between(was, now, begins_epoch_anew=args.ignore_data_skip)
     if 0 < args.max_steps < step:
         changes["max_steps"] = f"--max_steps {args.max_steps} is behind the checkpoint's step {step}"

@@ -363,7 +363,9 @@ def test_epochs_need_no_max_steps(tiny_checkpoint, mixed_stream, tmp_path):
     assert sorted(Counter(rows).values()) == [2] * 17 and rows[:17] != rows[17:]
 
 
-@pytest.mark.parametrize("flag", [{"group_by_modality_length": True}, {"sampler_order": "original"}])
+@pytest.mark.parametrize(
+    "flag", [{"group_by_modality_length": True}, {"sampler_order": "original"}, {"packing": True}]
+)
 def test_orders_that_only_rows_in_memory_have_are_refused(tiny_checkpoint, mixed_stream, tmp_path, flag):
     with pytest.raises(UserError, match=next(iter(flag))):
         make_trainer(tiny_checkpoint, mixed_stream(), tmp_path / "out", **flag)

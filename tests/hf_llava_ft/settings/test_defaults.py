@@ -193,6 +193,7 @@ def test_a_run_that_goes_on_keeps_what_it_had(tmp_path):
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 3,
         "warmup_steps": 0.1,
+        "max_tokens_per_batch": None,
         "lora_r": 5,
         "lora_alpha": 6,
     }

@@ -134,6 +134,19 @@ class SoundRows:
             share_counts(part, processor, TokenCounts(counts.num_tokens[rows], counts.num_supervised[rows]))
         return part
 
+    def lengths(self, processor: LlavaProcessor, longest: int) -> list[int]:
+        """Tokens of all rows that can be encoded, whatever their weight, cut at `longest`; see `that_fit`."""
+        found: list[int] = []
+        for part in self.parts:
+            counted = self._counts_of(part, processor).num_tokens
+            found += np.minimum(counted[counted > 0], longest).tolist()
+        return found
+
+    def _counts_of(self, part: _Part, processor: LlavaProcessor) -> TokenCounts:
+        return token_counts(
+            part.dataset, processor, known=lambda: known_counts(self.root, part.source, part.numbers, processor)
+        )
+
     def places(self) -> list[tuple[str, int]]:
         """File and number there of each row that `that_fit` gave, in order."""
         return [(part.source.where, number) for part, rows in self._places for number in part.numbers[rows].tolist()]
@@ -147,9 +160,7 @@ class SoundRows:
 
     def _rows_that_fit(self, part: _Part, processor: LlavaProcessor, longest: int) -> tuple[np.ndarray, TokenCounts]:
         """Their places in the part, and the tokens of all its rows."""
-        counts = token_counts(
-            part.dataset, processor, known=lambda: known_counts(self.root, part.source, part.numbers, processor)
-        )
+        counts = self._counts_of(part, processor)
         too_long = set(np.flatnonzero(counts.num_tokens > longest).tolist())
         nothing = set(np.flatnonzero(counts.num_supervised == 0).tolist())
         fits = np.ones(len(part.dataset), dtype=bool)

@@ -1,0 +1,209 @@
+"""Attention over a pack: several documents one behind the other in one row, each of which sees itself alone.
+
+FlashAttention, also as a kernel from the Hub, takes the borders and needs nothing of ours. For `sdpa` there is
+`sdpa_by_document`, registered with transformers: PyTorch's kernel for documents of different lengths where there is
+one (CUDA, 16 bits), and else one document after the other. transformers itself would build a dense mask of all
+positions by all positions, which is slower than padding.
+
+What may surprise: the mask of a pack is an empty tensor of four dimensions. transformers takes a mask of four for
+finished and builds none, and whatever would use it by mistake fails instead of letting documents see each other.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, TrainerCallback
+
+from hf_llava_ft.errors import UserError
+from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
+
+BY_DOCUMENT = "sdpa_by_document"
+_ROUNDING = 0.02  # what 16 bits may make of the same logits
+_TAKE_BORDERS = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
+
+
+def without_mask_the_same(model: Any) -> bool:
+    """Whether rows padded on the right give the same loss without their mask: what a language model does beside causal
+    attention, as counting how its experts are loaded, may ask for it."""
+    if not isinstance(model, LlavaForCausalLM):
+        return False
+    text = model.config.text_config
+    looks_ahead = not getattr(text, "is_causal", True) or getattr(text, "use_bidirectional_attention", False)
+    return not looks_ahead and not getattr(text, "output_router_logits", False)
+
+
+def use_packed_attention(model: Any) -> None:
+    """
+    Lets the language model of `model` compute packs; batches of rows are computed as before.
+
+    Raises:
+        UserError: if its attention, or the implementation that was asked for, cannot keep documents apart.
+    """
+    if not without_mask_the_same(model):
+        raise UserError("--packing needs a LLaVA whose language model looks back alone: leave it out.")
+    text = model.model.language_model
+    if not text._supports_flash_attn or getattr(text.config, "attention_chunk_size", None) is not None:
+        # What such a model's attention is about stands in its mask alone, and a pack has none.
+        raise UserError(f"--packing: {text.config.model_type} cannot keep packed rows apart; leave it out.")
+    name = text.config._attn_implementation
+    if name in _TAKE_BORDERS or "/" in name or name == BY_DOCUMENT:
+        return
+    if name != "sdpa":
+        raise UserError(
+            f"--packing needs an attention that keeps rows apart without a dense mask, and {name} has none: use "
+            "--attn_implementation sdpa or flash_attention_2."
+        )
+    AttentionInterface.register(BY_DOCUMENT, attention_by_document)
+    AttentionMaskInterface.register(BY_DOCUMENT, AttentionMaskInterface()["sdpa"])
+    model.set_attn_implementation({"text_config": BY_DOCUMENT})
+
+
+def packed_inputs(inputs: dict[str, Any], implementation: str) -> dict[str, Any]:
+    """
+    What the model takes, of a batch of `PackCollator`.
+
+    Args:
+        inputs: with `document_lengths` and `borders`.
+        implementation (`str`): of the language model's attention.
+    """
+    kept = {name: value for name, value in inputs.items() if name not in ("document_lengths", "borders")}
+    lengths, borders = inputs["document_lengths"], inputs["borders"]
+    kept |= {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders}
+    kept |= {"max_length_q": max(lengths), "max_length_k": max(lengths), "attention_mask": None, "use_cache": False}
+    if implementation == BY_DOCUMENT:
+        nothing = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=borders.device)
+        kept |= {"document_lengths": lengths, "attention_mask": nothing}
+    return kept
+
+
+def attention_by_document(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    document_lengths: list[int] | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """
+    As transformers calls an attention; without `document_lengths` its own sdpa.
+
+    Args:
+        query, key, value: `float[1, heads, T, width]`; key and value may have fewer heads.
+        document_lengths (`list[int]`, *optional*): their sum is T.
+        cu_seq_lens_q (`int32[documents + 1]`, *optional*): the borders of the same.
+
+    Returns:
+        `float[1, T, heads, width]`.
+    """
+    sdpa = AttentionInterface()["sdpa"]
+    if document_lengths is None:
+        return sdpa(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )  # whose mask knows the window
+    if cu_seq_lens_q is not None and max_length_q is not None and _has_kernel(query, dropout):
+        return _by_kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
+    parts = []
+    for document in zip(*(each.split(document_lengths, dim=2) for each in (query, key, value)), strict=True):
+        mask = _window(document[0], sliding_window)
+        parts.append(sdpa(module, *document, mask, dropout=dropout, scaling=scaling, **kwargs)[0])
+    return torch.cat(parts, dim=1), None
+
+
+def _window(query: torch.Tensor, sliding_window: int | None) -> torch.Tensor | None:
+    """The mask of one document, `bool[1, 1, T, T]`, if it is longer than what a position looks back."""
+    length = query.shape[2]
+    if sliding_window is None or length <= sliding_window:
+        return None
+    places = torch.arange(length, device=query.device)
+    behind = places[:, None] - places[None, :]
+    return ((behind >= 0) & (behind < sliding_window))[None, None]
+
+
+def _has_kernel(query: torch.Tensor, dropout: float) -> bool:
+    return query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16) and not dropout and _KERNEL
+
+
+def _by_kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    borders: torch.Tensor,
+    longest: int,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    flat = [each[0].transpose(0, 1) for each in (query, key, value)]  # (T, heads, width)
+    look_back = -1 if sliding_window is None else sliding_window - 1
+    found = varlen_attn(
+        *flat, borders, borders, longest, longest, scale=scaling, window_size=(look_back, 0), enable_gqa=True
+    )
+    return found[None]  # type: ignore[index]
+
+
+def _kernel_takes_all() -> bool:
+    """Whether PyTorch's kernel takes a window and fewer heads of keys than of queries, as that of 2.13 does."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
+
+
+_KERNEL = _kernel_takes_all()
+
+
+class DocumentsApart(TrainerCallback):
+    """
+    Before a run with packing begins, computes two short documents in one pack, and the second behind another first
+    one: it must not change.
+
+    Args:
+        trainer (`LlavaTrainer`): of the run; all its processes take part.
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """
+        Raises:
+            UserError: if it does change, as of a language model that carries a state from position to position.
+        """
+        if not args.packing:
+            return
+        model, unwrapped = self.trainer.model_wrapped, self.trainer._unwrapped_model
+        config, device = unwrapped.config.text_config, next(unwrapped.parameters()).device
+        was_training = model.training
+        model.eval()
+        found = []
+        for first in ([3, 4, 5, 6], [9, 8, 7, 6]):
+            ids = torch.tensor([[*first, 3, 5, 4, 7]], device=device)
+            inputs = {"input_ids": ids, "position_ids": torch.tensor([[0, 1, 2, 3] * 2], device=device)}
+            inputs |= {
+                "document_lengths": [4, 4],
+                "borders": torch.tensor([0, 4, 8], dtype=torch.int32, device=device),
+            }
+            with torch.no_grad():
+                logits = model(**packed_inputs(inputs, attention_of(unwrapped))).logits
+            found.append(logits[0, 4:].float())
+        model.train(was_training)
+        difference = float((found[0] - found[1]).abs().max() / found[0].abs().max())
+        if not difference < _ROUNDING:
+            raise UserError(
+                f"--packing: in {config.model_type} a packed row changes what comes of the one behind it, by "
+                f"{difference:.2g} of its logits; leave it out."
+            )
+
+
+def attention_of(model: LlavaForCausalLM) -> str:
+    """The implementation of the language model's attention."""
+    return str(model.model.language_model.config._attn_implementation)
