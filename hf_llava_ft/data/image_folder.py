@@ -42,6 +42,7 @@ class ImageFolder:
             raise UserError(f"{folder} is not a folder; give the one that the data's image paths are relative to.")
         self.folder = folder
         self.real_path = None if folder is None else os.path.realpath(folder)
+        self._inside = os.path.join(self.real_path or "", "")
         # Files share few directories: resolving these once leaves one lstat per file.
         self._real_directories: dict[str, str] = {}
 
@@ -80,7 +81,7 @@ class ImageFolder:
             if base == ".." or (found is not None and stat.S_ISLNK(found.st_mode)):
                 path, found = os.path.realpath(path), None
             # Before any look at the file itself: whether something outside exists is nobody's business.
-            if not path.startswith(os.path.join(self.real_path, "")):
+            if not path.startswith(self._inside):
                 raise UserError(
                     f"{image} leaves the image folder {self.folder} (through '..' or a link); "
                     "copy the file into it, give the folder that holds all images, or allow it with "

@@ -189,7 +189,7 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize("version", ["v1", "v0", "chatml", "llama_2", "llama_3"])
+@pytest.mark.parametrize("version", ["v1", "v1_mmtag", "v0", "chatml", "llama_2", "llama_3"])
 def test_hostile_text_is_counted_as_on_the_plain_road(golden, tiny, version):
     rows = [
         [("user", [None, question]), ("assistant", [answer]), ("user", [answer]), ("assistant", ["你 ok"])]
