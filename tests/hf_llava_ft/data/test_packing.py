@@ -12,7 +12,7 @@ from hf_llava_ft.data.packing import PackSampler, best_fit
 from hf_llava_ft.errors import UserError
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     lengths=st.lists(st.integers(1, 50), min_size=1, max_size=80),
     room=st.integers(0, 60),
