@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_llava_ft.data import packing
 from hf_llava_ft.data.collator import LlavaCollator, PackCollator
 from hf_llava_ft.data.packing import PackSampler, best_fit
 from hf_llava_ft.errors import UserError
+from tests.examples import examples
 
 
 @examples(60)
