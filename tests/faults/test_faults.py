@@ -50,7 +50,8 @@ def test_examples_are_counted_as_the_installed_hypothesis_says_them(tmp_path):
     drawn = tmp_path / "test_drawn.py"
     drawn.write_text(
         "from hypothesis import given, settings, strategies as st\n"
-        "@settings(max_examples=30, database=None)\n@given(st.integers())\ndef test_drawn(number): assert number == number\n"
+        "@settings(max_examples=30, database=None)\n@given(st.integers())\n"
+        "def test_drawn(number): assert number == number\n"
     )
     counts, printed = _pytest([str(drawn), "--hypothesis-show-statistics"], {}, print)
     assert counts["as it should be"] == 1 and held_examples(printed) == 30
