@@ -99,9 +99,10 @@ def _with_space_after_image(tokenizer) -> PreTrainedTokenizerFast:
     # Not between two images, and not at the end or in front of a special token: there the original has an empty text,
     # for which SentencePiece gives nothing.
     rule = normalizers.Replace(Regex(rf"{IMAGE_TOKEN}(?!{IMAGE_TOKEN})(?=[\s\S])"), f"{IMAGE_TOKEN} ")
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.normalizer = rule if backend.normalizer is None else normalizers.Sequence([backend.normalizer, rule])
-    return _rebuilt(tokenizer, backend)
+    prepared = _rebuilt(tokenizer, tokenizer.backend_tokenizer)  # a copy
+    before = prepared.backend_tokenizer.normalizer
+    prepared.backend_tokenizer.normalizer = rule if before is None else normalizers.Sequence([before, rule])
+    return prepared
 
 
 def _as_sentencepiece(tokenizer, model_file: Path):
