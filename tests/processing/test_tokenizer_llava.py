@@ -124,7 +124,7 @@ def test_special_tokens_that_were_there_stay(tokenizer_for):
     tokenizer = prepare_tokenizer(tokenizer_for("llama, chatml"))
     assert tokenizer.tokenize("<|im_start|>a<|im_end|>") == ["<|im_start|>", "a", "<|im_end|>"]
     assert tokenizer.eos_token == "<|im_end|>"
-    assert tokenizer.model_max_length == 4096
+    assert tokenizer.model_max_length == 512
 
 
 @pytest.mark.parametrize("kind", ["llama", "legacy", "byte-level", "byte-level, trimmed offsets"])
