@@ -63,6 +63,14 @@ class Ranks:
             raise UserError(result[1])
         return result[0]
 
+    def from_all(self, value: Any) -> list[Any]:
+        """The values of all processes, in all of them."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(values, value)
+        return values
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.count > 1:

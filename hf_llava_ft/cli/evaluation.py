@@ -153,11 +153,13 @@ def _refuse_beside_tasks(context: typer.Context) -> None:
 def _evaluate_tasks(model: str, tasks: str, json_file: Path | None, **settings: Any) -> None:
     if importlib.util.find_spec("lmms_eval") is None:
         raise UserError("--tasks needs lmms-eval: pip install 'hf-llava-ft[lmms-eval]'.")
+    from hf_llava_ft.answering.ranks import joined_ranks
     from hf_llava_ft.evaluation.benchmarks import evaluate_tasks
     from hf_llava_ft.hub.measured_results import renew_measured
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    found = evaluate_tasks(model, names, **settings)
+    with joined_ranks() as ranks:
+        found = evaluate_tasks(model, names, ranks=ranks, **settings)
     if found is not None:
         renew_measured(Path(model))
         write_json(json_file, found)

@@ -20,7 +20,7 @@ from hf_llava_ft.answering.batches import Question, answer_all
 from hf_llava_ft.answering.files import progress_bar
 from hf_llava_ft.answering.loading import load_for_answering
 from hf_llava_ft.answering.prompts import question_content
-from hf_llava_ft.answering.ranks import own_gpu
+from hf_llava_ft.answering.ranks import ALONE, Ranks, own_gpu
 from hf_llava_ft.checkpoints.evaluation_results import EvaluationResult
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.evaluation.results import keep_results
@@ -42,9 +42,10 @@ class BatchedAnswers:
     def __init__(self, model: Any, processor: Any, batch_size: int, console: Console):
         super().__init__()
         self.task_dict: dict[str, Any]  # lmms-eval's: the rows of each task by split
-        self.model, self.device = model, model.device
+        self.model = model
+        self.device = torch.device("cpu")  # where lmms-eval puts what the processes tell each other, over gloo
         self._processor, self._batch_size, self._console = processor, batch_size, console
-        self.num_failed = 0
+        self.failed: set[tuple[str, Any]] = set()  # task and row; of several processes one may ask a row twice
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         """The answers, in the order of the requests."""
@@ -67,7 +68,8 @@ class BatchedAnswers:
                     )
                     for place, answer in found:
                         answers[window[place]] = answer.text
-                        self.num_failed += bool(answer.error)
+                        if answer.error:
+                            self.failed.add((requests[window[place]].task_name, requests[window[place]].doc_id))
                         advance()
         return answers
 
@@ -109,11 +111,11 @@ def evaluate_tasks(
     output_dir: Path | None = None,
     batch_size: int = 16,
     loading: dict[str, Any] | None = None,
+    ranks: Ranks = ALONE,
     console: Console | None = None,
 ) -> dict[str, Any] | None:
     """
-    Asks a model lmms-eval's tasks, and writes what lmms-eval writes into `output_dir`. The processes of a launcher
-    share the rows, and the first returns the result.
+    Asks a model lmms-eval's tasks, and writes what lmms-eval writes into `output_dir`.
 
     Args:
         model, base (`str`): a folder or Hub id, and the base of an adapter where it is not the one that it names.
@@ -122,6 +124,7 @@ def evaluate_tasks(
         limit (`int`, *optional*): rows of each task, for a trial.
         output_dir (`Path`, *optional*): by default `evaluation-NAME` here, after the model's folder.
         loading (`dict`): for [`load_for_answering`], but `base`.
+        ranks (`Ranks`): processes that share the rows; the first writes and returns the result.
 
     Returns:
         `model`, `tasks` with the figures of each, `rows` with how many it has, and `without_answer`.
@@ -146,7 +149,17 @@ def evaluate_tasks(
     device = loading.get("device") or own_gpu()
     parts = load_for_answering(model, base=base, **{**loading, "device": device})
     asked: Any = type("AskedByLmmsEval", (BatchedAnswers, lmms), {})(*parts, batch_size, console)
-    results = simple_evaluate(asked, tasks=list(tasks), task_manager=manager, limit=limit, batch_size=batch_size)
+    # "torchrun" is the group that is there already; "accelerate" finds no group of processes where there is no GPU.
+    backend = "accelerate" if ranks.count == 1 else "torchrun"
+    results = simple_evaluate(
+        asked,
+        tasks=list(tasks),
+        task_manager=manager,
+        limit=limit,
+        batch_size=batch_size,
+        distributed_executor_backend=backend,
+    )
+    num_failed = len(set().union(*ranks.from_all(asked.failed)))
     if results is None:  # not the first process of a launcher
         return None
     console.print(make_table(results), highlight=False, markup=False)
@@ -155,9 +168,9 @@ def evaluate_tasks(
     rows = {task: number["effective"] for task, number in results["n-samples"].items()}
     if limit is None:
         keep_results(model, _results(results["results"], rows), lambda said: console.print(said, markup=False))
-    if asked.num_failed:
-        console.print(f"{asked.num_failed:,} questions have no answer, which counts as an empty one.")
-    found = {"model": model, "tasks": results["results"], "rows": rows, "without_answer": asked.num_failed}
+    if num_failed:
+        console.print(f"{num_failed:,} questions have no answer, which counts as an empty one.")
+    found = {"model": model, "tasks": results["results"], "rows": rows, "without_answer": num_failed}
     return found | {"output_dir": str(into)}
 
 

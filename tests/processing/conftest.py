@@ -58,7 +58,7 @@ def _tokenizer(kind: str):
 def tokenizer_for():
     """
     `tokenizer_for(kind)` is a new tokenizer as a user would pass it in: of SentencePiece, with 1024 pieces, "llama",
-    "llama, chatml" (with that markup's tokens added) or "legacy", and "llama, 32000 pieces", which takes half a second to
+    "llama, chatml" (with that markup's tokens added) or "legacy"; "llama, 32000 pieces", which takes half a second to
     copy and prepare: LLaMA's own, for the ids that are on record; or "byte-level", "byte-level, trimmed offsets".
     """
     return lambda kind: deepcopy(_tokenizer(kind))

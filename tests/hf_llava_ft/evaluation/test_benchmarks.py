@@ -1,6 +1,9 @@
 """`llava-ft evaluate --tasks` with the real lmms-eval, on a task of our own that needs no Hub."""
 
 import json
+import os
+import subprocess
+import sys
 from importlib.util import find_spec
 
 import pytest
@@ -42,14 +45,15 @@ def pictures(row):
 def task_folder(tmp_path):
     """A function that writes a folder with one task, of these answers."""
 
-    def write(answers, kind="generate_until"):
+    def write(answers, kind="generate_until", too_long=None):
         rows = []
         for index, answer in enumerate(answers):
             path = ""
             if index % 3 != 2:
                 path = str(tmp_path / f"{index}.png")
                 Image.new("RGB", (60 + index, 40), (40 * index, 90, 200)).save(path)
-            rows.append({"question": f"What is number {index}?", "answer": answer, "path": path})
+            question = f"What is number {index}?" * (200 if index == too_long else 1)
+            rows.append({"question": question, "answer": answer, "path": path})
         folder = tmp_path / f"tasks-{kind}"
         folder.mkdir(exist_ok=True)
         data = folder / "rows.json"
@@ -79,7 +83,7 @@ def test_what_a_task_says_itself_can_not_be_said_beside_it(llava_ft, tiny_checkp
 @pytest.mark.skipif(
     find_spec("lmms_eval") is None, reason="lmms-eval is an extra: pip install 'hf-llava-ft[lmms-eval]'"
 )
-def test_a_task_of_our_own(llava_ft, tiny_checkpoint, task_folder, tmp_path, monkeypatch):
+def test_a_task_of_our_own(llava_ft, tiny_checkpoint, task_folder, tmp_path, checkout, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tiny_checkpoint / "evaluation.json").unlink(missing_ok=True)
     questions = [{"id": str(index), "prompt": f"What is number {index}?"} for index in range(5)]
@@ -109,6 +113,22 @@ def test_a_task_of_our_own(llava_ft, tiny_checkpoint, task_folder, tmp_path, mon
     [kept] = read_results(tiny_checkpoint)
     assert (kept.data, kept.rows, kept.figure, kept.value) == ("which_colour", 5, "exact_match", pytest.approx(0.6))
     assert kept.low < kept.value < kept.high
+
+    # Two processes, and one row more, which is longer than the model's context.
+    task_folder([ours[0], "nothing", ours[2], ours[3], "nothing", "nothing"], too_long=5)
+    flags[-1] = tmp_path / "two"
+    # Not by tests/ranks.py, whose processes find another `tests`: a library that lmms-eval brings installs one.
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = [*launcher, "-m", "hf_llava_ft.evaluate", *command[1:5], *flags, "--json", result]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, env=environment, cwd=checkout)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(result.read_text())
+    assert found["rows"] == {"which_colour": 6} and found["without_answer"] == 1
+    assert found["tasks"]["which_colour"]["exact_match,none"] == pytest.approx(0.5)
+    [samples] = (tmp_path / "two").rglob("*samples_which_colour.jsonl")
+    said = {each["doc_id"]: each["filtered_resps"] for each in map(json.loads, samples.read_text().splitlines())}
+    assert [said[index] for index in range(6)] == [*ours, ""]
     (tiny_checkpoint / "evaluation.json").unlink()
 
     code, _, err = llava_ft(*command[:4], "witch_colour", *flags)
