@@ -25,6 +25,7 @@ from hf_llava_ft.checkpoints.starting.starting_point import (
 from hf_llava_ft.checkpoints.starting.training_processor import processor_for_training
 from hf_llava_ft.data.collator import LlavaCollator
 from hf_llava_ft.errors import exit_on_user_error
+from hf_llava_ft.estimate.checkpointing import choose_checkpointing, set_checkpointing
 from hf_llava_ft.noise import hide_noise
 from hf_llava_ft.settings.arguments import DataArguments, ModelArguments, TuningArguments
 from hf_llava_ft.settings.defaults import settled_arguments
@@ -122,7 +123,6 @@ def _train(
     )
     if chosen is not None:
         tell(chosen)
-    settings = settings_of(model_args, data_args, tuning_args, training_args)
 
     # A run that goes on is the run that it was.
     as_they_were, data = opened.as_they_were(), in_first_process(training_args, opened.facts)
@@ -139,6 +139,7 @@ def _train(
     # The model, and the rows that it takes.
     prompts = open_eval_prompts(data_args)
     model = start.load(processor, model_args, **loading_in_few_bits(tuning_args, training_args))
+    loaded = (model.config, model.dtype, model.device)
     rows = opened.that_fit(processor, longest, is_new=run.resumed_from is None, tell=tell)
     prompts = prompts or held_out_prompts(rows.evaluated, data_args.num_eval_answers)
     if data_args.preview > 0:
@@ -155,12 +156,24 @@ def _train(
         check_resumed_adapter(model, run.resumed_from)
     trained = trained_parts(model)
 
+    # Whether activations fit into memory, or are computed twice.
+    cut_at = longest if data_args.on_bad_row == "skip" else None
+    if training_args.checkpointing_is_auto:
+        config, dtype, loaded_on = loaded
+        of_run = (config, tuning_args, training_args, rows.train, processor, longest, dtype, loaded_on, cut_at)
+        choice = in_first_process(training_args, lambda: choose_checkpointing(*of_run))
+        set_checkpointing(training_args, choice.checkpointing)
+        if choice.told is not None:
+            tell(choice.told)
+
+    settings = settings_of(model_args, data_args, tuning_args, training_args)
+
     # The Trainer.
     answers = EvalAnswers(prompts, processor, data_args.eval_max_new_tokens, console)
     collator = LlavaCollator(
         processor,
         uint8_pixels=True,
-        max_length=longest if data_args.on_bad_row == "skip" else None,
+        max_length=cut_at,
         as_they_were=as_they_were,
     )
     with told_of_out_of_memory(lambda: f"the model alone. {advice(model, training_args)}"):

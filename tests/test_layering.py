@@ -30,7 +30,7 @@ BELOW_OR_BESIDE_SCRIPTS = ("hf_llava_ft.modeling", "hf_llava_ft.processing", "hf
 TRAVELS_WITH = {"torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy", "PIL"}
 # From the ground up. `registration` stands apart: it ties modeling and processing to the Auto classes on import.
 WINGS = (
-    *("releases", "errors", "library_differences", "noise", "termination", "start_up"),
+    *("releases", "errors", "library_differences", "noise", "whole_files", "termination", "start_up"),
     *("modeling", "processing"),
     *("settings", "reports", "checkpoints", "data", "checking", "answering", "evaluation", "hub", "training"),
     *("estimate", "serving", "train", "from_python", "quickstart", "cli", "evaluate"),

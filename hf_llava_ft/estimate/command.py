@@ -21,7 +21,7 @@ from hf_llava_ft.estimate.plan import GIB, SET_ASIDE, Estimate, Estimator, Plan
 from hf_llava_ft.estimate.trace import Batch
 from hf_llava_ft.library_differences import checkpointing_flags
 from hf_llava_ft.settings.arguments import TuningArguments
-from hf_llava_ft.settings.defaults import OF_BATCH, UNTIL_KNOWN, batch_of, tuning_with_defaults
+from hf_llava_ft.settings.defaults import OF_BATCH, UNTIL_KNOWN, batch_of, packs_of, tuning_with_defaults
 from hf_llava_ft.settings.parsing import resolve
 
 CARDS = (16, 24, 40, 80, 141)
@@ -114,7 +114,14 @@ def _estimate(own: argparse.Namespace, settings: dict[str, Any]) -> Estimate:
     batch = {name: settings[name] for name in OF_BATCH}
     if engine.startswith("zero"):  # DeepSpeed reads them before the rows are counted
         batch = {name: UNTIL_KNOWN[name] if number is None else number for name, number in batch.items()}
-    batch |= batch_of(tuning.train_type, own.rows, own.devices, batch)
+    if settings["packing"]:
+        row = text + own.images * picture_of(config, size).tokens
+        said = {"max_tokens_per_batch": settings["max_tokens_per_batch"], **batch}
+        batch |= packs_of(tuning.train_type, [row] * (own.rows or 10**6), own.devices, said)[0]
+        budget = batch.pop("max_tokens_per_batch", settings["max_tokens_per_batch"])
+        batch["per_device_train_batch_size"] = max(1, budget // row)  # of the same positions
+    else:
+        batch |= batch_of(tuning.train_type, own.rows, own.devices, batch)
     rows, accumulation = (batch[name] for name in OF_BATCH)
     step = own.global_batch or rows * accumulation * own.devices
     plan = Plan(
@@ -163,7 +170,7 @@ def _checkpointing(settings: dict[str, Any]) -> bool:
             raise UserError(f"--{name}_kwargs {options} is no JSON.") from error
         if options.get("every_n_layers", 1) != 1 or options.get("offload"):
             raise UserError(f"--{name}_kwargs: every_n_layers and offload are not known here; leave them out.")
-    return any(settings.get(name) for name in names)
+    return any(settings.get(name) is True for name in names)  # auto asks for a device, which is not here
 
 
 def _engine(own: argparse.Namespace, deepspeed: Any, width: int) -> tuple[Engine, int, int]:

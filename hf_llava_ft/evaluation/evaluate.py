@@ -32,7 +32,7 @@ from hf_llava_ft.evaluation.results import keep_results, results_of
 from hf_llava_ft.evaluation.rows import RowFacts, facts_of_row, rows_of
 from hf_llava_ft.evaluation.scores import Scores, scored
 from hf_llava_ft.evaluation.table import table_of
-from hf_llava_ft.reports.page import write_atomically
+from hf_llava_ft.whole_files import write_atomically
 
 REPORT_FILE, RESULT_FILE = "report.html", "result.json"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from hf_llava_ft.checkpoints.evaluation_results import EvaluationResult, read_results
 from hf_llava_ft.checkpoints.run_files import EVALUATION_FILE
 from hf_llava_ft.evaluation.scores import Scores
-from hf_llava_ft.reports.page import write_atomically
+from hf_llava_ft.whole_files import write_atomically
 
 
 def results_of(data: str, num_rows: int, scores: Scores) -> list[EvaluationResult]:

@@ -149,7 +149,7 @@ def packs_of(
     budget, accumulation = said["max_tokens_per_batch"], said["gradient_accumulation_steps"]
     if budget is None:
         share = max(1, rows // (num_devices * (accumulation or 1)))
-        budget = found["max_tokens_per_batch"] = max(min(math.ceil(share * mean), MOST_TOKENS_PER_PACK), *lengths)
+        budget = found["max_tokens_per_batch"] = max(min(math.ceil(share * mean), MOST_TOKENS_PER_PACK), max(lengths))
     rows_per_pack = max(1.0, min(budget / mean, len(lengths) / num_devices))
     if accumulation is None:
         accumulation = found["gradient_accumulation_steps"] = max(1, round(rows / (num_devices * rows_per_pack)))

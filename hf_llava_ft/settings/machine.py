@@ -61,6 +61,20 @@ def machine_problems(settings: dict[str, Any]) -> list[str]:
     return problems + _missing_reporters(settings["report_to"])
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on a device, or in main memory for a CPU; None where that is not known."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type != "cpu":
+        return None
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:  # not Linux
+        return None
+    found = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
+    return None if found is None else int(found) * 1024
+
+
 def check_attention(attn_implementation: str) -> None:
     """
     Raises:

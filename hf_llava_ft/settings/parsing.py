@@ -14,6 +14,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from hf_llava_ft.errors import UserError
+from hf_llava_ft.library_differences import checkpointing_flags
 from hf_llava_ft.settings.arguments import DataArguments, ModelArguments, TuningArguments
 from hf_llava_ft.settings.by_what_trains import put_defaults
 from hf_llava_ft.settings.defaults import DEFAULT
@@ -123,6 +124,10 @@ def _said(defaults: dict[str, Any], given: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in defaults.items() if name not in given)
 
 
+def _true_false_or_auto(word: str) -> bool | str:
+    return "auto" if word.lower() == "auto" else string_to_bool(word)
+
+
 def _fields() -> dict[str, dataclasses.Field]:
     return {field.name: field for each in ARGUMENT_CLASSES for field in dataclasses.fields(each) if field.init}
 
@@ -146,6 +151,8 @@ class _Parser(HfArgumentParser):
             action.required = False
             if action.type is string_to_bool:
                 action.nargs, action.const = "?", True  # also those whose default is none
+            if action.dest in checkpointing_flags():
+                action.type = _true_false_or_auto
             if action.dest == "report_to":
                 action.nargs = "+"  # as the original's transformers has it
             if action.dest == "image_aspect_ratio":

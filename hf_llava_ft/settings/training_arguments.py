@@ -7,6 +7,7 @@ from typing import Literal
 
 from transformers import TrainingArguments
 
+from hf_llava_ft.library_differences import checkpointing_flags
 from hf_llava_ft.settings.defaults import OF_BATCH, UNTIL_KNOWN, groups_by_default
 from hf_llava_ft.settings.machine import has_bf16_gpu, settles_precision, workers_by_cores
 from hf_llava_ft.settings.refused import check_not_refused
@@ -37,6 +38,9 @@ class LlavaTrainingArguments(TrainingArguments):
         max_tokens_per_batch (`int`, *optional*):
             Most tokens of a pack; by default so many that a step has about the rows that it has without packing, 8192
             at most, or the longest row.
+        gradient_checkpointing (`bool` or `"auto"`):
+            Compute activations twice, which takes less memory. `auto`, the default, is on where the heaviest batch
+            would not fit without; `llava-ft train` and `fine_tune` know that, a `LlavaTrainer` leaves it off.
         loss_normalization (`"tokens"` or `"micro_batch"`):
             `tokens` is the mean over all supervised tokens of an optimiser step. `micro_batch` is the original's mean
             per micro-batch, then the mean of those over accumulation steps and ranks.
@@ -112,6 +116,10 @@ class LlavaTrainingArguments(TrainingArguments):
     max_tokens_per_batch: int | None = field(
         default=None, metadata={"help": "With packing: most tokens of a pack; default: by the rows, 8192 at most."}
     )
+    gradient_checkpointing: bool = field(
+        default=None,  # type: ignore[assignment]
+        metadata={"help": "Compute activations twice, in less memory: true, false or auto; default: auto."},
+    )
     loss_normalization: Literal["tokens", "micro_batch"] = field(
         default="tokens",
         metadata={"help": "tokens: mean over a step's supervised tokens; micro_batch: the original's mean of means."},
@@ -149,6 +157,19 @@ class LlavaTrainingArguments(TrainingArguments):
         has_rate = any(settings.get_value(name) is not None for name in ("optimizer", "scheduler"))
         return {*OF_BATCH, *(("learning_rate",) if has_rate else ())}
 
+    def _settle_checkpointing(self) -> None:
+        names = checkpointing_flags()
+        said = {name: value for name in names if str(value := getattr(self, name)).lower() not in ("none", "auto")}
+        for name, value in said.items():
+            if str(value).lower() not in ("true", "false"):
+                raise ValueError(f"{name} {value} is none of auto, true and false.")
+        # Whether it is left to the machine.
+        self.checkpointing_is_auto: bool = not said
+        for name in names:
+            setattr(self, name, str(said[name]).lower() == "true" if name in said else None)
+        if not said:
+            setattr(self, names[0], False)
+
     def __post_init__(self):
         unsaid = {name for name in UNTIL_KNOWN if getattr(self, name) is None}
         if self.packing and self.per_device_train_batch_size is None:
@@ -166,11 +187,13 @@ class LlavaTrainingArguments(TrainingArguments):
             self.group_by_modality_length = not self.packing and groups_by_default(
                 self.sampler_order, self.train_sampling_strategy
             )
+        self._settle_checkpointing()
         # No setting: a run that goes on keeps its own (`training/row_order.py`).
         self.grouped_by: str = "words" if self.sampler_order == "original" else "tokens"
-        self.try_longest_batch = str(self.try_longest_batch).lower()
-        if self.try_longest_batch not in ("auto", "true", "false"):
-            raise ValueError(f"try_longest_batch {self.try_longest_batch} is none of auto, true and false.")
+        for name in ("try_longest_batch",):
+            setattr(self, name, str(getattr(self, name)).lower())
+            if getattr(self, name) not in ("auto", "true", "false"):
+                raise ValueError(f"{name} {getattr(self, name)} is none of auto, true and false.")
         if str(self.fsdp).lower() in ("true", "false"):  # of which transformers takes no words, only the bare flag
             self.fsdp = True if str(self.fsdp).lower() == "true" else None  # type: ignore[assignment]
         if self.early_stopping_patience is not None:

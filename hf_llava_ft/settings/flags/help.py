@@ -52,7 +52,6 @@ _SHORT = {
     "image_grid_pinpoints": "LLaVA-1.6: sizes that pictures are fitted into, '[(336, 672), ...]', '(1x1),...,(2x2)'.",
     "output_dir": "Where the result goes, with checkpoints below it.",
     "max_steps": "Number of steps, instead of epochs.",
-    "gradient_checkpointing": "Compute activations twice, which takes less memory.",
     "optim": "adamw_torch_fused, adamw_8bit, adafactor, ... [adamw_torch_fused]",
     "weight_decay": "Of AdamW.",
     "max_grad_norm": "A longer gradient is shortened to this. [1]",
