@@ -174,6 +174,16 @@ def chat_template_for(tokenizer, version: str | None = None, image_start_end: bo
     return replace(template, source=_with_image_start_end(template.source))
 
 
+def takes_texts_as_they_are(source: str) -> bool:
+    """
+    Whether the template `source` is one of [`CHAT_TEMPLATES`], with images between markers or not. Those look at
+    nothing of a text but whether it is empty, the blanks at its ends, a newline in front, and `<image>` in it; they
+    write the rest as it is. A tokenizer's own may look at anything.
+    """
+    ours = {template.source for template in CHAT_TEMPLATES.values()}
+    return source in ours or source in {_with_image_start_end(template) for template in ours}
+
+
 def original_version(text_model_type: str, tokenizer) -> str | None:
     """
     The style in which the original asks a checkpoint of its own; `None` leaves it to [`chat_template_for`].

@@ -16,6 +16,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
 IMAGE_TOKEN = "<image>"
+# Behind which text gets a space in front: not between two images, and not at the end or in front of a special token,
+# where the original has an empty text, for which SentencePiece gives nothing.
+IMAGE_RULE = rf"{IMAGE_TOKEN}(?!{IMAGE_TOKEN})(?=[\s\S])"
 IMAGE_START_TOKEN, IMAGE_END_TOKEN = "<im_start>", "<im_end>"
 # The first of a gated repository too, the last of a name that is none.
 _NOT_TO_BE_HAD = (RepositoryNotFoundError, RevisionNotFoundError, PermissionError, ValueError)
@@ -96,9 +99,7 @@ def _has_image_rule(tokenizer) -> bool:
 
 
 def _with_space_after_image(tokenizer) -> PreTrainedTokenizerFast:
-    # Not between two images, and not at the end or in front of a special token: there the original has an empty text,
-    # for which SentencePiece gives nothing.
-    rule = normalizers.Replace(Regex(rf"{IMAGE_TOKEN}(?!{IMAGE_TOKEN})(?=[\s\S])"), f"{IMAGE_TOKEN} ")
+    rule = normalizers.Replace(Regex(IMAGE_RULE), f"{IMAGE_TOKEN} ")
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.normalizer = rule if backend.normalizer is None else normalizers.Sequence([backend.normalizer, rule])
     return _rebuilt(tokenizer, backend)

@@ -1,5 +1,6 @@
 """Tiny real models and processors, made in seconds, and the reference outputs of the original."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -25,6 +26,12 @@ TEXT_CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Co
 
 def pytest_addoption(parser):
     parser.addoption("--new-python", action="store_true", help="no fork of a warm process: a new Python each time")
+
+
+def pytest_collection_finish():
+    """What has been imported stays: without this, every collection of garbage goes through a million such objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,15 +13,16 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import bitsandbytes  # noqa: F401
 import torch
 
-import hf_llava_ft.train
+import hf_llava_ft.evaluate
+import hf_llava_ft.train  # noqa: F401
 
 if find_spec("deepspeed") is not None:
     import deepspeed  # noqa: F401
 
 
-def run_rank(argv: list[str], environment: dict[str, str], log: str, before: tuple[str, ...]) -> None:
+def run_rank(argv: list[str], environment: dict[str, str], log: str, before: tuple[str, ...], module: str) -> None:
     """
-    `python -m hf_llava_ft.train`, with what is printed in the file `log`.
+    `python -m MODULE`, with what is printed in the file `log`.
 
     Args:
         before (`tuple[str]`): each a `module:function` to call first.
@@ -35,4 +36,4 @@ def run_rank(argv: list[str], environment: dict[str, str], log: str, before: tup
     for each in before:
         module, _, function = each.partition(":")
         getattr(importlib.import_module(module), function)()
-    hf_llava_ft.train.main(argv)
+    importlib.import_module(module).main(argv)

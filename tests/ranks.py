@@ -74,16 +74,17 @@ def num_processes(engine: str) -> int:
 
 class Run:
     """
-    A run that is going on: `python -m hf_llava_ft.train` in each rank.
+    A run that is going on: `python -m hf_llava_ft.train`, or another module of ours, in each rank.
 
     Args:
         engine (`str`): `single`, `ddp`, `fsdp2`, or the name of a file in `examples/deepspeed`.
         argv (`list`): the command line, less what chooses the engine.
         logs (`Path`): folder for what the ranks print, `rank0.log` and so on.
         before (`str`): each a `module:function` that each rank calls first.
+        module (`str`): whose `main` the ranks call.
     """
 
-    def __init__(self, engine: str, argv: list, logs: Path, *before: str):
+    def __init__(self, engine: str, argv: list, logs: Path, *before: str, module: str = "hf_llava_ft.train"):
         logs.mkdir(parents=True, exist_ok=True)
         self.logs = logs
         argv = list(map(str, argv))
@@ -103,7 +104,7 @@ class Run:
         for rank in range(count):
             environment = {} if count == 1 else {**launched, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             (logs / f"rank{rank}.log").write_text("")
-            arguments = (argv, environment, str(logs / f"rank{rank}.log"), before)
+            arguments = (argv, environment, str(logs / f"rank{rank}.log"), before, module)
             process = _CONTEXT.Process(target=_start, args=arguments, daemon=True)
             process.start()
             self.processes.append(process)
@@ -147,9 +148,9 @@ class Run:
             process.join()
 
 
-def run(engine: str, argv: list, logs: Path, *before: str) -> str:
+def run(engine: str, argv: list, logs: Path, *before: str, module: str = "hf_llava_ft.train") -> str:
     """Runs to the end, and gives what the first rank printed."""
-    going_on = Run(engine, argv, logs, *before)
+    going_on = Run(engine, argv, logs, *before, module=module)
     code = going_on.wait()
     assert code == 0, going_on.all_printed()
     return going_on.printed()

@@ -30,10 +30,10 @@ BELOW_OR_BESIDE_SCRIPTS = ("hf_llava_ft.modeling", "hf_llava_ft.processing", "hf
 TRAVELS_WITH = {"torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy", "PIL"}
 # From the ground up. `registration` stands apart: it ties modeling and processing to the Auto classes on import.
 WINGS = (
-    *("releases", "errors", "library_differences", "noise", "termination", "start_up"),
+    *("releases", "errors", "library_differences", "noise", "whole_files", "termination", "start_up"),
     *("modeling", "processing"),
     *("settings", "reports", "checkpoints", "data", "checking", "answering", "evaluation", "hub", "training"),
-    *("estimate", "serving", "train", "from_python", "quickstart", "cli"),
+    *("estimate", "serving", "train", "from_python", "quickstart", "cli", "evaluate"),
 )
 # Files that import within a function, and why not at their top.
 IMPORTS_LATE = {
@@ -52,6 +52,7 @@ IMPORTS_LATE = {
     "hf_llava_ft/checkpoints/reload.py": "runs by itself in a fresh process, without us where the folder needs none",
     "hf_llava_ft/checkpoints/original_folders.py": "optional package: deepspeed",
     "hf_llava_ft/settings/training_arguments.py": "optional package: deepspeed",
+    "hf_llava_ft/evaluation/benchmarks.py": "optional package: lmms-eval",
     "hf_llava_ft/training/fsdp.py": "optional part of torch, which not every build has",
     "hf_llava_ft/training/speed/packed_attention.py": "optional part of torch, from 2.10 on",
     "hf_llava_ft/training/summary.py": "optional module: Windows has no `resource`",

@@ -124,9 +124,8 @@ def answer_missing(
     tell_of_going_on(lines, total, console)
     if len(lines.done) < total:
         parts = load()
-        missing = (row for row in rows() if (row.file, row.number) not in lines.done)
-        with progress_bar(console, what, len(lines.done), total) as advance:
-            _answer(parts, missing, lines, advance, batch_size, generation)
+        with progress_bar(console, what, len(lines.done), lines.num_mine(total)) as advance:
+            _answer(parts, lines.missing(rows()), lines, advance, batch_size, generation)
     return lines.finish()
 
 

@@ -34,7 +34,7 @@ from hf_llava_ft.checkpoints.checked.json_values import (
 from hf_llava_ft.checkpoints.files import read_json
 from hf_llava_ft.checkpoints.run_files import PREFIX_CHECKPOINT_DIR, SUMMARY_FILE, TRAINER_STATE_NAME, TRAINING_FILE
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.reports.page import write_atomically
+from hf_llava_ft.whole_files import write_atomically
 
 # Of a longer run as many points are kept, evenly spaced.
 MAX_LOGGED = 1000

@@ -21,13 +21,15 @@ from typing import cast
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Features, Image, List, Value
 
+from hf_llava_ft.data.decoded import DecodedPictures
 from hf_llava_ft.data.image_folder import ImageFolder
 from hf_llava_ft.data.json.file_index import content_fingerprint, file_index
 from hf_llava_ft.data.json.garbage import garbage_collection_paused
 from hf_llava_ft.data.json.llava_json import checked_row
-from hf_llava_ft.data.json.parts import JsonPart, iter_part
+from hf_llava_ft.data.json.parts import JsonPart, iter_part, part_columns
 from hf_llava_ft.data.json.rows import iter_json_rows
 from hf_llava_ft.data.pictures import unreadable_images
 from hf_llava_ft.data.schema import parse_llava_row, row_place
@@ -129,6 +131,11 @@ class LlavaConversations(datasets.ArrowBasedBuilder):
     def _generate_tables(self, parts: list[JsonPart]) -> Iterator[tuple[str, pa.Table]]:
         images = ImageFolder(self.config.image_folder)
         for part in parts:
+            whole = _table_of_part(part, images)
+            if whole is not None:
+                for start in range(0, len(whole), _TABLE_ROWS):
+                    yield f"{part.path}:{part.first_row}:{start}", whole.slice(start, _TABLE_ROWS)
+                continue
             rows = (checked_row(value, part.path, number, images) for number, value in iter_part(part))
             number = 0
             while table := _next_table(rows):
@@ -166,7 +173,8 @@ class LlavaConversations(datasets.ArrowBasedBuilder):
         indexes = [file_index(file, self._index_root) for file in files]
         named = dict.fromkeys(name for index in indexes for name in index.images)
         # All of them are inside the folder, links followed: the rows have been read. So no need to do it again.
-        unreadable = unreadable_images(os.path.join(images.real_path or "", name) for name in named)
+        paths = (os.path.join(images.real_path or "", name) for name in named)
+        unreadable = unreadable_images(paths, DecodedPictures(self._index_root))
         if not unreadable:
             return
         unreadable = {os.path.realpath(path): reason for path, reason in unreadable.items()}
@@ -236,6 +244,31 @@ def modality_lengths(dataset: datasets.Dataset) -> np.ndarray:
     """
     columns = dataset.select_columns(["num_words", "num_images"]).with_format("numpy")[:]
     return np.where(columns["num_images"] > 0, 1, -1) * columns["num_words"].astype(np.int64)
+
+
+def _table_of_part(part: JsonPart, images: ImageFolder) -> pa.Table | None:
+    """All rows of a part in the layout of [`FEATURES`], at once; None where they have to be read one by one: one is
+    wrong, or unusual."""
+    columns = part_columns(part)
+    if columns is None:
+        return None
+    names = columns.image_names.flatten().dictionary_encode()
+    try:
+        found = [images.resolve(name, part.path) for name in names.dictionary.to_pylist()]
+    except UserError:
+        return None  # the row that names it first is found on the other road
+    paths = pa.DictionaryArray.from_arrays(names.indices, pa.array(found, pa.string())).cast(pa.string())
+    pictures = pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), paths], ["bytes", "path"])
+    stored = pa.ListArray.from_arrays(columns.image_names.offsets, pictures)
+    numbers = np.arange(part.first_row, part.first_row + len(columns.ids))
+    arrays = {
+        "id": pc.coalesce(columns.ids, pa.array(numbers).cast(pa.string())),
+        "messages": columns.messages,
+        "images": stored,
+        "num_words": pa.array(columns.num_words, pa.int32()),
+        "num_images": pc.list_value_length(stored),
+    }
+    return pa.table([arrays[name] for name in FEATURES], schema=FEATURES.arrow_schema)
 
 
 def _next_table(rows: Iterator[dict]) -> pa.Table | None:

@@ -76,8 +76,9 @@ class ImageFolder:
             if directory not in self._real_directories:
                 self._real_directories[directory] = os.path.realpath(directory)
             path = os.path.join(self._real_directories[directory], base)
-            if base == ".." or os.path.islink(path):
-                path = os.path.realpath(path)
+            found = _found(path)
+            if base == ".." or (found is not None and stat.S_ISLNK(found.st_mode)):
+                path, found = os.path.realpath(path), None
             # Before any look at the file itself: whether something outside exists is nobody's business.
             if not path.startswith(os.path.join(self.real_path, "")):
                 raise UserError(
@@ -85,7 +86,7 @@ class ImageFolder:
                     "copy the file into it, give the folder that holds all images, or allow it with "
                     "--allow_images_outside."
                 )
-            mode = os.stat(path).st_mode
+            mode = (found or os.stat(path)).st_mode
         except FileNotFoundError:
             raise MissingImageError(
                 f"{image} is missing from {self.folder}; {what_to_do_about_missing(self.folder)}."
@@ -95,3 +96,11 @@ class ImageFolder:
         if not stat.S_ISREG(mode):
             raise UserError(f"{image} is not a file; give the path of a picture in {self.folder}.")
         return path
+
+
+def _found(path: str) -> os.stat_result | None:
+    """The state of what lies there, be it a link; None where nothing can be said of it yet."""
+    try:
+        return os.lstat(path)
+    except (OSError, ValueError):
+        return None

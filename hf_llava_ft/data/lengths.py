@@ -4,6 +4,9 @@ The numbers are those of `LlavaProcessor.encode_conversation`, from text alone. 
 processor says for its size, which stands in the file's header: no pixel is decoded, and under LLaVA-1.5, where all
 pictures take the same, no file is opened.
 
+A large set is counted in parts: of a launcher's processes, on one node or several, each takes a part that nobody else
+is counting, and all read all parts. What a killed run has counted stays.
+
 What may surprise: the numbers are found again only for the same rows, tokenizer, chat template and image settings.
 Rows are known by the dataset's fingerprint, which `load_llava_json` makes from the contents of the files; so a set
 that is only in memory is counted each time.
@@ -13,28 +16,33 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import tokenizers
 import transformers
 from datasets import Dataset
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from PIL import Image
 
+from hf_llava_ft.data.counting.rendering import ConversationTexts, Rendered, turns_of
+from hf_llava_ft.data.counting.words import WordCounts, cuts_between_words
 from hf_llava_ft.data.json.garbage import garbage_collection_paused
-from hf_llava_ft.data.worker_pool import results_in_order
+from hf_llava_ft.data.worker_pool import num_workers, results_in_order
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.processing.picture_opening_llava import size_when_opened
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 
 _VERSION = 2  # raise it when the same rows give other numbers
 _ROWS_AT_ONCE = 256
+_ROWS_IN_PART = 200_000
 
 
 @dataclass
@@ -65,24 +73,61 @@ def token_counts(
         num_proc (`int`, *optional*): processes; by default one for each core.
         known: asked before anything is counted; gives the same numbers if somebody has counted them.
 
-    Of several processes that ask for the same at once, as the ranks of a run do, one counts and the others wait.
+    Of several processes that ask for the same at once, as the ranks of a run do, each counts parts and waits for the
+    others'. A set of one part is counted by one of them.
     """
     if not dataset.cache_files:
         return _count(dataset, processor, num_proc)
     folder = Path(dataset.cache_files[0]["filename"]).parent
     if not os.access(folder, os.W_OK):  # a cache that is shared for reading
         return _count(dataset, processor, num_proc)
-    kept = folder / f"token-counts-{_key(dataset, processor)}.npy"
-    with FileLock(f"{kept}.lock"):
-        if kept.exists():
-            return TokenCounts(*np.load(kept, allow_pickle=False))
-        counts = known() or _count(dataset, processor, num_proc)
-        if not counts.refused:
-            unfinished = kept.with_suffix(".incomplete")
-            with open(unfinished, "wb") as file:
-                np.save(file, np.stack([counts.num_tokens, counts.num_supervised]))
-            unfinished.replace(kept)
-        return counts
+    name, starts = f"token-counts-{_key(dataset, processor)}", list(range(0, len(dataset), _ROWS_IN_PART)) or [0]
+    if num_proc is None and len(starts) > 1:
+        num_proc = max(1, num_workers() // min(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), len(starts)))
+    known = cache(known)
+    found: dict[int, TokenCounts] = {}
+    # From a place of its own on, first what nobody is counting, then what others were.
+    first = len(starts) * int(os.environ.get("RANK", "0")) // int(os.environ.get("WORLD_SIZE", "1"))
+    for patience in (0, -1):
+        for start in starts[first:] + starts[:first]:
+            kept = folder / (f"{name}.npy" if len(starts) == 1 else f"{name}-{start}.npy")
+            with suppress(Timeout):
+                if start not in found:
+                    with FileLock(f"{kept}.lock", timeout=patience):
+                        found[start] = _kept_or_counted(kept, dataset, start, processor, num_proc, known)
+    parts = [found[start] for start in starts]
+    return TokenCounts(
+        np.concatenate([part.num_tokens for part in parts]),
+        np.concatenate([part.num_supervised for part in parts]),
+        {start + place: why for start in starts for place, why in found[start].refused.items()},
+    )
+
+
+def _kept_or_counted(
+    kept: Path,
+    dataset: Dataset,
+    start: int,
+    processor: LlavaProcessor,
+    num_proc: int | None,
+    known: Callable[[], TokenCounts | None],
+) -> TokenCounts:
+    """Of the part that begins at a row; refused rows are named by their place in it."""
+    if kept.exists():
+        return TokenCounts(*np.load(kept, allow_pickle=False))
+    stop = min(start + _ROWS_IN_PART, len(dataset))
+    whole = known()
+    if whole is None:
+        part = dataset if stop - start == len(dataset) else dataset.select(range(start, stop))
+        counts = _count(part, processor, num_proc)
+    else:
+        refused = {place - start: why for place, why in whole.refused.items() if start <= place < stop}
+        counts = TokenCounts(whole.num_tokens[start:stop], whole.num_supervised[start:stop], refused)
+    if not counts.refused:
+        unfinished = kept.with_suffix(".incomplete")
+        with open(unfinished, "wb") as file:
+            np.save(file, np.stack([counts.num_tokens, counts.num_supervised]))
+        unfinished.replace(kept)
+    return counts
 
 
 def token_lengths(
@@ -114,12 +159,11 @@ def _count(dataset: Dataset, processor: LlavaProcessor, num_proc: int | None) ->
     rows = dataset.select_columns(["messages", "images"]).with_format("arrow")
     if not processor.depends_on_image_size:
         _ = processor.num_image_tokens  # before processes fork: it takes an image processor, which takes torch
+    count = _RowCounter(processor)
     counts = TokenCounts(np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows), dtype=np.int64))
     starts = range(0, len(rows), _ROWS_AT_ONCE)
     with tqdm(total=len(rows), desc="Counting tokens", unit=" rows") as bar, _one_tokenizer_thread():
-        found = results_in_order(
-            lambda start: _count_some(rows[start : start + _ROWS_AT_ONCE], processor), starts, num_proc
-        )
+        found = results_in_order(lambda start: count(rows[start : start + _ROWS_AT_ONCE]), starts, num_proc)
         for start, (num_tokens, num_supervised, refused) in zip(starts, found, strict=True):
             stop = start + len(num_tokens)
             counts.num_tokens[start:stop] = num_tokens
@@ -129,36 +173,80 @@ def _count(dataset: Dataset, processor: LlavaProcessor, num_proc: int | None) ->
     return counts
 
 
-def _count_some(rows, processor: LlavaProcessor) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-    """Of a `pyarrow.Table` of R rows, `num_tokens` and `num_supervised` `int64[R]` and `refused` by place in it."""
-    num_tokens, num_supervised = np.zeros((2, len(rows)), dtype=np.int64)
-    refused: dict[int, str] = {}
-    with garbage_collection_paused():
-        num_images = pc.list_value_length(rows["images"]).fill_null(0).to_pylist()
-        images = rows["images"].to_pylist() if processor.depends_on_image_size else [None] * len(rows)
+class _RowCounter:
+    """
+    Counts some rows at a time.
+
+    Args:
+        processor (`LlavaProcessor`): encodes the rows.
+    """
+
+    def __init__(self, processor: LlavaProcessor):
+        self.processor = processor
+        self._texts = ConversationTexts(processor)
+        self._words = WordCounts(processor) if cuts_between_words(processor) else None
+
+    def __call__(self, rows: pa.Table) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+        """Of R rows, `num_tokens` and `num_supervised` `int64[R]` and `refused` by place among them."""
+        num_tokens, num_supervised = np.zeros((2, len(rows)), dtype=np.int64)
+        refused: dict[int, str] = {}
+        with garbage_collection_paused():
+            num_images = pc.list_value_length(rows["images"]).fill_null(0).to_pylist()
+            images = rows["images"].to_pylist() if self.processor.depends_on_image_size else [None] * len(rows)
+            places, rendered = self._rendered(rows["messages"], refused)
+            for place, counted in zip(places, self._counted(rendered), strict=True):
+                num_ids, num_places, num_supervised[place] = counted
+                if num_places != num_images[place]:
+                    refused[place] = (
+                        f"the conversation has {num_places} {self.processor.image_token} and there are "
+                        f"{num_images[place]} images: the numbers must be equal."
+                    )
+                    continue
+                try:
+                    num_image_tokens = _num_image_tokens(self.processor, num_places, images[place])
+                except (OSError, ValueError, SyntaxError) as error:  # a header that Pillow can't read
+                    refused[place] = (
+                        f"the size of an image can't be read ({error}); replace the file or remove the row."
+                    )
+                    continue
+                num_tokens[place] = num_ids - num_places + num_image_tokens
+            for place in refused:
+                num_supervised[place] = 0
+        return num_tokens, num_supervised, dict(sorted(refused.items()))
+
+    def _rendered(self, messages: pa.ChunkedArray, refused: dict[int, str]) -> tuple[list[int], list[Rendered]]:
+        """Text and spans of the rows that the template takes, behind their places."""
         places, rendered = [], []
-        for place, messages in enumerate(rows["messages"].to_pylist()):
+        turns = turns_of(messages)
+        of_row: Callable[[int], Rendered]
+        if turns is None:
+            plain = messages.to_pylist()
+            of_row = lambda place: self.processor.render(plain[place])  # noqa: E731
+        else:
+            of_row = lambda place: self._texts.render(turns[place])  # noqa: E731
+        for place in range(len(messages)):
             try:
-                rendered.append(processor.render(messages))
+                rendered.append(of_row(place))
                 places.append(place)
             except ValueError as error:
                 refused[place] = str(error)
-        for place, (ids, supervised) in zip(places, processor.tokenize_rendered(rendered), strict=True):
-            num_places = int(np.count_nonzero(ids == processor.image_token_id))
-            if num_places != num_images[place]:
-                refused[place] = (
-                    f"the conversation has {num_places} {processor.image_token} and there are {num_images[place]} "
-                    "images: the numbers must be equal."
-                )
-                continue
-            try:
-                num_image_tokens = _num_image_tokens(processor, num_places, images[place])
-            except (OSError, ValueError, SyntaxError) as error:  # a header that Pillow can't read
-                refused[place] = f"the size of an image can't be read ({error}); replace the file or remove the row."
-                continue
-            num_tokens[place] = len(ids) - num_places + num_image_tokens
-            num_supervised[place] = np.count_nonzero(supervised)
-    return num_tokens, num_supervised, dict(sorted(refused.items()))
+        return places, rendered
+
+    def _counted(self, rendered: list[Rendered]) -> list[tuple[int, int, int]]:
+        """Of each its ids, the image places among them, and those that are learned."""
+        image_token, image_token_id = self.processor.image_token, self.processor.image_token_id
+        of_words = self._words.counts(rendered) if self._words is not None else [None] * len(rendered)
+        whole = [place for place, counted in enumerate(of_words) if counted is None]
+        tokenized = iter(self.processor.tokenize_rendered([rendered[place] for place in whole]))
+        found = []
+        for (text, _), counted in zip(rendered, of_words, strict=True):
+            if counted is not None:
+                found.append((counted[0], text.count(image_token), counted[1]))
+            else:
+                ids, supervised = next(tokenized)
+                num_places = int(np.count_nonzero(ids == image_token_id))
+                found.append((len(ids), num_places, int(np.count_nonzero(supervised))))
+        return found
 
 
 def _num_image_tokens(processor: LlavaProcessor, num_images: int, images: list[dict[str, Any]] | None) -> int:

@@ -10,8 +10,10 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from hf_llava_ft.data.decoded import NO_FILE, DecodedPictures
 from hf_llava_ft.data.worker_pool import results_in_order
 from hf_llava_ft.errors import UserError
 
@@ -69,14 +71,15 @@ def undecodable(place: str, path: str | None, reason: str) -> UserError:
     return UserError(f"{place}: {name} can't be decoded ({reason}); replace it or remove the row.")
 
 
-def unreadable_images(paths: Iterable[str]) -> dict[str, str]:
+def unreadable_images(paths: Iterable[str], decoded: DecodedPictures | None = None) -> dict[str, str]:
     """
     Decode every distinct image completely and keep those that fail, on all cores, behind a progress bar.
 
     A picture of more than `PIL.Image.MAX_IMAGE_PIXELS` pixels counts as unreadable: kilobytes can unpack to gigabytes.
 
     Args:
-        paths (`Iterable[str]`): image files; repeated ones are decoded once.
+        paths (`Iterable[str]`): image files; repeated ones are decoded once, under whatever names.
+        decoded (`DecodedPictures`, *optional*): what need not be decoded again; learns what could be.
 
     Returns:
         `dict[str, str]`: path -> reason, in the order given; empty when all is well.
@@ -84,13 +87,36 @@ def unreadable_images(paths: Iterable[str]) -> dict[str, str]:
     from datasets.utils import tqdm  # the bar that datasets' disable_progress_bars() silences
 
     paths = list(dict.fromkeys(paths))
-    groups = [paths[start : start + _DECODED_AT_ONCE] for start in range(0, len(paths), _DECODED_AT_ONCE)]
+    new = list(range(len(paths)))
+    keys = np.zeros(len(paths), dtype=np.uint64)
+    if decoded is not None:
+        keys = decoded.keys(paths)
+        _, firsts = np.unique(keys, return_index=True)
+        is_new = np.zeros(len(paths), dtype=bool)
+        is_new[firsts] = True
+        new = np.flatnonzero((is_new & ~decoded.are_known(keys)) | (keys == NO_FILE)).tolist()
+    groups = [[paths[place] for place in new[start : start + _DECODED_AT_ONCE]] for start in _starts(len(new))]
     unreadable: dict[str, str] = {}
-    with tqdm(total=len(paths), desc="Checking images", unit=" images") as bar:
+    with tqdm(total=len(paths), initial=len(paths) - len(new), desc="Checking images", unit=" images") as bar:
         for group, failures in zip(groups, results_in_order(_decode_failures, groups), strict=True):
             unreadable.update(failures)
             bar.update(len(group))
+    if decoded is None:
+        return unreadable
+    sound = [place for place in new if paths[place] not in unreadable]
+    decoded.remember([paths[place] for place in sound], keys[sound])
+    if unreadable:  # under their other names as well
+        reasons = {int(keys[place]): unreadable[paths[place]] for place in new if paths[place] in unreadable}
+        reasons.pop(NO_FILE, None)
+        for path, key in zip(paths, keys.tolist(), strict=True):
+            if key in reasons:
+                unreadable.setdefault(path, reasons[key])
+        unreadable = {path: unreadable[path] for path in paths if path in unreadable}
     return unreadable
+
+
+def _starts(number: int) -> range:
+    return range(0, number, _DECODED_AT_ONCE)
 
 
 def _decode_failures(paths: list[str]) -> dict[str, str]:

@@ -140,7 +140,7 @@ def build_row(
         messages.append(Message(role="system", content=[_text(system)]))
     for turn_number, (role, text) in enumerate(turns, start=1):
         if role == "user":
-            content = _user_content(text)
+            content = user_content(text)
         else:
             if IMAGE_PLACEHOLDER in text:
                 kind = "an answer" if role == "assistant" else "the system turn"
@@ -272,7 +272,8 @@ def known_role(name: str, place: str) -> str:
     return role
 
 
-def _user_content(value: str) -> list[Part]:
+def user_content(value: str) -> list[Part]:
+    """The parts of a human turn, whose text may hold `<image>`."""
     pieces = value.split(IMAGE_PLACEHOLDER)
     if len(pieces) == 2 and not (pieces[0].strip() and pieces[1].strip()):
         text = (pieces[0] + pieces[1]).strip()

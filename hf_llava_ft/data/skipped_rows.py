@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from hf_llava_ft.data.problems import Problem
-from hf_llava_ft.reports.page import write_atomically
+from hf_llava_ft.whole_files import write_atomically
 
 SKIPPED_FILE = "skipped_rows.jsonl"
 

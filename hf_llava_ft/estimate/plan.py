@@ -81,7 +81,7 @@ class Estimator:
         self.config, self.tuning, self.attention, self.optim = config, tuning, attention, optim
         self.dtype, self.autocast = dtype, autocast
         self._states: dict[Precision, tuple[list[TrainedPart], StateBytes]] = {}
-        self._micro_batches: dict[tuple[Precision, Batch, bool], MicroBatch] = {}
+        self._micro_batches: dict[tuple[Precision, Batch, bool, bool], MicroBatch] = {}
 
     def estimate(self, plan: Plan) -> Estimate:
         under_zero = plan.engine.startswith("zero")
@@ -109,7 +109,8 @@ class Estimator:
         return self._states[precision]
 
     def _micro_batch(self, precision: Precision, plan: Plan) -> MicroBatch:
-        key = precision, plan.batch, plan.gradient_checkpointing
+        whole_logits = plan.engine.startswith("zero3")  # which shares the head out
+        key = precision, plan.batch, plan.gradient_checkpointing, whole_logits
         if key not in self._micro_batches:
             self._micro_batches[key] = trace_micro_batch(
                 self.config,
@@ -118,6 +119,7 @@ class Estimator:
                 plan.batch,
                 gradient_checkpointing=plan.gradient_checkpointing,
                 attention=self.attention,
+                whole_logits=whole_logits,
             )
         return self._micro_batches[key]
 

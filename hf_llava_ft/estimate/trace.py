@@ -15,13 +15,14 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from hf_llava_ft.checkpoints.checked.folder import UNREADABLE, reason_of
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.estimate.bytes_alive import BytesAlive
+from hf_llava_ft.estimate.operations import FlopCounter
 from hf_llava_ft.estimate.pictures import TYPICAL_SIZE, Picture, picture_of
 from hf_llava_ft.evaluation.token_losses import LossOverTokens
+from hf_llava_ft.modeling.chunked_loss_llava import can_chunk, chunked_loss, rows_of_chunk
 from hf_llava_ft.modeling.configuration_llava import LlavaConfig
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
 from hf_llava_ft.modeling.part_names_llava import LANGUAGE_MODEL, part_of
@@ -125,11 +126,17 @@ def trace_micro_batch(
     *,
     gradient_checkpointing: bool,
     attention: str = "sdpa",
+    whole_logits: bool = False,
 ) -> MicroBatch:
-    """Bytes and operations of one micro-batch with all layers of the language model."""
+    """
+    Bytes and operations of one micro-batch with all layers of the language model.
+
+    Args:
+        whole_logits (`bool`): the logits of a step exist at once, however many they are: the head is shared out.
+    """
     num_layers = config.text_config.num_hidden_layers
     few = [
-        _trace(_with_layers(config, count), tuning, precision, batch, gradient_checkpointing, attention)
+        _trace(_with_layers(config, count), tuning, precision, batch, gradient_checkpointing, attention, whole_logits)
         for count in _FEW_LAYERS
     ]
     (fewer_vision, fewer), (_, more) = few
@@ -160,6 +167,7 @@ def _trace(
     batch: Batch,
     gradient_checkpointing: bool,
     attention: str,
+    whole_logits: bool,
 ) -> tuple[float, MicroBatch]:
     """The peak of the vision part's forward pass, and the costs of the whole with the peak of all that follows."""
     model = build_model(config, tuning, precision, attention)
@@ -174,13 +182,13 @@ def _trace(
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(_forget_gradient)
-        counter = FlopCounterMode(display=False, custom_mapping=_unknown_operations())
+        counter = FlopCounter()
         dtype = torch.bfloat16 if precision.autocast else torch.float32
         with counter, bytes_alive:
             with torch.autocast("cpu", dtype, enabled=precision.autocast):
                 embeds = _embedded(model, config, batch, picture, image_sizes)
                 vision_peak = bytes_alive.start_peak_anew()
-                loss, logits = _loss(model, config, batch, embeds, bytes_alive)
+                loss, logits = _loss(model, config, batch, embeds, bytes_alive, whole_logits)
                 del embeds
             held = bytes_alive.now  # without what autocast kept for the forward pass alone
             bytes_alive.collects = True
@@ -230,20 +238,36 @@ def _embedded(
     return flat.index_copy(0, rows, images.to(flat.dtype)).view_as(embeds)
 
 
-def _loss(model: Any, config: LlavaConfig, batch: Batch, embeds: torch.Tensor, bytes_alive: "BytesAlive"):
+def _loss(
+    model: Any,
+    config: LlavaConfig,
+    batch: Batch,
+    embeds: torch.Tensor,
+    bytes_alive: "BytesAlive",
+    whole_logits: bool,
+) -> tuple[torch.Tensor, float]:
     """The loss over the supervised positions, as `LlavaForCausalLM` and `LlavaTrainer` have it, and the bytes that
     head and loss hold."""
     llava = _unwrapped(model)
     hidden = llava.model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
-    before = bytes_alive.now
+    before = bytes_alive.now - hidden.untyped_storage().nbytes()  # which only the head reads
     positions = torch.arange(batch.size * batch.supervised)
     chosen = hidden.reshape(-1, hidden.shape[-1])[positions]
     vocab_size = config.text_config.vocab_size
     loss_function = LossOverTokens(num_tokens=vocab_size, image_token_id=config.image_token_id)
     targets = torch.zeros(len(positions), dtype=torch.int64)
-    logits = llava.lm_head(chosen)
-    loss = loss_function(logits=logits, labels=None, vocab_size=vocab_size, shift_labels=targets)
-    del logits, chosen, hidden, targets, positions  # as the Trainer drops all of the model's output but the loss
+
+    def loss_of(logits: torch.Tensor, targets: torch.Tensor, divisor: int | None = None) -> torch.Tensor:
+        return loss_function(
+            logits=logits, labels=None, vocab_size=vocab_size, shift_labels=targets, num_items_in_batch=divisor
+        )
+
+    rows = None if whole_logits else rows_of_chunk(len(targets), vocab_size)
+    if rows is None or not can_chunk(llava.lm_head, chosen):
+        loss = loss_of(llava.lm_head(chosen), targets)
+    else:
+        loss = chunked_loss(llava.lm_head, chosen, targets, loss_of, None, rows)
+    del chosen, hidden, targets, positions  # as the Trainer drops all of the model's output but the loss
     return loss, bytes_alive.now - before
 
 
@@ -253,37 +277,3 @@ def _unwrapped(model: Any) -> Any:
 
 def _forget_gradient(parameter: torch.Tensor) -> None:
     parameter.grad = None  # counted with the states
-
-
-def _unknown_operations() -> dict[Any, Any]:
-    """
-    Of the fused attention that fake tensors take, and of the product that a LoRA layer adds in place, which PyTorch's
-    counter does not know.
-
-    Causal attention computes half of the products; the backward pass has two for one of the forward pass. A mask says
-    causal here too: the rows have no padding, and transformers, to which fake tensors look like a trace, writes out
-    the mask that it leaves to the kernel otherwise.
-    """
-
-    def products(query: Any, key: Any, value: Any, is_causal: bool) -> float:
-        batch, heads, num_queries, width = query
-        total = 2 * batch * heads * num_queries * key[-2] * (width + value[-1])
-        return total / 2 if is_causal else total
-
-    def forward(query, key, value, dropout_p=0.0, is_causal=False, *args, attn_mask=None, **kwargs):
-        return products(query, key, value, is_causal or attn_mask is not None)
-
-    def backward(
-        grad_out, query, key, value, out, logsumexp, dropout_p=0.0, is_causal=False, *args, attn_mask=None, **kwargs
-    ):
-        return 2 * products(query, key, value, is_causal or attn_mask is not None)
-
-    def added_product(added, left, right, *args, **kwargs):
-        return 2 * left[0] * left[1] * right[1]
-
-    aten = torch.ops.aten
-    return {
-        aten.addmm_: added_product,
-        aten._scaled_dot_product_flash_attention_for_cpu: forward,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-    }

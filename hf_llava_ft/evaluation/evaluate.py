@@ -13,6 +13,7 @@ from rich.console import Console
 
 from hf_llava_ft.answering.files import state_of_data, state_of_model
 from hf_llava_ft.answering.loading import answering_device, load_for_answering
+from hf_llava_ft.answering.ranks import ALONE, Ranks, own_gpu
 from hf_llava_ft.answering.rows import open_questions
 from hf_llava_ft.checkpoints.files import read_json
 from hf_llava_ft.checkpoints.inspection import ADAPTER_CONFIG
@@ -27,11 +28,11 @@ from hf_llava_ft.evaluation.metrics.by_name import fitting_metric, metrics_calle
 from hf_llava_ft.evaluation.metrics.given import Given, Metric
 from hf_llava_ft.evaluation.metrics.losses import LOSS
 from hf_llava_ft.evaluation.report import write_evaluation_report
-from hf_llava_ft.evaluation.results import keep_results
+from hf_llava_ft.evaluation.results import keep_results, results_of
 from hf_llava_ft.evaluation.rows import RowFacts, facts_of_row, rows_of
 from hf_llava_ft.evaluation.scores import Scores, scored
 from hf_llava_ft.evaluation.table import table_of
-from hf_llava_ft.reports.page import write_atomically
+from hf_llava_ft.whole_files import write_atomically
 
 REPORT_FILE, RESULT_FILE = "report.html", "result.json"
 
@@ -104,8 +105,9 @@ def evaluate(
     draws: int = 1000,
     seed: int = 0,
     facts_of: Callable[[list[Source]], dict[str, Any]] | None = None,
+    ranks: Ranks = ALONE,
     console: Console | None = None,
-) -> Evaluation:
+) -> Evaluation | None:
     """
     Asks the rows' first questions, and writes answers, figures and a page into `output_dir`. An evaluation that was
     interrupted goes on where it was, and one that is finished is only computed again, with other metrics say.
@@ -120,11 +122,12 @@ def evaluate(
         loading (`dict`): for [`load_for_answering`], but `base`.
         draws, seed (`int`): of the bootstrap.
         facts_of (*optional*): see `held_out_of`.
+        ranks (`Ranks`): processes that share the rows, with one file system; the first writes and returns the result.
 
     Raises:
         UserError: if a row is wrong or has no answer to compare with, before anything is asked.
     """
-    console, loading = console or Console(stderr=True), loading or {}
+    console, loading = console or Console(stderr=True, quiet=not ranks.is_first), loading or {}
     tell = _teller(console)
     wanted = metrics_called(metrics)
     answering_device(loading.get("device"))
@@ -159,8 +162,10 @@ def evaluate(
         if path is not None:
             its_loading = {**(loading if name == "tuned" else {**loading, "revision": of_base}), **more}
             judged[name] = _judge(
-                into, name, path, its_loading, state, found.sources, rows, facts, chosen, asking, console
+                into, name, path, its_loading, state, found.sources, rows, facts, chosen, asking, ranks, console
             )
+    if not ranks.is_first:
+        return None
     tuned, num_failed = judged["tuned"]
     scores = scored(chosen, tuned, judged["base"][0] if "base" in judged else None, draws=draws, seed=seed)
     evaluation = Evaluation(model, compared, found.name, facts, scores, reason, into, num_failed)
@@ -169,7 +174,7 @@ def evaluate(
     )
     content = json.dumps(evaluation.as_json(), indent=2, ensure_ascii=False) + "\n"
     write_atomically(into / RESULT_FILE, lambda path: path.write_text(content, encoding="utf-8"))
-    keep_results(model, found.name, len(facts), scores, tell)
+    keep_results(model, results_of(found.name, len(facts), scores), tell)
     _tell(evaluation, console, tell)
     return evaluation
 
@@ -226,6 +231,7 @@ def _judge(
     facts: list[RowFacts],
     metrics: list[Metric],
     asking: dict[str, Any],
+    ranks: Ranks,
     console: Console,
 ) -> tuple[list[Given], int]:
     """What one model answers, and how many rows it did not; it is loaded once, if at all."""
@@ -233,7 +239,7 @@ def _judge(
 
     def load() -> tuple[Any, Any]:
         if not loaded:
-            loaded.append(load_for_answering(path, **loading))
+            loaded.append(load_for_answering(path, **{**loading, "device": loading.get("device") or own_gpu()}))
         return loaded[0]
 
     settings = {"model": state_of_model(path), **state, **loading}
@@ -247,6 +253,7 @@ def _judge(
             *(of_answers, files, rows, total, load),
             console=console,
             what=f"{name}: answers",
+            ranks=ranks,
             **asking,
         )
     if not all(metric.asks for metric in metrics):
@@ -258,6 +265,7 @@ def _judge(
             batch_size=asking["batch_size"],
             console=console,
             what=f"{name}: losses",
+            ranks=ranks,
         )
     if loaded:
         loaded.clear()

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_llava_ft.checking.bad_rows import SoundRows, sound_rows
+from hf_llava_ft.checking.sound_rows import SoundRows, sound_rows
 from hf_llava_ft.checkpoints.files import read_json
 from hf_llava_ft.checkpoints.opening import load_config
 from hf_llava_ft.checkpoints.run_files import SUMMARY_FILE

@@ -1,7 +1,8 @@
 """What a model is asked in an evaluation, as files that a killed command leaves to the next: answers, and losses."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from rich.console import Console
 from hf_llava_ft.answering.answer_lines import AnswerLines, Key
 from hf_llava_ft.answering.batches import Question
 from hf_llava_ft.answering.files import answer_missing, progress_bar, tell_of_going_on
+from hf_llava_ft.answering.ranks import ALONE, Ranks
 from hf_llava_ft.answering.rows import AskedRow
 from hf_llava_ft.checkpoints.artifact import told_of_a_full_disk
 from hf_llava_ft.checkpoints.folder_lock import locked_folder
@@ -35,19 +37,19 @@ def answers_in(
     *,
     console: Console,
     what: str,
+    ranks: Ranks = ALONE,
     **asking: Any,
 ) -> dict[Key, dict[str, Any]]:
     """
-    The lines of answers by row; those that are not in the file are asked.
+    The lines of answers by row; those that are not in the file are asked. Of several processes the first gets them.
 
     Args:
-        path, settings, files: see `AnswerLines`.
+        path, settings, files, ranks: see `AnswerLines`.
         rows, total, load, what, asking: see `answer_missing`.
     """
-    with locked_folder(path), told_of_a_full_disk(path, _FULL):
-        lines = AnswerLines(path, settings, files, flag="--output_dir", stays=True)
+    with _lines_of(path, settings, files, ranks) as lines:
         answer_missing(lines, rows, total, load, console=console, what=what, **asking)
-    return _by_row(path, files)
+    return _by_row(path, files) if ranks.is_first else {}
 
 
 def losses_in(
@@ -62,22 +64,29 @@ def losses_in(
     batch_size: int,
     console: Console,
     what: str,
+    ranks: Ranks = ALONE,
 ) -> dict[Key, dict[str, Any]]:
     """The same of losses: `loss` and `num_tokens` of the data's answers, and `choice_losses` where they are asked."""
-    with locked_folder(path), told_of_a_full_disk(path, _FULL):
-        lines = AnswerLines(path, settings | {"of_choices": of_choices}, files, flag="--output_dir", stays=True)
+    with _lines_of(path, settings | {"of_choices": of_choices}, files, ranks) as lines:
         tell_of_going_on(lines, total, console)
         if len(lines.done) < total:
             model, processor = load()
-            missing = (row for row in rows() if (row.file, row.number) not in lines.done)
-            bar = progress_bar(console, what, len(lines.done), total)
+            missing = lines.missing(rows())
+            bar = progress_bar(console, what, len(lines.done), lines.num_mine(total))
             with bar as advance, lines.writing() as write, torch.inference_mode():
                 while window := list(islice(missing, batch_size * _BATCHES_AT_ONCE)):
                     for line in loss_lines(model, processor, window, of_choices, batch_size):
                         write(line)
                         advance()
         lines.finish()
-    return _by_row(path, files)
+    return _by_row(path, files) if ranks.is_first else {}
+
+
+@contextmanager
+def _lines_of(path: Path, settings: dict[str, Any], files: list[str], ranks: Ranks) -> Iterator[AnswerLines]:
+    with ExitStack() as held, told_of_a_full_disk(path, _FULL):
+        ranks.from_first(lambda: held.enter_context(locked_folder(path)))
+        yield AnswerLines(path, settings, files, flag="--output_dir", stays=True, ranks=ranks)
 
 
 def loss_lines(

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_llava_ft.reports.page import NO_TEXT, Picture, thumbnail, write_atomically, write_page
+from hf_llava_ft.reports.page import NO_TEXT, Picture, thumbnail, write_page
 from hf_llava_ft.reports.plots import loss_figure, loss_plot_svg
+from hf_llava_ft.whole_files import write_atomically
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import base64
 import io
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from hf_llava_ft.whole_files import write_atomically
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -80,14 +80,3 @@ def thumbnail(photo: Path) -> Image.Image:
     clean = Image.new("RGB", image.size, "white")
     clean.paste(image, mask=image)
     return clean
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Nobody ever reads half a file: it is written beside its place and moved there whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.incomplete")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -5,8 +5,9 @@ from typing import Any
 
 from PIL import Image
 
-from hf_llava_ft.reports.page import Picture, write_atomically, write_page
+from hf_llava_ft.reports.page import Picture, write_page
 from hf_llava_ft.reports.plots import curve_key, loss_plot_svg, save_loss_plot
+from hf_llava_ft.whole_files import write_atomically
 
 REPORT_FILE, PLOT_FILE = "report.html", "loss.png"
 SUPERVISED = "supervised_tokens"

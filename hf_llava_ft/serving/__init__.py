@@ -18,7 +18,7 @@ from hf_llava_ft.checkpoints.rewriting import rewriting, save_for_others
 from hf_llava_ft.checkpoints.rounding import merged
 from hf_llava_ft.checkpoints.verify import LOGIT_TOLERANCE, Probe
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.serving.adapters import ADAPTER, BASE, split_adapter
+from hf_llava_ft.serving.adapter_for_vllm import ADAPTER, BASE, split_adapter
 from hf_llava_ft.serving.guide import commands, write_guide, write_modelfile
 from hf_llava_ft.serving.limits import SERVERS, Server, differences, refuse_what_cannot_be_served
 from hf_llava_ft.serving.names import check_names

@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from hf_llava_ft.serving.adapters import ADAPTER, BASE
+from hf_llava_ft.serving.adapter_for_vllm import ADAPTER, BASE
 from hf_llava_ft.serving.limits import Server
 from hf_llava_ft.serving.parts import LANGUAGE_MODEL, PROJECTOR, VISION
 

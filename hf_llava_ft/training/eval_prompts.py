@@ -22,12 +22,13 @@ from hf_llava_ft.data.schema import row_place
 from hf_llava_ft.data.values import row_images
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.processing.picture_opening_llava import PictureOpening
-from hf_llava_ft.reports.page import THUMBNAIL_PIXELS, write_atomically
+from hf_llava_ft.reports.page import THUMBNAIL_PIXELS
 from hf_llava_ft.settings.arguments import DataArguments
 from hf_llava_ft.training.answer_logs import AnswerLogs
 from hf_llava_ft.training.evaluation import untouched_rng
 from hf_llava_ft.training.fsdp import uses_fsdp
 from hf_llava_ft.training.throughput import Throughput
+from hf_llava_ft.whole_files import write_atomically
 
 
 @dataclass(frozen=True)

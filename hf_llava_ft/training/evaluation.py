@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from transformers import IntervalStrategy, TrainerState
 
-from hf_llava_ft.checking.bad_rows import SoundRows, sound_rows
+from hf_llava_ft.checking.sound_rows import SoundRows, sound_rows
 from hf_llava_ft.data.formats.column_choice import parse_choice
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.evaluation.held_out import held_out_places, num_held_out

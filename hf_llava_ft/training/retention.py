@@ -14,10 +14,10 @@ from hf_llava_ft.checkpoints.run_files import RETENTION_FILE
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.evaluation.metrics.given import Given
 from hf_llava_ft.evaluation.retention import ask_retention, retention_scores, told_of_retention
-from hf_llava_ft.reports.page import write_atomically
 from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.training.evaluation import untouched_rng
 from hf_llava_ft.training.fsdp import uses_fsdp
+from hf_llava_ft.whole_files import write_atomically
 
 
 def check_retention(args: LlavaTrainingArguments) -> None:

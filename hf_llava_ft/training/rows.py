@@ -8,8 +8,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from hf_llava_ft.checking.bad_rows import SoundRows, sound_rows, told_of_skipped
 from hf_llava_ft.checking.preview import first_rows
+from hf_llava_ft.checking.sound_rows import SoundRows, sound_rows, told_of_skipped
 from hf_llava_ft.data.formats import Source, open_source
 from hf_llava_ft.data.formats.column_choice import SaidOfColumns
 from hf_llava_ft.data.formats.source import refuse_preferences

@@ -18,11 +18,11 @@ from transformers import TrainerState, TrainingArguments
 
 from hf_llava_ft.checkpoints.run_files import SUMMARY_FILE
 from hf_llava_ft.data.formats import Source
-from hf_llava_ft.reports.page import write_atomically
 from hf_llava_ft.settings.resolved import SECRET, default_of
 from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.training.throughput import Counts
 from hf_llava_ft.training.tuning import TrainedPart, learning_rate_of
+from hf_llava_ft.whole_files import write_atomically
 
 _PACKAGES = (
     *("hf-llava-ft", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors"),

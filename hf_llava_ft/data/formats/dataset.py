@@ -111,7 +111,7 @@ def load_data(
         mixture follow one another in the order given, rows in the order of their files.
 
     Raises:
-        UserError: at the first thing that is wrong. `bad_rows.sound_rows` opens a set without its wrong rows.
+        UserError: at the first thing that is wrong. `sound_rows.sound_rows` opens a set without its wrong rows.
     """
     sources = open_source(
         data_path,

@@ -1,4 +1,4 @@
-"""A large JSON file cut into parts of whole rows, so that several processes can read it.
+"""A JSON file cut into parts of whole rows, so that several processes can read it.
 
 Nobody can tell from the middle of a JSON file where a row begins, so the cuts are guesses: a comma or a line's end,
 and behind it the bytes with which the file's first row begins, brace and first key. A guess is proven by reading: the
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hf_llava_ft.data.json.columns import Columns, columns_of, names_of_images, rows_of_json
 from hf_llava_ft.data.json.garbage import garbage_collection_paused
 from hf_llava_ft.data.json.rows import MAX_ROW_CHARS, iter_json_rows
 from hf_llava_ft.data.worker_pool import num_workers, results_in_order
@@ -82,8 +83,7 @@ def index_json(path: str, num_proc: int | None = None) -> JsonIndex:
     Raises:
         UserError: as `iter_json_rows`.
     """
-    num_proc = num_workers() if num_proc is None else num_proc
-    index = _index_of_parts(path, num_proc) if num_proc > 1 else None
+    index = _index_of_parts(path, num_workers() if num_proc is None else num_proc)
     if index is None:
         names: dict[str, None] = {}
         num_rows = 0
@@ -121,11 +121,11 @@ def image_names(row: Any) -> list[str]:
 
 
 def _index_of_parts(path: str, num_proc: int) -> JsonIndex | None:
-    """None if the file is small, or cannot be read in parts."""
+    """None if the file cannot be read in parts."""
     from datasets.utils import tqdm  # the bar that datasets' disable_progress_bars() silences
 
     guessed = _guessed_parts(path)
-    if len(guessed) < 2 or max(part.num_bytes for part in guessed) > MAX_ROW_CHARS:
+    if not guessed or max(part.num_bytes for part in guessed) > MAX_ROW_CHARS:
         return None
     parts: list[JsonPart] = []
     names: dict[str, None] = {}
@@ -139,11 +139,18 @@ def _index_of_parts(path: str, num_proc: int) -> JsonIndex | None:
             names.update(dict.fromkeys(named))
             next_row += num_rows
             bar.update(part.num_bytes)
+    if next_row == 2 and not parts[0].is_list:  # one object may be anything, and no row
+        return None
     return JsonIndex(parts, list(names), next_row - 1)
 
 
 def _rows_and_names(part: JsonPart) -> tuple[int, list[str]] | None:
     """The number of rows and the image names in a part; None if it is not whole rows."""
+    contents = _contents(part)
+    columns = None if contents is None else rows_of_json(contents, part.is_list)
+    names = None if columns is None else names_of_images(columns)
+    if columns is not None and names is not None and len(columns):
+        return len(columns), names
     rows = _part_rows(part)
     if not rows:
         return None
@@ -151,12 +158,10 @@ def _rows_and_names(part: JsonPart) -> tuple[int, list[str]] | None:
 
 
 def _guessed_parts(path: str) -> list[JsonPart]:
-    """Parts of about `_PART_BYTES` whose rows are not counted yet; none if it is no large file."""
+    """Parts of about `_PART_BYTES` whose rows are not counted yet; none if no row is found at its beginning."""
     if not os.path.isfile(path):  # whatever is wrong with it, the one who reads it says so
         return []
     size = os.stat(path).st_size
-    if size < 2 * _PART_BYTES:
-        return []
     with open(path, "rb") as file:
         first = _FIRST_ROW.match(file.read(_SEARCH_BYTES).removeprefix(_BOM).lstrip(b" \t\r\n"))
         if first is None:
@@ -176,26 +181,43 @@ def _guessed_parts(path: str) -> list[JsonPart]:
     ]
 
 
-def _part_rows(part: JsonPart) -> list[Any] | None:
-    """None unless the part is whole rows, each with what separates it from the next."""
+def part_columns(part: JsonPart) -> Columns | None:
+    """The rows of a part, checked and translated together; None if one is wrong or unusual, and for a whole file."""
+    contents = None if part.stop is None else _contents(part)
+    rows = None if contents is None else rows_of_json(contents, part.is_list)
+    return None if rows is None else columns_of(rows)
+
+
+def _contents(part: JsonPart) -> bytes | None:
+    """A part's JSON, a list or lines; None if it can't be read, or is cut off."""
     try:
-        with garbage_collection_paused(), open(part.path, "rb") as file:
+        with open(part.path, "rb") as file:
             file.seek(part.start)
             contents = file.read(part.num_bytes)
-            if part.start == 0:
-                contents = contents.removeprefix(_BOM)
-            text = contents.decode("utf-8").strip(" \t\r\n")
-            if not part.is_list:
-                return _lines(text)
-            # The part completed to a list of its own: "{...}, {...}," to "[{...}, {...}]".
-            if part.start > 0:
-                text = f"[{text}"
-            if not part.is_last:
-                if not text.endswith(","):
-                    return None
-                text = f"{text[:-1]}]"
-            return json.loads(text)
-    except (ValueError, RecursionError, OSError):
+    except OSError:
+        return None
+    if part.start == 0:
+        contents = contents.removeprefix(_BOM)
+    contents = contents.strip(b" \t\r\n")
+    if not part.is_list:
+        return contents
+    # The part completed to a list of its own: "{...}, {...}," to "[{...}, {...}]".
+    if not part.is_last and not contents.endswith(b","):
+        return None
+    before, after = b"" if part.start == 0 else b"[", b"" if part.is_last else b"]"
+    return b"%b%b%b" % (before, contents if part.is_last else contents[:-1], after)
+
+
+def _part_rows(part: JsonPart) -> list[Any] | None:
+    """None unless the part is whole rows, each with what separates it from the next."""
+    contents = _contents(part)
+    if contents is None:
+        return None
+    try:
+        with garbage_collection_paused():
+            text = contents.decode("utf-8")
+            return json.loads(text) if part.is_list else _lines(text)
+    except (ValueError, RecursionError):
         return None
 
 

@@ -14,8 +14,8 @@ from rich.console import Console
 
 from hf_llava_ft.checking import check as checking
 from hf_llava_ft.checking import kept_checks
-from hf_llava_ft.checking.bad_rows import sound_rows
 from hf_llava_ft.checking.command import run_check
+from hf_llava_ft.checking.sound_rows import sound_rows
 from hf_llava_ft.data import lengths
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 

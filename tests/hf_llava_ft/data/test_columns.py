@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from hf_llava_ft.checking.bad_rows import sound_rows
+from hf_llava_ft.checking.sound_rows import sound_rows
 from hf_llava_ft.cli.application import app
 from hf_llava_ft.data.export import export_dataset
 from hf_llava_ft.data.formats import load_data, open_source

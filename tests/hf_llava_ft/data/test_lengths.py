@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import time
 from copy import deepcopy
 from functools import cache
@@ -155,30 +156,71 @@ def test_they_are_counted_once_for_the_same_rows_and_settings(golden, tiny, fold
     assert len(counted) == 5
 
 
-def test_several_processes_count_once_between_them(golden, tiny, folder, tmp_path, monkeypatch):
+def counted_by_three(dataset, processor, folder, monkeypatch, **environment):
+    """What three processes that ask at once get, and how many rows each counting counted, in order of their start."""
     count = lengths._count
 
-    def slowly(*args):
-        (tmp_path / f"{time.time_ns()}.counted").touch()
+    def slowly(rows, *args):
+        (folder / f"{time.time_ns()}.{len(rows)}.{os.getpid()}.counted").touch()
         time.sleep(0.3)
-        return count(*args)
+        return count(rows, *args)
 
     monkeypatch.setattr(lengths, "_count", slowly)
-    dataset, processor = load(folder, conversations(21), "ranks.json"), processor_of(golden, tiny, "v1")
-
-    def rank(number):
-        np.save(tmp_path / f"{number}.npy", token_lengths(dataset, processor, num_proc=1))
 
     context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=rank, args=(number,)) for number in range(3)]
-    for process in ranks:
+    together = context.Barrier(3)
+
+    def rank(number):
+        os.environ |= {"RANK": str(number), **environment}
+        together.wait()
+        np.save(folder / f"{number}.npy", token_lengths(dataset, processor, num_proc=1))
+
+    processes = [context.Process(target=rank, args=(number,)) for number in range(3)]
+    for process in processes:
         process.start()
-    for process in ranks:
+    for process in processes:
         process.join()
-    assert [process.exitcode for process in ranks] == [0, 0, 0]
-    assert len(list(tmp_path.glob("*.counted"))) == 1
-    first, *others = (np.load(tmp_path / f"{number}.npy").tolist() for number in range(3))
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    counted = [path.name.split(".")[1:3] for path in sorted(folder.glob("*.counted"))]
+    return [np.load(folder / f"{number}.npy").tolist() for number in range(3)], counted
+
+
+def test_several_processes_count_once_between_them(golden, tiny, folder, tmp_path, monkeypatch):
+    dataset, processor = load(folder, conversations(21), "ranks.json"), processor_of(golden, tiny, "v1")
+    (first, *others), counted = counted_by_three(dataset, processor, tmp_path, monkeypatch)
+    assert [rows for rows, _ in counted] == ["21"]
     assert others == [first, first] and first == plainly(dataset, processor)[0]
+
+
+def test_processes_of_a_launcher_count_a_large_set_in_parts(golden, tiny, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(lengths, "_ROWS_IN_PART", 7)
+    dataset, processor = load(folder, conversations(20), "parts.json"), processor_of(golden, tiny, "v1")
+    (first, *others), counted = counted_by_three(dataset, processor, tmp_path, monkeypatch, WORLD_SIZE="3")
+    assert sorted(rows for rows, _ in counted) == ["6", "7", "7"] and len({process for _, process in counted}) == 3
+    assert others == [first, first] and first == plainly(dataset, processor)[0]
+    # All of it is there for who comes later, but for a part that was lost.
+    [kept] = {path.name.rsplit("-", 1)[0] for path in (folder / "cache").rglob("token-counts-*-7.npy")}
+    [lost] = (folder / "cache").rglob(f"{kept}-7.npy")
+    lost.unlink()
+    monkeypatch.undo()
+    monkeypatch.setattr(lengths, "_ROWS_IN_PART", 7)
+    again, count = [], lengths._count
+    monkeypatch.setattr(lengths, "_count", lambda rows, *args: again.append(len(rows)) or count(rows, *args))
+    assert token_lengths(dataset, processor).tolist() == first and again == [7]
+
+
+def test_refused_rows_of_parts_are_named_by_their_place_in_the_set(golden, tiny, folder, monkeypatch):
+    monkeypatch.setattr(lengths, "_ROWS_IN_PART", 10)
+    processor = processor_of(golden, tiny, "v1")
+    processor.chat_template += "{{ raise_exception('no cats') if 'r9' in messages[0]['content'] | string }}"
+    rows = [{**row} for row in conversations(24)]
+    for number in (3, 18):
+        rows[number]["conversations"][0]["value"] += " r9"
+    counts = token_counts(load(folder, rows, "refused-parts.json"), processor, num_proc=1)
+    assert sorted(counts.refused) == [3, 18] and not counts.num_tokens[[3, 18]].any()
+    whole = lengths._count(load(folder, rows, "refused-parts.json"), processor, 1)
+    known = token_counts(load(folder, rows, "refused-parts.json"), processor, 1, known=lambda: whole)
+    assert known.refused == counts.refused and known.num_tokens.tolist() == counts.num_tokens.tolist()
 
 
 def test_the_first_row_that_the_template_refuses_is_named(golden, tiny, folder, monkeypatch):

@@ -7,7 +7,7 @@ import time
 import pytest
 from PIL import Image
 
-from hf_llava_ft.checking.bad_rows import sound_rows
+from hf_llava_ft.checking.sound_rows import sound_rows
 from hf_llava_ft.data.collator import LlavaCollator
 from hf_llava_ft.data.formats import open_source
 from hf_llava_ft.data.streaming import LlavaStream

@@ -17,6 +17,7 @@ from hf_llava_ft.cli import app
 from hf_llava_ft.estimate.memory import StateBytes, divided, state_bytes
 from hf_llava_ft.estimate.trace import Batch, Precision, build_model, trace_micro_batch
 from hf_llava_ft.evaluation.token_losses import LossOverTokens
+from hf_llava_ft.modeling import chunked_loss_llava
 from hf_llava_ft.settings.arguments import TuningArguments
 from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.training.precision.quantization import quantization_config
@@ -154,6 +155,27 @@ def test_what_is_held_is_what_autograd_saves(config, traced, train_type, checkpo
     assert estimates[checkpointing].held == pytest.approx(measured, rel=0.15)
     assert estimates[not checkpointing].held != pytest.approx(measured, rel=0.15)
     assert estimates[checkpointing].peak >= estimates[checkpointing].held
+
+
+@pytest.mark.parametrize("train_type", ["lora", "freeze_vision"])
+def test_logits_that_are_computed_a_few_rows_at_a_time_are_counted_so(config, monkeypatch, train_type):
+    monkeypatch.setattr(chunked_loss_llava, "CHUNK_BYTES", 4 * 1088 * 2)  # 20 rows, 2 at a time
+    real = hf_llava_ft.LlavaForCausalLM(config)
+    real.loss_function = LossOverTokens(num_tokens=1088, image_token_id=1024)
+    model = with_tuning(real, tuning(train_type), "").train()
+    pieces = []
+    real.lm_head.register_forward_hook(lambda head, inputs, output: pieces.append(len(output)))
+    measured = saved_bytes(model, real_inputs())
+    assert pieces == [2] * 10
+    arguments = (config, tuning(train_type), FLOAT32, ROWS)
+    by_rows, at_once = (
+        trace_micro_batch(*arguments, gradient_checkpointing=False, whole_logits=whole) for whole in (False, True)
+    )
+    kept = 4 * 20 * config.text_config.hidden_size  # the gradient of what the head reads
+    kept += train_type == "freeze_vision" and 4 * 1088 * config.text_config.hidden_size  # and of what trains in it
+    assert by_rows.logits == pytest.approx(kept, rel=0.05) and by_rows.held == pytest.approx(measured, rel=0.15)
+    assert at_once.logits > 4 * 1088 * 20 and (train_type != "lora" or at_once.peak > by_rows.peak)
+    assert by_rows.operations == pytest.approx(at_once.operations, rel=1e-6)
 
 
 @pytest.mark.slow

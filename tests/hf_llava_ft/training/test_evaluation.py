@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from hf_llava_ft.checking.bad_rows import sound_rows
+from hf_llava_ft.checking.sound_rows import sound_rows
 from hf_llava_ft.checkpoints.opening import load_model, load_processor
 from hf_llava_ft.checkpoints.run_files import ANSWERS_FILE
 from hf_llava_ft.data.collator import LlavaCollator

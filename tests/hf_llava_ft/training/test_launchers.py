@@ -84,6 +84,24 @@ def test_accelerate_launch_with_our_file_of_fsdp2_gives_the_run_of_one_process(r
     assert (tmp_path / "fsdp2/adapter_model.safetensors").is_file()
 
 
+def test_accelerate_launch_evaluates_as_one_process_does(tiny_checkpoint, llava_json, tmp_path, checkout):
+    data, images = llava_json(7)
+    flags = ["--model", tiny_checkpoint, "--data_path", data, "--image_folder", images, "--device", "cpu"]
+    flags += ["--max_new_tokens", 4, "--metric", "anls,loss"]
+    launched = ["--config_file", "examples/accelerate/ddp.yaml", "--num_processes", 2]
+    launched += ["--main_process_port", free_port()]
+    found = []
+    for name, launcher in (("one", [sys.executable]), ("two", [*ACCELERATE, *launched])):
+        command = [*launcher, "-m", "hf_llava_ft.evaluate", *flags, "--output_dir", tmp_path / name]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, cwd=checkout)
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert done.stderr.count("All of it is in") == 1
+        found.append(json.loads((tmp_path / name / "result.json").read_text())["figures"])
+    for single, shared in zip(*found, strict=True):
+        assert shared["tuned"] == pytest.approx(single["tuned"], rel=1e-5)
+
+
 @needs_deepspeed
 def test_the_deepspeed_launcher_gives_the_run_of_one_process(run, single):
     flags = ("--deepspeed", "examples/deepspeed/zero2.json")

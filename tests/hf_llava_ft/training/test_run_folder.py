@@ -9,12 +9,12 @@ import time
 import pytest
 
 from hf_llava_ft.errors import UserError
-from hf_llava_ft.reports.page import write_atomically
 from hf_llava_ft.settings.parsing import resolve
 from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.train import train
 from hf_llava_ft.training.resuming.resume import SEAL, Run, begin, checkpoint_to_resume, remove_older, run_id_of, seal
 from hf_llava_ft.training.resuming.run_folder import compared_with_before, open_run_folder
+from hf_llava_ft.whole_files import write_atomically
 from tests import warm_python
 
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from hf_llava_ft.checking import known_problems
-from hf_llava_ft.checking.bad_rows import sound_rows, told_of_skipped
+from hf_llava_ft.checking.sound_rows import sound_rows, told_of_skipped
 from hf_llava_ft.data.collator import LlavaCollator
 from hf_llava_ft.data.formats import load_data
 from hf_llava_ft.data.skipped_rows import SKIPPED_FILE
