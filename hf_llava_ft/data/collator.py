@@ -57,9 +57,12 @@ class PackCollator:
 
     Args:
         collator (`LlavaCollator`): encodes the rows.
+        fill_to (`int`, *optional*): fill a pack up to so many tokens with a document of padding, of which nothing is
+            learned, so that all packs have one shape.
     """
 
     collator: LlavaCollator
+    fill_to: int | None = None
 
     def __call__(self, packs: list[list[dict[str, Any]]]) -> dict[str, Any]:
         """
@@ -69,11 +72,14 @@ class PackCollator:
         Returns:
             `input_ids`, `labels`, `attention_mask` and `position_ids` `int64[1, T]`, of which the positions begin anew
             with each document, and its first label is -100, since nothing of the document before predicts it;
-            `document_lengths` (`list[int]`), whose sum is T; `borders` `int32[documents + 1]`, the same added up; and
-            the pictures of all documents, in order.
+            `document_lengths` (`list[int]`), whose sum is T; `borders` `int32[documents + 1]`, the same added up;
+            `num_rows` (`int`), without padding; and the pictures of all documents, in order.
         """
         [rows] = packs
         documents = [self.collator.encoded(row) for row in rows]
+        left = 0 if self.fill_to is None else self.fill_to - sum(len(document["input_ids"]) for document in documents)
+        if left:
+            documents.append(_padding(left, self.collator.processor.tokenizer.pad_token_id))
         lengths = [len(document["input_ids"]) for document in documents]
         labels = [document["labels"].clone() for document in documents]
         for each in labels:
@@ -81,9 +87,10 @@ class PackCollator:
         batch: dict[str, Any] = {
             "input_ids": torch.cat([document["input_ids"] for document in documents])[None],
             "labels": torch.cat(labels)[None],
-            "attention_mask": torch.ones(1, sum(lengths), dtype=torch.int64),
+            "attention_mask": torch.cat([document["attention_mask"] for document in documents])[None],
             "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
             "document_lengths": lengths,
+            "num_rows": len(rows),
             "borders": torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
         }
         for name in self.collator.processor.image_processor.model_input_names:  # pixel_values; image_sizes
@@ -91,6 +98,12 @@ class PackCollator:
             if parts:
                 batch[name] = torch.cat(parts)
         return batch
+
+
+def _padding(length: int, token_id: int) -> dict[str, Any]:
+    ids = torch.full((length,), token_id)
+    labels = torch.full_like(ids, IGNORE_INDEX)
+    return {"input_ids": ids, "labels": labels, "attention_mask": torch.zeros_like(ids)}
 
 
 def open_picture(image: Image.Image | dict[str, Any], opening: PictureOpening = "upright") -> Image.Image:

@@ -41,6 +41,8 @@ class LlavaTrainingArguments(TrainingArguments):
         gradient_checkpointing (`bool` or `"auto"`):
             Compute activations twice, which takes less memory. `auto`, the default, is on where the heaviest batch
             would not fit without; `llava-ft train` and `fine_tune` know that, a `LlavaTrainer` leaves it off.
+        compile (`"auto"`, `"true"` or `"false"`):
+            Compile the layers of the language model, each by itself, in training with packing. `auto` is on a GPU.
         loss_normalization (`"tokens"` or `"micro_batch"`):
             `tokens` is the mean over all supervised tokens of an optimiser step. `micro_batch` is the original's mean
             per micro-batch, then the mean of those over accumulation steps and ranks.
@@ -120,6 +122,10 @@ class LlavaTrainingArguments(TrainingArguments):
         default=None,  # type: ignore[assignment]
         metadata={"help": "Compute activations twice, in less memory: true, false or auto; default: auto."},
     )
+    compile: str = field(
+        default="auto",
+        metadata={"help": "With packing: compile the language model's layers: auto (on a GPU), true or false."},
+    )
     loss_normalization: Literal["tokens", "micro_batch"] = field(
         default="tokens",
         metadata={"help": "tokens: mean over a step's supervised tokens; micro_batch: the original's mean of means."},
@@ -190,7 +196,7 @@ class LlavaTrainingArguments(TrainingArguments):
         self._settle_checkpointing()
         # No setting: a run that goes on keeps its own (`training/row_order.py`).
         self.grouped_by: str = "words" if self.sampler_order == "original" else "tokens"
-        for name in ("try_longest_batch",):
+        for name in ("try_longest_batch", "compile"):
             setattr(self, name, str(getattr(self, name)).lower())
             if getattr(self, name) not in ("auto", "true", "false"):
                 raise ValueError(f"{name} {getattr(self, name)} is none of auto, true and false.")

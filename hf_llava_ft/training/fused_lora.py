@@ -31,6 +31,7 @@ class FusedLoraLinear(Linear):
     """`peft.tuners.lora.Linear` with another forward; see above."""
 
     shared: "SharedInput | None" = None
+    place = 0  # among the layers that share an input
     lora_B: Any
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -78,8 +79,12 @@ class SharedInput:
             self._input = x
             together = [each for each in self.layers if each._the_plain_adapter() == adapter]
             products = _product_with_a(together, adapter, x)
-            self._products = dict(zip(map(id, together), products, strict=True))
-        return self._products.pop(id(layer), None) if self._input is x else None
+            # By place: what is known by its identity is compiled for that layer alone.
+            self._products = {each.place: product for each, product in zip(together, products, strict=True)}
+        found = self._products.pop(layer.place, None) if self._input is x else None
+        if not self._products:  # nothing is held on to, also where checkpointing ends a module in its middle
+            self.forget()
+        return found
 
 
 def _product_with_a(layers: list[FusedLoraLinear], adapter: str, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -115,10 +120,10 @@ def fuse_lora(model: nn.Module, *, shared: bool = True) -> int:
             same_dropout = len({_dropouts(layer) for layer in layers}) == 1
             if len(layers) > 1 and same_dropout and all(layer.shared is None for layer in layers):
                 group = SharedInput(layers)
-                for layer in layers:
-                    layer.shared = group
+                for place, layer in enumerate(layers):
+                    layer.shared, layer.place = group, place
                 module.register_forward_pre_hook(group.begin)
-                module.register_forward_hook(group.forget, always_call=True)
+                module.register_forward_hook(group.forget)  # always_call=True would be compiled for each layer anew
     return fused
 
 

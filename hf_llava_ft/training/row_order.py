@@ -51,6 +51,13 @@ def leave_ungrouped_what_has_no_lengths(args: LlavaTrainingArguments, dataset: A
         args.group_by_modality_length = False
 
 
+def num_rows(dataset: Any) -> int | None:
+    """How many rows an epoch has; None where that is not known."""
+    if isinstance(dataset, LlavaStream):
+        return dataset.num_rows
+    return len(dataset) if hasattr(dataset, "__len__") else None
+
+
 def counted_lengths(dataset: Any, processor: Any, max_length: int | None) -> np.ndarray | None:
     """`int64[N]`, tokens of each row, cut ones as long as they are trained; None where they cannot be counted."""
     if not isinstance(dataset, Dataset) or not isinstance(processor, LlavaProcessor):

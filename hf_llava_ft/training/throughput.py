@@ -64,7 +64,7 @@ class Throughput:
             return
         mask, labels = batch["attention_mask"], batch["labels"]
         sums = torch.stack((mask.sum(), labels.ne(-100).sum()))
-        self._samples += len(batch.get("document_lengths", batch["input_ids"]))
+        self._samples += batch.get("num_rows", len(batch["input_ids"]))
         self._tokens = sums if self._tokens is None else self._tokens + sums.to(self._tokens.device)
 
     def local(self) -> Counts:

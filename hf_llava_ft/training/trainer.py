@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 
-from hf_llava_ft.data.collator import LlavaCollator
+from hf_llava_ft.data.collator import LlavaCollator, PackCollator
 from hf_llava_ft.data.packing import PackSampler
 from hf_llava_ft.data.streaming import LlavaStream
 from hf_llava_ft.data.streaming.loader import StreamPosition, refuse_grouping, stream_dataloader
@@ -43,9 +43,11 @@ from hf_llava_ft.training.resuming.resume import checkpoint_to_resume
 from hf_llava_ft.training.row_order import (
     counted_lengths,
     leave_ungrouped_what_has_no_lengths,
+    num_rows,
     row_sampler,
     told_of_padding,
 )
+from hf_llava_ft.training.speed.compiled import compile_layers, compiles
 from hf_llava_ft.training.speed.packed_attention import (
     DocumentsApart,
     attention_of,
@@ -53,7 +55,7 @@ from hf_llava_ft.training.speed.packed_attention import (
     use_packed_attention,
     without_mask_the_same,
 )
-from hf_llava_ft.training.speed.packed_loader import pack_loader, pack_sampler, told_of_packs
+from hf_llava_ft.training.speed.packed_loader import pack_collator, pack_loader, pack_sampler, told_of_packs
 from hf_llava_ft.training.throughput import Throughput
 from hf_llava_ft.training.trainer_checkpoints import CheckpointingTrainer
 from hf_llava_ft.training.tuning import what_trains
@@ -100,7 +102,7 @@ class LlavaTrainer(CheckpointingTrainer):
         if model is not None and args.unsaid:
             rows, cut_at = kwargs.get("train_dataset"), getattr(data_collator, "max_length", None)
             lengths = counted_lengths(rows, processor, cut_at) if args.packing else None
-            args = training_with_defaults(args, what_trains(model), _num_rows(rows), lengths=lengths)
+            args = training_with_defaults(args, what_trains(model), num_rows(rows), lengths=lengths)
         if model is not None:
             model = _with_masters(model, args)
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
@@ -108,6 +110,9 @@ class LlavaTrainer(CheckpointingTrainer):
             refuse_grouping(self.args)
         if self.args.packing:
             use_packed_attention(self._unwrapped_model)
+        self.is_compiled = compiles(self._unwrapped_model, self.args)
+        if self.is_compiled:
+            compile_layers(self._unwrapped_model)
         if isinstance(processor, LlavaProcessor):
             self._give_loss_to(self._unwrapped_model)
             self.label_smoother = None  # transformers' own, which would not move the labels
@@ -211,13 +216,17 @@ class LlavaTrainer(CheckpointingTrainer):
         if isinstance(self.train_dataset, LlavaStream):
             return stream_dataloader(self.train_dataset, self.data_collator, self.args, self._train_batch_size)
         if self.args.packing:
-            loader = pack_loader(self.train_dataset, self.pack_sampler(), self.data_collator, self.args)
+            loader = pack_loader(self.train_dataset, self.pack_sampler(), self.pack_collator(), self.args)
             return self.accelerator.prepare(loader)
         return super().get_train_dataloader()
 
     def pack_sampler(self) -> PackSampler:
         """The packs that a run with `packing` trains on."""
         return pack_sampler(self.train_dataset, self.args, self._processor, self._max_length)
+
+    def pack_collator(self) -> PackCollator:
+        """What makes batches of them."""
+        return pack_collator(self.data_collator, self.args, self.is_compiled)
 
     def num_examples(self, dataloader: DataLoader) -> int:
         dataset = dataloader.dataset
@@ -238,10 +247,8 @@ class LlavaTrainer(CheckpointingTrainer):
         """A sentence on the padding of the first epoch; None where it is not known."""
         dataset, processor = self.train_dataset, self.processing_class
         if self.args.packing:
-            return told_of_packs(self.pack_sampler(), self.args)
-        sampler = None
-        if hasattr(dataset, "__len__"):
-            sampler = row_sampler(dataset, self.args, processor, self._max_length)
+            return told_of_packs(self.pack_sampler(), self.args, self.is_compiled)
+        sampler = row_sampler(dataset, self.args, processor, self._max_length) if hasattr(dataset, "__len__") else None
         return told_of_padding(sampler, dataset, self.args, processor, self._max_length)
 
     # ------------------------------------------------------------------ what mends transformers
@@ -291,9 +298,3 @@ def _with_masters(model: Any, args: LlavaTrainingArguments) -> Any:
     if not keeps_own_masters(args):
         without_float16_on_cpu(with_float32_masters(model), args)
     return model
-
-
-def _num_rows(dataset: Any) -> int | None:
-    if isinstance(dataset, LlavaStream):
-        return dataset.num_rows
-    return len(dataset) if hasattr(dataset, "__len__") else None

@@ -59,7 +59,7 @@ _SHORT = {
     "seed": "Of all that is drawn by chance. [42]",
     "dataloader_num_workers": "Processes that open pictures meanwhile.",
     "neftune_noise_alpha": "Noise on the embeddings, 5 say (arXiv 2310.05914).",
-    "torch_compile": "Compile the model.",
+    "torch_compile": "Compile the whole model instead.",
     "save_strategy": "When to save a checkpoint: no, steps or epoch. [steps]",
     "save_steps": "Steps between two; below 1 their share of all. [500]",
     "save_total_limit": "How many checkpoints are kept.",
@@ -105,7 +105,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
             "optim",
         ),
         *("weight_decay", "max_grad_norm", "neftune_noise_alpha", "loss_normalization", "sampler_order"),
-        *("torch_compile", "dataloader_num_workers", "seed"),
+        *("compile", "torch_compile", "dataloader_num_workers", "seed"),
     ),
     "what is saved and shown": (
         *("output_dir", "overwrite_output_dir", "save_strategy", "save_steps", "save_total_limit"),

@@ -19,7 +19,6 @@ from datasets import Dataset
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
 
-from hf_llava_ft.data.collator import PackCollator
 from hf_llava_ft.data.lengths import token_counts
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.training.evaluation import untouched_rng
@@ -101,8 +100,7 @@ class LongestBatch(TrainerCallback):
 
     def _try(self, rows: Dataset, args: Any) -> None:
         trainer, model = self.trainer, self.trainer.model_wrapped
-        collator = trainer.data_collator
-        inputs = PackCollator(collator)([list(rows)]) if args.packing else collator(list(rows))
+        inputs = trainer.pack_collator()([list(rows)]) if args.packing else trainer.data_collator(list(rows))
         # Not `trainer`'s own, which counts what it is given as trained.
         _, num_items = Trainer.get_batch_samples(trainer, iter([inputs]), 1, args.device)
         trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps

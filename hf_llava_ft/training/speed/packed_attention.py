@@ -59,6 +59,22 @@ def use_packed_attention(model: Any) -> None:
     model.set_attn_implementation({"text_config": BY_DOCUMENT})
 
 
+class Documents:
+    """
+    Where the documents of a pack begin and end. One object, opaque to a compiler, which would compile a layer anew for
+    each list of lengths.
+
+    Args:
+        lengths (`list[int]`): their sum is the length of the pack.
+        borders (`int32[documents + 1]`): the same added up, where the model is.
+    """
+
+    __slots__ = ("borders", "lengths")
+
+    def __init__(self, lengths: list[int], borders: torch.Tensor):
+        self.lengths, self.borders = lengths, borders
+
+
 def packed_inputs(inputs: dict[str, Any], implementation: str) -> dict[str, Any]:
     """
     What the model takes, of a batch of `PackCollator`.
@@ -67,14 +83,16 @@ def packed_inputs(inputs: dict[str, Any], implementation: str) -> dict[str, Any]
         inputs: with `document_lengths` and `borders`.
         implementation (`str`): of the language model's attention.
     """
-    kept = {name: value for name, value in inputs.items() if name not in ("document_lengths", "borders")}
+    own = ("document_lengths", "borders", "num_rows")
+    kept = {name: value for name, value in inputs.items() if name not in own}
     lengths, borders = inputs["document_lengths"], inputs["borders"]
-    kept |= {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders}
-    kept |= {"max_length_q": max(lengths), "max_length_k": max(lengths), "attention_mask": None, "use_cache": False}
+    kept["use_cache"] = False
     if implementation == BY_DOCUMENT:
-        nothing = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=borders.device)
-        kept |= {"document_lengths": lengths, "attention_mask": nothing}
-    return kept
+        kept["documents"] = Documents(lengths, borders)
+        kept["attention_mask"] = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=borders.device)
+        return kept
+    kept |= {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "attention_mask": None}
+    return kept | {"max_length_q": max(lengths), "max_length_k": max(lengths)}
 
 
 def attention_by_document(
@@ -86,31 +104,28 @@ def attention_by_document(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    document_lengths: list[int] | None = None,
-    cu_seq_lens_q: torch.Tensor | None = None,
-    max_length_q: int | None = None,
+    documents: Documents | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """
-    As transformers calls an attention; without `document_lengths` its own sdpa.
+    As transformers calls an attention; without `documents` its own sdpa.
 
     Args:
         query, key, value: `float[1, heads, T, width]`; key and value may have fewer heads.
-        document_lengths (`list[int]`, *optional*): their sum is T.
-        cu_seq_lens_q (`int32[documents + 1]`, *optional*): the borders of the same.
+        documents (`Documents`, *optional*): of the pack.
 
     Returns:
         `float[1, T, heads, width]`.
     """
     sdpa = AttentionInterface()["sdpa"]
-    if document_lengths is None:
+    if documents is None:
         return sdpa(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )  # whose mask knows the window
-    if cu_seq_lens_q is not None and max_length_q is not None and _has_kernel(query, dropout):
-        return _by_kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
+    if _has_kernel(query, dropout):
+        return _by_kernel(query, key, value, documents, scaling, sliding_window), None
     parts = []
-    for document in zip(*(each.split(document_lengths, dim=2) for each in (query, key, value)), strict=True):
+    for document in zip(*(each.split(documents.lengths, dim=2) for each in (query, key, value)), strict=True):
         mask = _window(document[0], sliding_window)
         parts.append(sdpa(module, *document, mask, dropout=dropout, scaling=scaling, **kwargs)[0])
     return torch.cat(parts, dim=1), None
@@ -134,14 +149,14 @@ def _by_kernel(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    borders: torch.Tensor,
-    longest: int,
+    documents: Documents,
     scaling: float | None,
     sliding_window: int | None,
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     flat = [each[0].transpose(0, 1) for each in (query, key, value)]  # (T, heads, width)
+    borders, longest = documents.borders, max(documents.lengths)
     look_back = -1 if sliding_window is None else sliding_window - 1
     found = varlen_attn(
         *flat, borders, borders, longest, longest, scale=scaling, window_size=(look_back, 0), enable_gqa=True

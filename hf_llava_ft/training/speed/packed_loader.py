@@ -34,15 +34,26 @@ def pack_sampler(
     return PackSampler(lengths, args.max_tokens_per_batch, args.world_size, seed)
 
 
-def pack_loader(dataset: Dataset, sampler: PackSampler, collator: Any, args: LlavaTrainingArguments) -> DataLoader:
-    """The DataLoader of all packs, which accelerate has still to deal among the processes."""
+def pack_collator(collator: Any, args: LlavaTrainingArguments, fills: bool) -> PackCollator:
+    """
+    Args:
+        collator (`LlavaCollator`): of rows.
+        fills (`bool`): whether all packs are to have the shape of a full one.
+    """
     if not isinstance(collator, LlavaCollator):
         raise UserError("packing needs a LlavaCollator, which encodes the rows of a pack one by one.")
+    return PackCollator(collator, args.max_tokens_per_batch if fills else None)
+
+
+def pack_loader(
+    dataset: Dataset, sampler: PackSampler, collator: PackCollator, args: LlavaTrainingArguments
+) -> DataLoader:
+    """The DataLoader of all packs, which accelerate has still to deal among the processes."""
     return DataLoader(
         PackedRows(dataset),
         batch_size=1,
         sampler=sampler,
-        collate_fn=PackCollator(collator),
+        collate_fn=collator,
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory,
         persistent_workers=args.dataloader_persistent_workers,
@@ -62,12 +73,13 @@ def heaviest_packs(dataset: Dataset, sampler: PackSampler) -> list[tuple[list[in
     return [(packs[place], int(sizes[place, 0])) for place in chosen]
 
 
-def told_of_packs(sampler: PackSampler, args: LlavaTrainingArguments) -> str:
-    """A sentence on the packs of an epoch."""
+def told_of_packs(sampler: PackSampler, args: LlavaTrainingArguments, fills: bool) -> str:
+    """A sentence on the packs of an epoch, which are filled up with padding if `fills`."""
     number, rows, tokens = len(sampler), len(sampler.lengths), int(sampler.lengths.sum())
     in_a_step = args.gradient_accumulation_steps * args.world_size
+    rest = "the rest padding, since layers are compiled for one shape" if fills else "without padding"
     return (
         f"Packing: {rows:,} rows in {number:,} packs of at most {sampler.budget:,} tokens, "
-        f"{100 * tokens / (number * sampler.budget):.1f}% full, without padding; a step is {in_a_step} "
+        f"{100 * tokens / (number * sampler.budget):.1f}% full, {rest}; a step is {in_a_step} "
         f"pack{'s' if in_a_step > 1 else ''}, {rows / number * in_a_step:.3g} rows on average."
     )

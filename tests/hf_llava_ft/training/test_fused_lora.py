@@ -92,6 +92,8 @@ def test_loss_and_all_gradients_are_those_of_peft(settings, shared, checkpointin
     our_loss, our_gradients = loss_and_gradients(ours)
     assert our_loss.item() == pytest.approx(loss.item(), rel=1e-6)
     assert relative_difference(our_gradients, gradients) < 1e-5
+    groups = {module.shared for module in ours.modules() if getattr(module, "shared", None) is not None}
+    assert len(groups) == 4 * shared and all(group._input is None for group in groups)
 
 
 def test_a_mask_that_is_known_gives_the_gradients_of_peft_under_the_same_mask():

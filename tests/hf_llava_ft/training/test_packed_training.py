@@ -216,8 +216,8 @@ def test_documents_are_told_apart_before_the_first_step(prepared, monkeypatch):
     assert trainer.state.global_step == 2
 
     trainer = prepared()
-    real = packed_attention.packed_inputs
-    monkeypatch.setattr(packed_attention, "packed_inputs", lambda *args: {**real(*args), "document_lengths": [8]})
+    real, all_one = packed_attention.packed_inputs, packed_attention.Documents([8], None)
+    monkeypatch.setattr(packed_attention, "packed_inputs", lambda *args: {**real(*args), "documents": all_one})
     with pytest.raises(UserError, match="--packing: in llama a packed row changes what comes of the one behind it"):
         trainer.train()
     assert trainer.state.global_step == 0
@@ -260,9 +260,9 @@ def test_the_kernel_is_given_documents_as_it_takes_them(monkeypatch):
     query, key, value = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
     module = torch.nn.Module()
     module.num_key_value_groups, module.is_causal = 2, True
-    borders = {"cu_seq_lens_q": torch.tensor([0, 6, 9], dtype=torch.int32), "max_length_q": 6}
+    documents = packed_attention.Documents([6, 3], torch.tensor([0, 6, 9], dtype=torch.int32))
     for window in (None, 3):
-        arguments = {"scaling": 0.3, "sliding_window": window, "document_lengths": [6, 3], **borders}
+        arguments = {"scaling": 0.3, "sliding_window": window, "documents": documents}
         expected, _ = packed_attention.attention_by_document(module, query, key, value, None, **arguments)
         with monkeypatch.context() as patch:
             patch.setattr(packed_attention, "_has_kernel", lambda *_: True)
