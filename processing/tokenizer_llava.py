@@ -99,10 +99,10 @@ def _has_image_rule(tokenizer) -> bool:
 
 
 def _with_space_after_image(tokenizer) -> PreTrainedTokenizerFast:
-    rule = normalizers.Replace(Regex(IMAGE_RULE), f"{IMAGE_TOKEN} ")
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.normalizer = rule if backend.normalizer is None else normalizers.Sequence([backend.normalizer, rule])
-    return _rebuilt(tokenizer, backend)
+    prepared = _rebuilt(tokenizer, tokenizer.backend_tokenizer)  # a copy
+    before, rule = prepared.backend_tokenizer.normalizer, normalizers.Replace(Regex(IMAGE_RULE), f"{IMAGE_TOKEN} ")
+    prepared.backend_tokenizer.normalizer = rule if before is None else normalizers.Sequence([before, rule])
+    return prepared
 
 
 def _as_sentencepiece(tokenizer, model_file: Path):

@@ -66,12 +66,17 @@ def check_data(
         for index, findings in results_of_stream(lambda chunk: (chunk[0], checker(chunk)), chunks, num_proc):
             collected.add(index, findings, result)
             advance(len(findings.numbers))
-    with checking_bar(console, "Checking images", len(collected.paths)) as advance:
-        paths = iter(collected.paths)
+    files = list(collected.paths)
+    states = None if kept is None else kept.decoded.keys(files)
+    with checking_bar(console, "Checking images", len(files)) as advance:
+        paths = iter(files)
         groups = iter(lambda: list(islice(paths, _IMAGES_AT_ONCE)), [])
         for facts in results_of_stream(lambda group: [image_facts(path) for path in group], groups, num_proc):
             collected.add_images(facts)
             advance(len(facts))
+    if kept is not None and states is not None:
+        sound = [place for place, facts in enumerate(collected.facts) if facts.failure is None]
+        kept.decoded.remember([files[place] for place in sound], states[sound])
     _summarise(collected, result)
     result.samples = collected.samples()
     name_rows_of_images(collected, result)

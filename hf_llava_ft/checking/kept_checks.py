@@ -25,6 +25,7 @@ from hf_llava_ft import __version__
 from hf_llava_ft.checking.collected import Collected
 from hf_llava_ft.checking.result import CheckResult
 from hf_llava_ft.checking.rows import Sample
+from hf_llava_ft.data.decoded import DecodedPictures
 from hf_llava_ft.data.formats import Source
 from hf_llava_ft.data.formats.dataset import files_state
 from hf_llava_ft.data.lengths import TokenCounts, processor_parts
@@ -43,6 +44,9 @@ class KeptCheck:
     Args:
         root (`Path`): of the cache.
         sources, processor, settings: all that the result follows from besides the files.
+
+    Attributes:
+        decoded (`DecodedPictures`): what training need not decode again.
     """
 
     def __init__(self, root: Path, sources: list[Source], processor: LlavaProcessor | None, **settings: Any):
@@ -56,6 +60,7 @@ class KeptCheck:
         identity = [names, images, said, _processor_key(processor), settings]
         self._path = self._root / f"{_digest(identity)}.json"
         self._began = _clock_of(self._root)
+        self.decoded = DecodedPictures(root)
 
     def load(self) -> CheckResult | None:
         """The result, if all files are what they were."""

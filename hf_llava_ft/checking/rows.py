@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hf_llava_ft.checking.images import ImageFacts, image_facts, image_size
+from hf_llava_ft.data.counting.counter import TokenCounter
+from hf_llava_ft.data.counting.rendering import Turn
 from hf_llava_ft.data.formats import Source
 from hf_llava_ft.data.problems import (
     CHANGE,
@@ -94,6 +96,7 @@ class RowChecker:
         self.sources, self.processor, self.longest = sources, processor, longest
         self.control_text = list(_USUAL_CONTROL_TEXT) if processor is None else control_text(processor)
         self.stops = set() if processor is None else stop_texts(processor)
+        self.counter = None if processor is None else TokenCounter(processor)
         if processor is not None and not processor.depends_on_image_size:
             processor.num_image_tokens_at(1, 1)  # once for all processes
 
@@ -176,7 +179,7 @@ class RowChecker:
 
     def _count_tokens(self, source: Source, sound: list[tuple[int, Sample, str]], findings: RowFindings) -> None:
         processor = self.processor
-        assert processor is not None
+        assert processor is not None and self.counter is not None
         rendered, rows = [], []
         wrong: set[int] = set()
         for position, sample, place in sound:
@@ -187,7 +190,7 @@ class RowChecker:
                 wrong.add(position)
 
             try:
-                text, spans = processor.render([dict(message) for message in sample.row["messages"]])
+                text, spans = self.counter.render(_turns(sample.row))
             except ValueError as error:
                 refuse("chat_template", str(error).rstrip("."), CHANGE)
                 continue
@@ -200,16 +203,17 @@ class RowChecker:
                 continue
             rendered.append((text, spans))
             rows.append((position, sizes, refuse))
-        for (position, sizes, refuse), (ids, supervised) in zip(
-            rows, processor.tokenize_rendered(rendered), strict=True
+        for (position, sizes, refuse), text_and_spans, counted in zip(
+            rows, rendered, self.counter.count(rendered), strict=True
         ):
             repeats = [processor.num_image_tokens_at(height, width) for height, width in sizes]
-            length, num_supervised = len(ids) + sum(repeats) - len(repeats), int(supervised.sum())
-            findings.lengths[position], findings.supervised[position] = length, num_supervised
+            length = counted.num_ids + sum(repeats) - len(repeats)
+            findings.lengths[position], findings.supervised[position] = length, counted.num_supervised
             findings.image_tokens[position] = sum(repeats)
-            if not num_supervised:
+            if not counted.num_supervised:
                 refuse("unsupervised", NOTHING_TO_LEARN, CHANGE)
             elif self.longest is not None and length > self.longest:
+                [(ids, supervised)] = processor.tokenize_rendered([text_and_spans])
                 what, todo, can_be_cut = over_length(ids, supervised, processor, repeats, self.longest)
                 findings.excess[position] = length - self.longest if can_be_cut else UNKNOWN
                 refuse("too_long", what, todo)
@@ -222,6 +226,10 @@ class RowChecker:
         opening = self.processor.picture_opening
         sizes = [image_size(image["bytes"] or str(image["path"]), opening) for image in sample.images]
         return None if None in sizes else [size for size in sizes if size is not None]
+
+
+def _turns(row: Row) -> list[Turn]:
+    return [(message["role"], [part["text"] for part in message["content"]]) for message in row["messages"]]
 
 
 def _is_where_it_says(image: str, path: str, source: Source) -> bool:

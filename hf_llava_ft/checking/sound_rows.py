@@ -29,7 +29,7 @@ from hf_llava_ft.data.formats.containers import Container
 from hf_llava_ft.data.formats.dataset import load_source
 from hf_llava_ft.data.formats.mixture import draw_rows
 from hf_llava_ft.data.formats.source import Source, open_source, refuse_preferences
-from hf_llava_ft.data.lengths import TokenCounts, token_counts
+from hf_llava_ft.data.lengths import TokenCounts, share_counts, token_counts
 from hf_llava_ft.data.problems import CHANGE, NOTHING_TO_LEARN, Problem, over_length
 from hf_llava_ft.data.schema import row_place
 from hf_llava_ft.data.skipped_rows import SKIPPED_FILE, skipped_line, write_whole
@@ -94,6 +94,7 @@ class SoundRows:
     left_out: list[Problem] = field(default_factory=list)
     cut: list[Problem] = field(default_factory=list)
     _places: list[tuple[_Part, np.ndarray]] = field(default_factory=list)
+    _counted: tuple[LlavaProcessor, TokenCounts] | None = None
 
     def that_fit(self, processor: LlavaProcessor, longest: int) -> datasets.Dataset:
         """
@@ -107,29 +108,41 @@ class SoundRows:
             UserError: under `raise`, at the first row that can't be encoded, has nothing to learn or is too long;
                 under `skip`, if no row is left.
         """
-        kept = []
+        kept, tokens = [], []
         for position, part in enumerate(self.parts):
-            rows = self._rows_that_fit(part, processor, longest)
+            rows, counts = self._rows_that_fit(part, processor, longest)
             if not len(rows):
                 continue
             if part.source.weight != 1:
                 rows = rows[draw_rows(len(rows), part.source.weight, self.seed, position)]
             self._places.append((part, rows))
+            tokens.append([counts.num_tokens[rows], counts.num_supervised[rows]])
             is_all = len(rows) == len(part.dataset) and (np.diff(rows) == 1).all()
             kept.append(part.dataset if is_all else part.dataset.select(rows))
         if not kept:
             raise UserError(f"{self.parts[0].source.where}: {_NO_ROW}")
-        return kept[0] if len(kept) == 1 else datasets.concatenate_datasets(kept)
+        dataset = kept[0] if len(kept) == 1 else datasets.concatenate_datasets(kept)
+        self._counted = processor, TokenCounts(*np.concatenate(tokens, axis=1))
+        share_counts(dataset, *self._counted)
+        return dataset
+
+    def part_of(self, dataset: datasets.Dataset, rows: np.ndarray) -> datasets.Dataset:
+        """Some rows of the dataset that `that_fit` gave, whose tokens are not counted again."""
+        part = dataset.select(rows)
+        if self._counted is not None:
+            processor, counts = self._counted
+            share_counts(part, processor, TokenCounts(counts.num_tokens[rows], counts.num_supervised[rows]))
+        return part
 
     def lengths(self, processor: LlavaProcessor, longest: int) -> list[int]:
         """Tokens of all rows that can be encoded, whatever their weight, cut at `longest`; see `that_fit`."""
         found: list[int] = []
         for part in self.parts:
-            counted = self._counted(part, processor).num_tokens
+            counted = self._counts_of(part, processor).num_tokens
             found += np.minimum(counted[counted > 0], longest).tolist()
         return found
 
-    def _counted(self, part: _Part, processor: LlavaProcessor) -> TokenCounts:
+    def _counts_of(self, part: _Part, processor: LlavaProcessor) -> TokenCounts:
         return token_counts(
             part.dataset, processor, known=lambda: known_counts(self.root, part.source, part.numbers, processor)
         )
@@ -145,8 +158,9 @@ class SoundRows:
                 yield part.place(index)[0], part.dataset[index]
             number -= min(number, len(rows))
 
-    def _rows_that_fit(self, part: _Part, processor: LlavaProcessor, longest: int) -> np.ndarray:
-        counts = self._counted(part, processor)
+    def _rows_that_fit(self, part: _Part, processor: LlavaProcessor, longest: int) -> tuple[np.ndarray, TokenCounts]:
+        """Their places in the part, and the tokens of all its rows."""
+        counts = self._counts_of(part, processor)
         too_long = set(np.flatnonzero(counts.num_tokens > longest).tolist())
         nothing = set(np.flatnonzero(counts.num_supervised == 0).tolist())
         fits = np.ones(len(part.dataset), dtype=bool)
@@ -164,7 +178,7 @@ class SoundRows:
                 raise UserError(problem.sentence)
             (self.cut if is_cut else self.left_out).append(problem)
             fits[index] = is_cut
-        return np.flatnonzero(fits)
+        return np.flatnonzero(fits), counts
 
     @staticmethod
     def _over_length(row: dict[str, Any], processor: LlavaProcessor, longest: int) -> tuple[str, str, bool]:

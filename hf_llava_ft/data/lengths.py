@@ -32,8 +32,8 @@ from datasets import Dataset
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from hf_llava_ft.data.counting.rendering import ConversationTexts, Rendered, turns_of
-from hf_llava_ft.data.counting.words import WordCounts, cuts_between_words
+from hf_llava_ft.data.counting.counter import TokenCounter
+from hf_llava_ft.data.counting.rendering import Rendered, turns_of
 from hf_llava_ft.data.json.garbage import garbage_collection_paused
 from hf_llava_ft.data.worker_pool import num_workers, results_in_order
 from hf_llava_ft.errors import UserError
@@ -76,6 +76,8 @@ def token_counts(
     Of several processes that ask for the same at once, as the ranks of a run do, each counts parts and waits for the
     others'. A set of one part is counted by one of them.
     """
+    if _of_parts and (shared := _of_parts.get(_key(dataset, processor))) is not None:
+        return shared
     if not dataset.cache_files:
         return _count(dataset, processor, num_proc)
     folder = Path(dataset.cache_files[0]["filename"]).parent
@@ -128,6 +130,17 @@ def _kept_or_counted(
             np.save(file, np.stack([counts.num_tokens, counts.num_supervised]))
         unfinished.replace(kept)
     return counts
+
+
+def share_counts(dataset: Dataset, processor: LlavaProcessor, counts: TokenCounts) -> None:
+    """Has [`token_counts`] give these numbers in this process, for rows that are part of a set that was counted."""
+    while len(_of_parts) >= _MAX_PARTS:
+        del _of_parts[next(iter(_of_parts))]
+    _of_parts[_key(dataset, processor)] = counts
+
+
+_MAX_PARTS = 8  # those of a run are three, or six with rows to evaluate
+_of_parts: dict[str, TokenCounts] = {}
 
 
 def token_lengths(
@@ -183,8 +196,7 @@ class _RowCounter:
 
     def __init__(self, processor: LlavaProcessor):
         self.processor = processor
-        self._texts = ConversationTexts(processor)
-        self._words = WordCounts(processor) if cuts_between_words(processor) else None
+        self._counter = TokenCounter(processor)
 
     def __call__(self, rows: pa.Table) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
         """Of R rows, `num_tokens` and `num_supervised` `int64[R]` and `refused` by place among them."""
@@ -194,7 +206,7 @@ class _RowCounter:
             num_images = pc.list_value_length(rows["images"]).fill_null(0).to_pylist()
             images = rows["images"].to_pylist() if self.processor.depends_on_image_size else [None] * len(rows)
             places, rendered = self._rendered(rows["messages"], refused)
-            for place, counted in zip(places, self._counted(rendered), strict=True):
+            for place, counted in zip(places, self._counter.count(rendered), strict=True):
                 num_ids, num_places, num_supervised[place] = counted
                 if num_places != num_images[place]:
                     refused[place] = (
@@ -223,7 +235,7 @@ class _RowCounter:
             plain = messages.to_pylist()
             of_row = lambda place: self.processor.render(plain[place])  # noqa: E731
         else:
-            of_row = lambda place: self._texts.render(turns[place])  # noqa: E731
+            of_row = lambda place: self._counter.render(turns[place])  # noqa: E731
         for place in range(len(messages)):
             try:
                 rendered.append(of_row(place))
@@ -231,22 +243,6 @@ class _RowCounter:
             except ValueError as error:
                 refused[place] = str(error)
         return places, rendered
-
-    def _counted(self, rendered: list[Rendered]) -> list[tuple[int, int, int]]:
-        """Of each its ids, the image places among them, and those that are learned."""
-        image_token, image_token_id = self.processor.image_token, self.processor.image_token_id
-        of_words = self._words.counts(rendered) if self._words is not None else [None] * len(rendered)
-        whole = [place for place, counted in enumerate(of_words) if counted is None]
-        tokenized = iter(self.processor.tokenize_rendered([rendered[place] for place in whole]))
-        found = []
-        for (text, _), counted in zip(rendered, of_words, strict=True):
-            if counted is not None:
-                found.append((counted[0], text.count(image_token), counted[1]))
-            else:
-                ids, supervised = next(tokenized)
-                num_places = int(np.count_nonzero(ids == image_token_id))
-                found.append((len(ids), num_places, int(np.count_nonzero(supervised))))
-        return found
 
 
 def _num_image_tokens(processor: LlavaProcessor, num_images: int, images: list[dict[str, Any]] | None) -> int:

@@ -53,8 +53,8 @@ class BatchedAnswers:
         for place, request in enumerate(requests):
             by_options[_sampling(request)].append(place)
         answers = [""] * len(requests)
-        console = self._console
-        with progress_bar(console, requests[0].task_name, 0, len(requests)) as advance, torch.inference_mode():
+        bar = progress_bar(self._console, "answers", 0, len(requests))
+        with bar as advance, torch.inference_mode():
             for (temperature, top_p), places in by_options.items():
                 for start in range(0, len(places), self._batch_size * _BATCHES_AT_ONCE):
                     window = places[start : start + self._batch_size * _BATCHES_AT_ONCE]
@@ -170,6 +170,7 @@ def evaluate_tasks(
         keep_results(model, _results(results["results"], rows), lambda said: console.print(said, markup=False))
     if num_failed:
         console.print(f"{num_failed:,} questions have no answer, which counts as an empty one.")
+    console.print(f"All of it is in {into}.", highlight=False, markup=False, soft_wrap=True)
     found = {"model": model, "tasks": results["results"], "rows": rows, "without_answer": num_failed}
     return found | {"output_dir": str(into)}
 

@@ -89,7 +89,7 @@ def held_out(rows: SoundRows, dataset: Dataset, share: float, seed: int) -> tupl
         )
     chosen = held_out_places(len(dataset), number, seed)
     others = np.setdiff1d(np.arange(len(dataset)), chosen)
-    return dataset.select(others), dataset.select(chosen)
+    return rows.part_of(dataset, others), rows.part_of(dataset, chosen)
 
 
 def tell_of_early_stop(state: TrainerState, args: LlavaTrainingArguments, tell: Callable[[str], None]) -> None:

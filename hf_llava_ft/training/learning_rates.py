@@ -7,9 +7,14 @@ from hf_llava_ft.modeling.part_names_llava import PROJECTOR, VISION_TOWER, part_
 from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 
 
+def own_rates(args: LlavaTrainingArguments) -> dict[str, float | None]:
+    """Peak rate by part; `None` for one that has that of the rest."""
+    return {PROJECTOR: args.mm_projector_lr, VISION_TOWER: args.mm_vision_tower_lr}
+
+
 def give_own_rates(optimizer: torch.optim.Optimizer, model: nn.Module, args: LlavaTrainingArguments) -> None:
     """Moves what trains in projector and tower into groups of the rates that `args` has for them."""
-    for part, rate in {PROJECTOR: args.mm_projector_lr, VISION_TOWER: args.mm_vision_tower_lr}.items():
+    for part, rate in own_rates(args).items():
         if rate is not None:
             of_part = {parameter for name, parameter in model.named_parameters() if part_of(name) == part}
             _split_off(optimizer, of_part, rate)

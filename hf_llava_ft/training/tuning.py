@@ -36,6 +36,7 @@ from hf_llava_ft.settings.arguments import TuningArguments
 from hf_llava_ft.settings.defaults import tuning_with_defaults
 from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.training.fused_lora import fuse_lora
+from hf_llava_ft.training.learning_rates import own_rates
 from hf_llava_ft.training.precision.masters import remember_dtype, with_float32_masters
 from hf_llava_ft.training.precision.quantization import is_quantized, prepare_quantized
 
@@ -276,7 +277,7 @@ def learning_rate_of(part: TrainedPart, args: LlavaTrainingArguments) -> str:
     """Peak learning rate of a part as text; a dash for a frozen one."""
     if not part.num_trainable:
         return "-"
-    own = {PROJECTOR: args.mm_projector_lr, VISION_TOWER: args.mm_vision_tower_lr}.get(part.part)
+    own = own_rates(args).get(part.part)
     return f"{args.learning_rate if own is None else own:g}"
 
 

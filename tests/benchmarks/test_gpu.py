@@ -1,12 +1,13 @@
 """benchmarks/gpu.py on small models and a CPU: that every section runs, and says what it is to say."""
 
 import json
-import subprocess
-import sys
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests import warm_python
 
 # As on a machine that has only what the script says it needs.
 WITHOUT_DATASETS = """
@@ -19,10 +20,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def gpu_report(checkout: Path, output: Path, *words: str) -> tuple[int, dict]:
     script = checkout / "benchmarks" / "gpu.py"
-    command = [sys.executable, "-c", WITHOUT_DATASETS, str(script), "--output", str(output), "--device", "cpu", *words]
-    paths = f"{script.parent}:{checkout}"
-    environment = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(output.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=output.parent)
+    command = ["-c", WITHOUT_DATASETS, str(script), "--output", str(output), "--device", "cpu", *words]
+    environment = {**os.environ, "PYTHONPATH": f"{script.parent}:{checkout}"}
+    done = warm_python.run(command, cwd=output.parent, env=environment)
     assert "Traceback" not in done.stderr, done.stderr[-2000:]
     return done.returncode, json.loads(output.read_text()) if output.is_file() else {}
 

@@ -7,7 +7,7 @@ import pytest
 from tests.faults.__main__ import SOFT, table
 from tests.faults.commands import digests, run
 from tests.faults.kills import OPERATIONS, outcome_of, prepared, signal_often
-from tests.faults.suites import PROPERTIES, SUITES
+from tests.faults.suites import PROPERTIES, SUITES, _pytest, held_examples
 
 
 @pytest.mark.slow
@@ -44,3 +44,17 @@ def test_rows_of_other_runs_stay_in_the_table():
     before = table({"a": Counter(held=2), "b": Counter(held=1)}, 0)
     lines = table({"b": Counter(held=1000, failed=1)}, 7, before).splitlines()
     assert lines[2:] == ["| a | 0 | 2 | held: 2 |", "| b | 7 | 1,001 | failed: 1, held: 1,000 |"]
+
+
+def test_examples_are_counted_as_the_installed_hypothesis_says_them(tmp_path):
+    drawn = tmp_path / "test_drawn.py"
+    drawn.write_text(
+        "from hypothesis import given, settings, strategies as st\n"
+        "@settings(max_examples=30, database=None)\n@given(st.integers())\n"
+        "def test_drawn(number): assert number == number\n"
+    )
+    counts, printed = _pytest([str(drawn), "--hypothesis-show-statistics"], {}, print)
+    assert counts["as it should be"] == 1 and held_examples(printed) == 30
+    assert held_examples("  - 7 passing examples, 0 failing examples, 2 invalid examples\n" * 2) == 14
+    with pytest.raises(RuntimeError, match="other words"):
+        held_examples("1 passed")

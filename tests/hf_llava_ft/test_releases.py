@@ -189,12 +189,11 @@ GENERATING = ("-m", "hf_llava_ft.cli", "generate", "--model", "nowhere", "--prom
 @pytest.mark.parametrize(
     ("words", "change", "error"),
     [
-        (TRAINING, "name", "'PrinterCallback'"),
+        pytest.param(TRAINING, "name", "'PrinterCallback'", marks=pytest.mark.new_python),  # one as users start it
         (COMMAND_TRAINING, "name", "'PrinterCallback'"),
         (GENERATING, "argument", "unexpected keyword argument"),
     ],
 )
-@pytest.mark.new_python  # what Python does before its first line is what is changed
 def test_a_command_ends_with_one_sentence(installed, words, change, error):
     folder = installed(transformers="99.1.0")
     done = run(folder, *words, change=change)

@@ -179,8 +179,8 @@ def test_use_chat_template_replaces_the_template(tokenizer_for, vision_config):
 
 @pytest.mark.parametrize("template", ["mpt", "chatml_direct", "mistral_direct"])
 def test_no_token_of_two_turns_is_learned(processor_for, template):
-    """In this vocabulary `><`, which ends one turn and begins the next."""
-    processor = processor_for("llama", template)
+    """In LLaMA's vocabulary `><`, which ends one turn and begins the next."""
+    processor = processor_for("llama, 32000 pieces", template)
     encoded = processor.encode_conversation([user("Sure?"), answer("Yes."), user("Sure?"), answer("No.")])
     learned = processor.tokenizer.convert_ids_to_tokens(encoded["labels"][encoded["labels"] != -100].tolist())
     stop = [".<", "|", "im", "_", "end", "|"]

@@ -223,7 +223,7 @@ def test_generation_stops_on_what_every_answer_teaches(original_processor_for, v
 
 @pytest.mark.parametrize("version", ["mpt", "chatml_direct"])
 def test_a_stop_token_that_the_tokenizer_has_not_is_text_as_in_the_original(tokenizer_for, vision_config, version):
-    processor = LlavaProcessor.build(tokenizer_for("llama"), vision_config, version=version)
+    processor = LlavaProcessor.build(tokenizer_for("llama, 32000 pieces"), vision_config, version=version)
     assert (processor.stop_token_id, processor.stop_string) == (None, "<|im_end|>")
     first, last = supervised_texts(processor, encoded(processor, CHAT)["labels"])
     assert first == "A cat.<|im_end|"  # in LLaMA's vocabulary `><` is one token, and of the next turn too

@@ -40,7 +40,8 @@ from tests.processing.conversations import (
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
-SENTENCEPIECE = ["llama", "llama, chatml"]
+RECORDED = "llama, 32000 pieces"
+SENTENCEPIECE = ["llama", "llama, chatml", RECORDED]
 TEMPLATES = [
     ("llama", "v1"),
     ("llama", "plain"),
@@ -226,7 +227,7 @@ def test_most_records_are_compared_exactly():
 @pytest.mark.parametrize("version, name", EQUAL)
 def test_ids_and_labels_are_the_originals(processor_for, version, name):
     record = RECORDS[version, name]
-    ids, labels = as_the_original(processor_for("llama", version), messages_of(name))
+    ids, labels = as_the_original(processor_for(RECORDED, version), messages_of(name))
     assert ids == record["input_ids"]
     assert labels == record["labels"]
 
@@ -235,10 +236,10 @@ def test_ids_and_labels_are_the_originals(processor_for, version, name):
 def test_where_the_original_learns_nothing_the_answers_are_learned(processor_for, version, name):
     """It loses count at an empty question, a literal `</s>` or its own separators, and masks the whole row."""
     assert set(RECORDS[version, name]["labels"]) == {IGNORE_INDEX}
-    processor = processor_for("llama", version)
+    processor = processor_for(RECORDED, version)
     messages = messages_of(name)
     ids, labels = as_the_original(processor, messages)
-    expected = [learned("llama", version, value, "</s>") for value in answers(messages)]
+    expected = [learned(RECORDED, version, value, "</s>") for value in answers(messages)]
     assert supervised_texts(processor, torch.tensor(labels)) == expected
     assert ids == RECORDS[version, name]["input_ids"]
 
@@ -248,10 +249,10 @@ def test_text_is_not_cut(processor_for, version):
     record = RECORDS[version, CUT]
     assert len(record["input_ids"]) == 64 and set(record["labels"]) == {IGNORE_INDEX}
     messages = messages_of(CUT)
-    processor = processor_for("llama", version)
+    processor = processor_for(RECORDED, version)
     ids, labels = as_the_original(processor, messages)
     assert ids[:64] == record["input_ids"]
-    expected = [learned("llama", version, value, "</s>") for value in answers(messages)]
+    expected = [learned(RECORDED, version, value, "</s>") for value in answers(messages)]
     assert supervised_texts(processor, torch.tensor(labels)) == expected
 
 
@@ -259,7 +260,7 @@ def test_text_is_not_cut(processor_for, version):
 def test_two_images_in_a_turn_stay_two(processor_for, version, between):
     record = RECORDS[version, COLLAPSED]
     place = record["input_ids"].index(-200)
-    ids, labels = as_the_original(processor_for("llama", version), messages_of(COLLAPSED))
+    ids, labels = as_the_original(processor_for(RECORDED, version), messages_of(COLLAPSED))
     assert ids == [*record["input_ids"][:place], -200, *between, *record["input_ids"][place:]]
     assert labels == [IGNORE_INDEX] * (1 + len(between)) + record["labels"]
 
@@ -273,7 +274,7 @@ def test_rows_that_could_only_train_wrongly_are_refused_before_they_are_encoded(
 @pytest.mark.parametrize("version, name", FAILED)
 def test_where_the_original_fails(processor_for, version, name):
     """What is no caption is refused, with a sentence; an empty question is no reason to fail."""
-    processor = processor_for("llama", version)
+    processor = processor_for(RECORDED, version)
     if version == "plain":
         with pytest.raises(ValueError, match="the plain template (takes|needs) an image"):
             encoded(processor, messages_of(name))

@@ -16,7 +16,8 @@ from hf_llava_ft.checking import check as checking
 from hf_llava_ft.checking import kept_checks
 from hf_llava_ft.checking.command import run_check
 from hf_llava_ft.checking.sound_rows import sound_rows
-from hf_llava_ft.data import lengths
+from hf_llava_ft.data import lengths, pictures
+from hf_llava_ft.data.builder import load_llava_json
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 
 TOLD = "Nothing has changed since the last check"
@@ -185,6 +186,22 @@ def test_training_takes_the_token_counts_of_the_check(folder, tiny_checkpoint, t
     write(folder, [llava(1, "Another question?", "A", "0.png"), *rows[1:]])
     fitting("cache")
     assert len(counted) == 2
+
+
+def test_training_decodes_no_picture_that_a_check_has_decoded(folder, monkeypatch):
+    write(folder, [llava(index, "Q", "A", f"{index}.png") for index in range(2)], "two.json")
+    write(folder, [llava(index, "Q", "A", f"{index}.png") for index in range(3)], "three.json")
+    check(folder, name="two.json")
+    looked_at = []
+    decode = pictures.decode_failure
+    monkeypatch.setattr(
+        pictures, "decode_failure", lambda path: looked_at.append(os.path.basename(path)) or decode(path)
+    )
+    monkeypatch.setattr(pictures, "results_in_order", map)
+    assert len(load_llava_json(folder / "two.json", folder / "images", folder / "cache")) == 2
+    assert looked_at == []
+    assert len(load_llava_json(folder / "three.json", folder / "images", folder / "cache")) == 3
+    assert looked_at == ["2.png"]
 
 
 def test_counts_are_those_of_the_rows_that_are_left(folder, tiny_checkpoint):

@@ -10,11 +10,14 @@ from PIL import Image
 
 from hf_llava_ft.checking import known_problems
 from hf_llava_ft.checking.sound_rows import sound_rows, told_of_skipped
+from hf_llava_ft.data import lengths
 from hf_llava_ft.data.collator import LlavaCollator
 from hf_llava_ft.data.formats import load_data
+from hf_llava_ft.data.lengths import token_counts
 from hf_llava_ft.data.skipped_rows import SKIPPED_FILE
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.train import main as train
+from hf_llava_ft.training.evaluation import held_out
 
 
 def row(row_id, question, answer, image=None):
@@ -44,6 +47,32 @@ MIXED = [SOUND[0], BAD[0], SOUND[1], BAD[1], SOUND[2], BAD[2], *SOUND[3:]]
 def opened(folder, data, on_bad_row="skip", **kwargs):
     cache = folder / "cache"
     return sound_rows(str(data), folder / "images", on_bad_row=on_bad_row, cache_dir=cache, **kwargs)
+
+
+def test_tokens_are_counted_once_for_all_rows_and_those_held_out(folder, tiny_processor, monkeypatch):
+    counted = []
+    count = lengths._count
+    monkeypatch.setattr(
+        lengths, "_count", lambda dataset, *rest: counted.append(len(dataset)) or count(dataset, *rest)
+    )
+    monkeypatch.setattr(lengths, "_of_parts", {})
+    long = row("long", "q", "word " * 300)
+    first, second = (
+        write(folder, [SOUND[0], long, *SOUND[1:4]]),
+        write(folder, [long, SOUND[5], SOUND[4]], "more.json"),
+    )
+    rows = opened(folder, f"{first},{second}")
+    dataset = rows.that_fit(tiny_processor, 200)
+    parts = [dataset, *held_out(rows, dataset, 0.4, seed=1)]
+    found = [token_counts(part, tiny_processor) for part in parts]
+    assert counted == [5, 3] and [len(part) for part in parts] == [8, 5, 3]
+    lengths._of_parts.clear()
+    for part, counts in zip(parts, found, strict=True):
+        plain = count(part, tiny_processor, 1)
+        assert counts.num_tokens.tolist() == plain.num_tokens.tolist()
+        assert counts.num_supervised.tolist() == plain.num_supervised.tolist()
+    token_counts(parts[1], tiny_processor)
+    assert counted == [5, 3, 5]  # as it would be without
 
 
 def test_raise_gives_the_first_sentence_and_skip_all_of_them(folder, tiny_processor):

@@ -246,7 +246,7 @@ def test_a_run_goes_on_from_its_last_checkpoint(llava_ft, tiny_checkpoint, llava
 
 
 @pytest.mark.parametrize("launcher", [["-m", "hf_llava_ft.train"], ["-m", "accelerate.commands.launch", "--cpu"]])
-def test_other_ways_to_start(tiny_checkpoint, llava_json, tmp_path, checkout, launcher, monkeypatch):
+def test_other_ways_to_start(tiny_checkpoint, llava_json, tmp_path, checkout, launcher):
     if "accelerate" in launcher[1]:
         launcher = [*launcher, "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no"]
         launcher += ["--dynamo_backend", "no", "-m", "hf_llava_ft.train"]
@@ -255,8 +255,6 @@ def test_other_ways_to_start(tiny_checkpoint, llava_json, tmp_path, checkout, la
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out/adapter_config.json").is_file()
     flags[flags.index("--data_path") + 1] = "nowhere.json"
-    # accelerate starts a new Python by itself.
-    monkeypatch.setattr(warm_python, "ALWAYS_NEW", "accelerate" not in launcher[1])
     done = warm_python.run([*launcher, *flags], cwd=checkout)
     assert "error: " in done.stderr and "nowhere.json" in done.stderr
     # accelerate reports a failed child in its own way, as exit code 1.

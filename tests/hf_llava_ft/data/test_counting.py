@@ -175,6 +175,36 @@ def test_texts_and_counts_are_those_of_the_plain_road(golden, tiny, rows, versio
         assert found is None or found == counted
 
 
+HOSTILE = [
+    "a▁ 你好 b▁▁ 你 ▁ 你",
+    "see <image> here",
+    "\n\n leading and trailing \n",
+    " \t",
+    "end </s> 你 <s> 你 of</s>it",
+    "\n\n  - one\n\n\n  - two  \n three",
+    "x\u180e y\u200b z\x85 w\u3000 v\u0301 u",
+    "12 345 6789 's 'll I'm ...  ,, (a) [b]",
+    "\ue000 \ue001\uf8ff",
+    "a",
+]
+
+
+@pytest.mark.parametrize("version", ["v1", "v0", "chatml", "llama_2", "llama_3"])
+def test_hostile_text_is_counted_as_on_the_plain_road(golden, tiny, version):
+    rows = [
+        [("user", [None, question]), ("assistant", [answer]), ("user", [answer]), ("assistant", ["你 ok"])]
+        for question, answer in zip(HOSTILE, HOSTILE[3:] + HOSTILE[:3], strict=True)
+    ]
+    for processor in processors(golden, tiny).values():
+        with_template(processor, version)
+        texts, expected = zip(*(plainly(processor, turns) for turns in rows), strict=True)
+        renderer, counter = ConversationTexts(processor), WordCounts(processor)
+        assert [renderer.render(turns) for turns in rows * 2] == list(texts) * 2
+        found = counter.counts(texts)
+        assert [each or plain for each, plain in zip(found, expected, strict=True)] == list(expected)
+        assert sum(each is not None for each in found) >= len(rows) // 2
+
+
 @pytest.mark.parametrize("kind", range(7))
 def test_usual_text_is_counted_by_words(golden, tiny, kind):
     processor = with_template(list(processors(golden, tiny).values())[kind], "chatml")

@@ -3,16 +3,17 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_llava_ft.data import packing
 from hf_llava_ft.data.collator import LlavaCollator, PackCollator
 from hf_llava_ft.data.packing import PackSampler, best_fit
 from hf_llava_ft.errors import UserError
+from tests.examples import examples
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     lengths=st.lists(st.integers(1, 50), min_size=1, max_size=80),
     room=st.integers(0, 60),
