@@ -37,7 +37,7 @@ _hook_before = sys.unraisablehook
 
 
 def _heed(unraisable: "sys.UnraisableHookArgs") -> None:
-    # A signal that comes while Python calls what it only reports the errors of, as a hook of fork or `__del__`, would be
+    # A signal that comes while Python calls what it only reports the errors of, a hook of fork or `__del__`, would be
     # lost: the command would go on to its end. It comes again a moment later.
     if not isinstance(unraisable.exc_value, _Ended):
         return _hook_before(unraisable)
