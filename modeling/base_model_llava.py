@@ -87,6 +87,7 @@ class LlavaBaseModel(LlavaPreTrainedModel):
         """
         counts: list[int] | None = None
         if self.config.image_aspect_ratio == "anyres" and image_sizes is not None:
+            image_sizes = image_sizes.cpu()  # read twice as numbers: a device is waited for once
             counts = num_crops(image_sizes, self.config)
             if pixel_values.dim() == 5:
                 pixel_values = torch.cat([crops[:count] for crops, count in zip(pixel_values, counts, strict=True)])

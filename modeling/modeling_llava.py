@@ -110,9 +110,10 @@ class LlavaForCausalLM(LlavaCheckpointMixin, LlavaPreTrainedModel, GenerationMix
                 assert labels is not None
                 targets = self.next_token_targets(labels, input_ids, attention_mask)
             if supervised_logits_only:
-                supervised = targets != IGNORE_INDEX
-                hidden_states = hidden_states[supervised.to(hidden_states.device)]  # (S, D)
-                targets = targets[supervised]
+                # Asked for once: a device is waited for each time that it says how many there are.
+                supervised = (targets != IGNORE_INDEX).flatten().nonzero().squeeze(-1)  # (S,)
+                hidden_states = hidden_states.flatten(0, 1)[supervised.to(hidden_states.device)]  # (S, D)
+                targets = targets.flatten()[supervised]
 
             def loss_of(logits, targets, num_items_in_batch):
                 return self.loss_function(

@@ -157,7 +157,7 @@ def test_installed_wheel_is_imported_from_anywhere(distributions, tmp_path):
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     elsewhere.mkdir()
     pip_install = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--disable-pip-version-check")
-    run_python(*pip_install, "--target", site, distributions[0], cwd=elsewhere)
+    run_python(*pip_install, "--no-compile", "--target", site, distributions[0], cwd=elsewhere)
     package, modeling, model_module = say_where(elsewhere, site)
     assert Path(package) == site / "hf_llava_ft/__init__.py"
     assert Path(modeling) == site / "hf_llava_ft/modeling/__init__.py"

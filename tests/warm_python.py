@@ -38,7 +38,7 @@ _OF_HUGGING_FACE = [
 # What a fork may have otherwise than what it is forked from. transformers keeps the first, the rest is read late.
 _MODULES_CACHE = "HF_MODULES_CACHE"
 _PARENT = "HF_LLAVA_FT_PARENT"
-_READ_WHEN_NEEDED = (_MODULES_CACHE, _PARENT, "PYTEST_CURRENT_TEST", "COLUMNS", "RANK", "LOCAL_RANK")
+_READ_WHEN_NEEDED = (_MODULES_CACHE, _PARENT, "PYTHONPATH", "PYTEST_CURRENT_TEST", "COLUMNS", "RANK", "LOCAL_RANK")
 _FIRST_ENVIRONMENT = dict(os.environ)
 
 ALWAYS_NEW = not hasattr(os, "fork")  # whether `run` starts a new Python each time

@@ -90,7 +90,7 @@ class LossOverTokens:
             num_kept -= 1
         logits = logits[..., :num_kept]
         if self.image_token_id < num_kept:
-            image = torch.tensor([self.image_token_id], device=logits.device)
+            image = torch.full((1,), self.image_token_id, device=logits.device)  # nothing is copied there
             logits = logits.index_fill(-1, image, float("-inf"))
         return logits
 

@@ -145,7 +145,8 @@ def packs_of(
         lengths (`Sequence[int]`): tokens of each row.
         num_devices (`int`): that train together.
     """
-    rows, mean, found = rows_per_step(train_type, len(lengths)), sum(lengths) / len(lengths), {}
+    rows, mean = rows_per_step(train_type, len(lengths)), sum(lengths) / len(lengths)
+    found: dict[str, int] = {}
     budget, accumulation = said["max_tokens_per_batch"], said["gradient_accumulation_steps"]
     if budget is None:
         share = max(1, rows // (num_devices * (accumulation or 1)))
