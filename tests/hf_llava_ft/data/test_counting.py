@@ -271,6 +271,15 @@ def test_a_template_that_looks_into_texts_is_run_for_every_row(golden, tiny):
     assert [forced.render(turns) for turns in rows] != expected
 
 
+def test_blanks_at_the_ends_of_texts_make_another_shape(golden, tiny):
+    processor = with_template(processors(golden, tiny)["llama"], "v1")
+    renderer = ConversationTexts(processor)
+    for before, after in [("", ""), (" ", ""), ("  ", ""), ("", " "), ("\n", ""), ("\n", "\n")]:
+        turns = [("user", [None, f"{before}What is it?{after}"]), ("assistant", [f"{before}A cat.{after}"])]
+        assert renderer.render(turns) == plainly(processor, turns)[0]
+    assert len(renderer._frames) == 6
+
+
 def test_few_shapes_and_words_are_kept(golden, tiny, monkeypatch):
     monkeypatch.setattr(rendering, "_MAX_SHAPES", 3)
     monkeypatch.setattr(words, "_MAX_KEPT", 20)
