@@ -193,7 +193,8 @@ class WordCounts:
                     held = word
             assert held is None  # there is a border behind the last of each list
             lists.append(joined)
-        return _Plan(*lists, plan.exact)
+        outside, inside = lists
+        return _Plan(outside, inside, plan.exact)
 
     def _learn(self, plans: Iterable["_Plan"]) -> None:
         """Tokenises the words and pieces that are not known."""
