@@ -30,7 +30,7 @@ PYTEST_FLAGS :=
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
 .DELETE_ON_ERROR:
-.PHONY: help venv quickstart learn reference test test-slow test-oldest test-newest test-travelling test-older-readers test-faults lock check lint \
+.PHONY: help venv quickstart notebook learn reference test test-slow test-oldest test-newest test-travelling test-older-readers test-faults lock check lint \
   layering types format dist clean
 
 help:  ## list these words
@@ -81,6 +81,9 @@ lock:  ## renew the exact versions in requirements/, for every Python from 3.10
 	  --output-file requirements/venv.txt
 	$(UV_COMPILE) --constraints requirements/venv.txt requirements/deepspeed.in \
 	  --output-file requirements/deepspeed.txt
+
+notebook: $(INSTALLED)  ## run the notebook of examples/ from top to bottom
+	$(PYTEST_ENV) $(VENV)/bin/python -m pytest tests/test_examples.py -k notebook
 
 learn: $(INSTALLED)  ## let a small LLaVA with random weights learn drawn shapes, and ask it about new ones
 	$(VENV)/bin/llava-ft shapes --output_dir runs/shapes --learn

@@ -3,11 +3,15 @@ number, as a shell counts."""
 
 import os
 import signal
+import sys
+import threading
 from contextlib import suppress
 from types import FrameType
 
 # SIGTERM comes before a job is killed, SIGUSR1 if asked for with `sbatch --signal=USR1@120`.
 TERMINATION_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+_MOMENT = 0.05  # seconds
 
 
 def exit_on_sigterm() -> None:
@@ -16,10 +20,30 @@ def exit_on_sigterm() -> None:
     with suppress(ValueError):  # not the main thread, in which alone a handler can be set
         for number in TERMINATION_SIGNALS:
             signal.signal(number, _end)
+        if sys.unraisablehook is not _heed:
+            global _hook_before
+            _hook_before, sys.unraisablehook = sys.unraisablehook, _heed
+
+
+class _Ended(SystemExit):
+    """That of a signal."""
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
+    raise _Ended(128 + number)
+
+
+_hook_before = sys.unraisablehook
+
+
+def _heed(unraisable: "sys.UnraisableHookArgs") -> None:
+    # A signal that comes while Python calls what it only reports the errors of, a hook of fork or `__del__`, would be
+    # lost: the command would go on to its end. It comes again a moment later.
+    if not isinstance(unraisable.exc_value, _Ended):
+        return _hook_before(unraisable)
+    again = threading.Timer(_MOMENT, os.kill, (os.getpid(), int(str(unraisable.exc_value)) - 128))
+    again.daemon = True
+    again.start()
 
 
 def _leave_to_the_system() -> None:

@@ -176,24 +176,25 @@ class WordCounts:
 
     def _joined(self, plan: "_Plan") -> "_Plan":
         """A plan that was cut at every space, with those words joined that no border is between."""
-        return _Plan(self._joined_words(plan.outside), self._joined_words(plan.inside), plan.exact)
-
-    def _joined_words(self, words: list[str]) -> list[str]:
-        joined: list[str] = []
-        held = None
-        for word in words:
-            if held is not None:
-                word = f"{held} {word}"
-                held = None
-            elif self._words[word] < _NOT_TO_BE_SAID:
-                joined.append(word)
-                continue
-            if word and self._ends_before_border(word, len(word)):
-                joined.append(word)
-            else:
-                held = word
-        assert held is None  # there is a border behind the last
-        return joined
+        lists = []
+        for words in (plan.outside, plan.inside):
+            joined: list[str] = []
+            held = None
+            for word in words:
+                if held is not None:
+                    word = f"{held} {word}"
+                    held = None
+                elif self._words[word] < _NOT_TO_BE_SAID:
+                    joined.append(word)
+                    continue
+                if word and self._ends_before_border(word, len(word)):
+                    joined.append(word)
+                else:
+                    held = word
+            assert held is None  # there is a border behind the last of each list
+            lists.append(joined)
+        outside, inside = lists
+        return _Plan(outside, inside, plan.exact)
 
     def _learn(self, plans: Iterable["_Plan"]) -> None:
         """Tokenises the words and pieces that are not known."""
