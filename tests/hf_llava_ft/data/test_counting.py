@@ -11,9 +11,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from transformers import PreTrainedTokenizerFast
 
 from hf_llava_ft.data.builder import FEATURES
-from hf_llava_ft.data.counting import rendering, words
+from hf_llava_ft.data.counting import borders, rendering, words
+from hf_llava_ft.data.counting.borders import cuts_between_words
 from hf_llava_ft.data.counting.rendering import ConversationTexts, messages_of, turns_of
-from hf_llava_ft.data.counting.words import WordCounts, cuts_between_words
+from hf_llava_ft.data.counting.words import WordCounts
 from hf_llava_ft.processing.chat_templates_llava import CHAT_TEMPLATES, chat_template_for, takes_texts_as_they_are
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
@@ -104,7 +105,7 @@ def split_by(expression):
 @cache
 def processors(golden, tiny):
     """Of all kinds of tokenizers that are counted by words."""
-    llama_3, qwen_2 = words._EXPRESSIONS
+    llama_3, qwen_2 = borders._EXPRESSIONS
     tokenizers = {
         "llama": load_tokenizer(golden / "tokenizer_llama"),
         "llama, a space in front of every part": load_tokenizer(golden / "tokenizer_tiny"),
