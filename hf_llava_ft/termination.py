@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from contextlib import suppress
 from types import FrameType
 
@@ -41,9 +42,12 @@ def _heed(unraisable: "sys.UnraisableHookArgs") -> None:
     # lost: the command would go on to its end. It comes again a moment later.
     if not isinstance(unraisable.exc_value, _Ended):
         return _hook_before(unraisable)
-    again = threading.Timer(_MOMENT, os.kill, (os.getpid(), int(str(unraisable.exc_value)) - 128))
-    again.daemon = True
-    again.start()
+    threading.Thread(target=_send_again, args=(int(str(unraisable.exc_value)) - 128,), daemon=True).start()
+
+
+def _send_again(number: int) -> None:
+    time.sleep(_MOMENT)
+    os.kill(os.getpid(), number)
 
 
 def _leave_to_the_system() -> None:

@@ -37,7 +37,7 @@ _MADE_BY_PYTHON = {
 # By `dataclass` and by `strict` of huggingface_hub, in classes that have fields.
 _MADE_FOR_FIELDS = {"__init__", "__setattr__", "validate", "__validators__", "__class_validators__"}
 # Private, and promised by Python's documentation.
-_OF_PYTHON = {"__class__", "excepthook", "_exit", "_asdict", "_replace", "_fields"}
+_OF_PYTHON = {"__class__", "excepthook", "unraisablehook", "_exit", "_asdict", "_replace", "_fields"}
 
 
 class Use(NamedTuple):

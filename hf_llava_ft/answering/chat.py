@@ -71,7 +71,7 @@ class Chat:
             self.tell("A new conversation.")
         elif name in ("/retry", "/compare", "/save"):
             try:
-                {"/retry": self._retry, "/compare": self._compare, "/save": self._save}[name](rest)
+                {"/retry": self._retry, "/compare": self._compare, "/save": self._keep}[name](rest)
             except UserError as error:
                 self.tell(f"error: {error.sentence}")
             except KeyboardInterrupt:
@@ -117,7 +117,7 @@ class Chat:
                 self.write(piece)
         self.write("\n")
 
-    def _save(self, path: str) -> None:
+    def _keep(self, path: str) -> None:
         if not path:
             raise UserError("/save wants the name of a file: /save talks.json")
         file = Path(os.path.expanduser(path))
