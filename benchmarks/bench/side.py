@@ -128,9 +128,7 @@ class Ours(Side):
         self.library = hf_llava_ft
         self.processor = hf_llava_ft.load_processor(str(self.folder / "model"))
         cache = str(self.folder / f"cache-{args.side}")
-        self.rows = hf_llava_ft.load_data(
-            str(self.folder / "rows.json"), str(self.folder / "images"), cache_dir=cache
-        )
+        self.rows = hf_llava_ft.load_data(str(self.folder / "rows.json"), str(self.folder / "images"), cache_dir=cache)
 
     def trainer(self) -> Any:
         path = str(self.folder / "model")

@@ -1,4 +1,4 @@
-"""What all sides train: seeded rows, JPEGs cut from photographs, and a small LLaVA of random weights that knows 32k words.
+"""What all sides train: seeded rows, JPEGs cut from photographs, and a small LLaVA of random weights.
 
 Rows have one question and one answer, since the reference's collation reads no more; six of ten have a picture.
 Nothing follows the answer's stop token, so that all collations can give the same ids.
