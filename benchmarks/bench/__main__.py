@@ -1,6 +1,6 @@
 """Training the same rows with this package and with others, in turn, compared by process CPU time.
 
-    python -m benchmarks.bench [--rows 64 --rounds 8 --batch_size 8] [--sides ours plain ...] [--lora] [--tiny]
+    python -m benchmarks.bench [--rows 64 --rounds 8 --batch_size 4] [--sides ours plain ...] [--lora] [--tiny]
 
 Each side is a process of its own with one thread. First all say what they train on, and it has to be the same: ids and
 labels bit by bit, pixels to 1e-5. Then every round lets each side train one epoch, in one order and back in the next.
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--lora", action="store_true", help="instead of all of the language model")
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--tiny", action="store_true", help="a model that shows that it runs, and measures nothing")
     parser.add_argument("--folder", type=Path, default=CHECKOUT / "build" / "bench", help="for what is made")
     parser.add_argument("--output", type=Path, help="JSON; default: results/ beside this folder")

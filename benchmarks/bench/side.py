@@ -290,7 +290,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--side", required=True)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--lora", action="store_true")
     args = parser.parse_args()
     args.seed = 0

@@ -23,7 +23,7 @@ SIZES = {False: (512, 8, 256, 6), True: (64, 2, 32, 3)}  # width and layers of t
 
 def write_workload(folder: Path, num_rows: int, tiny: bool, seed: int = 0) -> None:
     """`rows.json`, `images/` and `model/` in `folder`."""
-    rows = write_rows(folder, num_rows, random.Random(seed), longest=60 if tiny else 400)
+    rows = write_rows(folder, num_rows, random.Random(seed), longest=60 if tiny else 250)
     write_model(folder / "model", [turn["value"] for row in rows for turn in row["conversations"]], tiny, seed)
 
 
@@ -33,7 +33,7 @@ def write_rows(folder: Path, num_rows: int, draw: random.Random, longest: int) -
     photographs = [Image.open(path).convert("RGB") for path in sorted(PHOTOGRAPHS.glob("*.jpg"))]
     rows = []
     for number in range(num_rows):
-        length = min(longest, max(16, int(draw.lognormvariate(4.6, 0.8))))
+        length = min(longest, max(16, int(draw.lognormvariate(4.2, 0.8))))
         asked = max(4, int(length * draw.uniform(0.2, 0.7)))
         question, answer = (" ".join(draw.choices(words, k=size)) for size in (asked, max(4, length - asked)))
         row: dict = {"id": str(number)}
