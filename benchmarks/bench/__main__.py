@@ -126,6 +126,24 @@ def table_of(summary: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def write_report(
+    output: Path, args: argparse.Namespace, processes: list[Process], apart: float, rounds: list[dict[str, Any]]
+) -> None:
+    """After every round: a run that is ended keeps what it has measured."""
+    settings = ("sides", "lora", "rows", "batch_size", "tiny")
+    report = {
+        "settings": {name: getattr(args, name) for name in settings},
+        "machine": {"processor": processor_name(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": {each.side: each.versions for each in processes},
+        "largest_difference_of_pixels": apart,
+        "summary": summary_of(rounds),
+        "rounds": rounds,
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
@@ -158,25 +176,14 @@ def main() -> None:
             rounds.append({side: found[side] for side in args.sides})
             told = ", ".join(f"{side} {epoch['seconds']:.1f}" for side, epoch in rounds[-1].items())
             print(f"round {number + 1}: {told}", flush=True)
+            write_report(output, args, processes, apart, rounds)
             for side, epoch in found.items():
                 if epoch["peak"] is not None and epoch["peak"] > MOST_BYTES:
                     raise SystemExit(f"{side} took {epoch['peak'] / 1e9:.1f} GB: more than a side may take.")
     finally:
         for each in processes:
             each.end()
-    summary = summary_of(rounds)
-    report = {
-        "settings": {name: getattr(args, name) for name in ("sides", "lora", "rows", "rounds", "batch_size", "tiny")},
-        "machine": {"processor": processor_name(), "cores": os.cpu_count(), "python": platform.python_version()},
-        "date": time.strftime("%Y-%m-%d"),
-        "versions": {each.side: each.versions for each in processes},
-        "largest_difference_of_pixels": apart,
-        "summary": summary,
-        "rounds": rounds,
-    }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(table_of(summary))
+    print(table_of(summary_of(rounds)))
 
 
 if __name__ == "__main__":
