@@ -91,6 +91,27 @@ class Conversation:
         messages.append({"role": "assistant", "content": [{"type": "text", "text": self._answer}]})
         self.messages, self.images = messages, pictures
 
+    def take_back(self) -> tuple[list[dict[str, str]], list[Image.Image]]:
+        """
+        Forgets the last question and its answer.
+
+        Returns:
+            The content of the question, and its pictures.
+
+        Raises:
+            UserError: if nothing was asked.
+        """
+        if not self.messages:
+            raise UserError("nothing was asked yet.")
+        content = self.messages[-2]["content"]
+        num_pictures = sum(part["type"] == "image" for part in content)
+        first = len(self.images) - num_pictures
+        pictures = self.images[first:]
+        # A system message in front goes too: the next question brings it again.
+        self.messages = self.messages[:-2] if len(self.messages) > 3 else []
+        self.images = self.images[:first]
+        return content, pictures
+
     def _room(self, num_tokens: int) -> int | None:
         limit = context_length(self.model)
         if limit is None or num_tokens < limit:

@@ -155,7 +155,7 @@ def chat(
     attn_implementation: AttentionOption = "sdpa",
     allow_nan: AllowNanOption = False,
 ) -> None:
-    """Chat with a model about pictures. In the chat: /image PATH_OR_URL, /new, /help, /quit."""
+    """Chat with a model about pictures. In the chat: /image, /retry, /compare, /save, /new, /help, /quit."""
     loading: dict[str, Any] = {"base": base, "revision": revision, "dtype": dtype, "bits": bits, "device": device}
     loading |= {"attn_implementation": attn_implementation, "allow_nan": allow_nan}
     generation: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -22,6 +23,7 @@ from typing import TypeVar
 from hf_llava_ft.errors import UserError
 
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
+_ON_ITS_WAY = 0.5  # seconds
 MAX_WORKERS = 32  # forking a process that holds a model takes a tenth of a second
 
 Item = TypeVar("Item")
@@ -65,7 +67,7 @@ def results_in_order(
         try:
             yield from pool.map(_call, items)
         except BrokenProcessPool:
-            raise UserError(_KILLED) from None
+            raise _killed() from None
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -90,9 +92,16 @@ def results_of_stream(
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
-            raise UserError(_KILLED) from None
+            raise _killed() from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _killed() -> UserError:
+    # A scheduler's signal goes to all processes of a job, and may reach the workers first: this one's is on its way
+    # then, and ends the wait.
+    time.sleep(_ON_ITS_WAY)
+    return UserError(_KILLED)
 
 
 def end_with(parent: int) -> None:

@@ -31,10 +31,12 @@ def card_of(kind: type[_Card], data: CardData, template: str, values: dict[str, 
         missing = _names_in(source) - {*values, *parts, "card_data"}
         if missing:
             raise UndefinedError(f"{template} names {', '.join(sorted(missing))}, and the card has no such value")
-    included = {name: _compiled(source) for name, source in sources.items()}
+    included: dict[str, Any] = {name: _compiled(source) for name, source in sources.items()} | {
+        _WHOLE: _compiled(text)
+    }
     # Included, so that it is compiled once: each checkpoint has a card.
     whole = f"{{% include {_WHOLE} %}}"
-    return kind.from_template(data, template_str=whole, **card_values(values), **included, **{_WHOLE: _compiled(text)})
+    return kind.from_template(data, template_str=whole, **card_values(values), **included)
 
 
 @cache

@@ -7,7 +7,7 @@ of the whole optimiser step, over accumulation and ranks; the original's mean of
 """
 
 import logging
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -101,7 +101,8 @@ class LlavaTrainer(CheckpointingTrainer):
             )
         if model is not None and args.unsaid:
             rows, cut_at = kwargs.get("train_dataset"), getattr(data_collator, "max_length", None)
-            lengths = counted_lengths(rows, processor, cut_at) if args.packing else None
+            counted = counted_lengths(rows, processor, cut_at) if args.packing else None
+            lengths = None if counted is None else counted.tolist()
             args = training_with_defaults(args, what_trains(model), num_rows(rows), lengths=lengths)
         if model is not None:
             model = _with_masters(model, args)
@@ -208,7 +209,7 @@ class LlavaTrainer(CheckpointingTrainer):
         is_new = self.optimizer is None
         optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
         if is_new:
-            give_own_rates(optimizer, self.model if model is None else model, self.args)
+            give_own_rates(optimizer, cast(nn.Module, self.model) if model is None else model, self.args)
             self.told_of_groups = settings_of_groups(optimizer)
         return optimizer
 
@@ -222,7 +223,7 @@ class LlavaTrainer(CheckpointingTrainer):
 
     def pack_sampler(self) -> PackSampler:
         """The packs that a run with `packing` trains on."""
-        return pack_sampler(self.train_dataset, self.args, self._processor, self._max_length)
+        return pack_sampler(self.train_dataset, self.args, cast(LlavaProcessor, self._processor), self._max_length)
 
     def pack_collator(self) -> PackCollator:
         """What makes batches of them."""

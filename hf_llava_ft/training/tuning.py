@@ -58,10 +58,8 @@ def lora_target_pattern(model: LlavaForCausalLM, names: list[str] | None = None,
     known = {name.rsplit(".", 1)[-1] for name in _linear_layers(model, LANGUAGE_MODEL)}
     for name in names or ():
         if name not in known:
-            raise UserError(
-                f"--lora_target_modules {name}: the language model has no linear layer of that name; it has "
-                f"{', '.join(sorted(known))}."
-            )
+            what = f"the language model has no linear layer of that name; it has {', '.join(sorted(known))}"
+            raise UserError(f"--lora_target_modules {name}: {what}.")
     pattern = rf"model\.{LANGUAGE_MODEL}\..*\.({_any_of(names or known)})"
     if not vision_tower:
         return pattern

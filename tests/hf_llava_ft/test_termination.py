@@ -60,3 +60,30 @@ def test_other_errors_are_reported_as_before():
     program = PROGRAM.format(comes="", further=further)
     done = subprocess.run([sys.executable, "-c", program, "15"], capture_output=True, text=True, env=os.environ)
     assert done.returncode == 7 and "ValueError: told" in done.stderr
+
+
+TO_ALL = """
+import os, subprocess, sys
+sys.argv = ["llava-ft"]
+from hf_llava_ft.data import worker_pool
+from hf_llava_ft.errors import exit_on_user_error
+from hf_llava_ft.termination import exit_on_sigterm
+
+def ends(item):
+    if item == 1:
+        subprocess.Popen(["sh", "-c", f"sleep 0.1; kill -USR1 {os.getppid()}"])
+    os.kill(os.getpid(), 10)
+
+exit_on_sigterm()
+worker_pool._ON_ITS_WAY = {wait}
+with exit_on_user_error():
+    list(worker_pool.results_in_order(ends, [1, 2, 3, 4], 2))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no workers there")
+@pytest.mark.parametrize(("wait", "code"), [("worker_pool._ON_ITS_WAY", 128 + signal.SIGUSR1), ("0", 2)])
+def test_a_signal_to_all_processes_is_not_taken_for_a_lack_of_memory(wait, code):
+    program = TO_ALL.replace("{wait}", wait)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ, timeout=60)
+    assert done.returncode == code, done.stderr

@@ -380,7 +380,7 @@ COMPARED = [name for name in RECORDS if "error" not in RECORDS[name] and name no
 
 @pytest.fixture(scope="module")
 def imse_processor(tokenizer_for):
-    tokenizer = tokenizer_for("llama")
+    tokenizer = tokenizer_for("llama, 32000 pieces")
     tokenizer.add_tokens(IMAGE_START_END, special_tokens=True)
     vision_config = CLIPVisionConfig.from_pretrained(GOLDEN / "tiny-clip")
     processor = LlavaProcessor.build(tokenizer, vision_config, version="v1", image_aspect_ratio="pad")

@@ -102,6 +102,13 @@ def test_preparing_twice_changes_nothing(tokenizer_for, kind):
     assert twice.backend_tokenizer.to_str() == state
 
 
+def test_a_tokenizer_that_needs_the_rule_stays_as_it_is(tokenizer_for):
+    tokenizer = tokenizer_for("llama")
+    state = tokenizer.backend_tokenizer.to_str()
+    assert prepare_tokenizer(tokenizer) is not tokenizer
+    assert tokenizer.backend_tokenizer.to_str() == state
+
+
 @pytest.mark.parametrize("kind, pad_token", [("llama", "<unk>"), ("byte-level", "<|endoftext|>")])
 def test_padding_is_the_tokenizers_own_or_unknown(tokenizer_for, kind, pad_token):
     tokenizer = tokenizer_for(kind)

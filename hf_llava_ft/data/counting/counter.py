@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hf_llava_ft.data.counting.borders import cuts_between_words
 from hf_llava_ft.data.counting.rendering import ConversationTexts, Rendered
-from hf_llava_ft.data.counting.words import WordCounts, cuts_between_words
+from hf_llava_ft.data.counting.words import WordCounts
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 
 

@@ -4,47 +4,28 @@ Between most words no token can lie across the border, and what stands on one si
 Where a tokenizer is of a kind for which that follows from its own file (`cuts_between_words`), a text has as many
 tokens as its words together; a word is tokenised once, however often it is said.
 
-A border is a space, where what stands before it is a visible character and not the end of an added token. The two
-kinds:
-* SentencePiece BPE (LLaMA, Vicuna, Mistral), where a space is the first character of a piece or a piece is of spaces
-  alone: no merge joins a character and a space behind it.
-* Byte-level BPE that cuts a text first, by an expression in which only blanks follow blanks (GPT-2, LLaMA 3, Qwen).
+A border is a space; `borders.py` says where, and of which tokenizers.
 
 What may surprise: a word may hold anything but a border, so `cat.</s>USER:` is one. Words at the ends of a span are
 tokenised with it, by `tokenize_rendered`, which is the one that says what is learned. In doubt nothing is said
 (`None`), and the text is tokenised whole.
 """
 
-import json
-import re
 from collections.abc import Iterable, Sequence
 from itertools import chain, filterfalse
 from typing import Any, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
 
+from hf_llava_ft.data.counting.borders import BEFORE, SPACE
 from hf_llava_ft.data.counting.rendering import Rendered
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
-from hf_llava_ft.processing.tokenizer_llava import IMAGE_RULE, IMAGE_TOKEN
 
-_SPACE = "▁"
 # Numbers of tokens that no text has: a sum so large is of a word that cannot be counted alone, or is not known yet.
 _NOT_TO_BE_SAID = 2**35
 _UNKNOWN = 2**62
-_BEFORE = "a"  # stands in front of a word that is tokenised alone: a border follows it
 _WORDS_AT_ONCE = 100
 _MAX_KEPT = 200_000  # words
-
-# Of LLaMA 3 and Qwen 2. All of them, and GPT-2's, cut between a visible character and a space, and only what they do
-# with blanks depends on what follows.
-_EXPRESSIONS = [
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-    + digits
-    + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    for digits in (r"\p{N}{1,3}", r"\p{N}")
-]
 
 
 class _Plan(NamedTuple):
@@ -100,7 +81,7 @@ class WordCounts:
         self._last_of_added = {token[-1] for token in self._added}
         self._words: dict[str, int] = _Known(_UNKNOWN)
         self._pieces: dict[_Piece, tuple[int, int]] = _Known((_UNKNOWN, 0))
-        self._num_before = len(processor.tokenize_rendered([(_BEFORE, [])])[0][0])
+        self._num_before = len(processor.tokenize_rendered([(BEFORE, [])])[0][0])
 
     def counts(self, rendered: Sequence[Rendered]) -> list[tuple[int, int] | None]:
         """
@@ -193,7 +174,8 @@ class WordCounts:
                     held = word
             assert held is None  # there is a border behind the last of each list
             lists.append(joined)
-        return _Plan(*lists, plan.exact)
+        outside, inside = lists
+        return _Plan(outside, inside, plan.exact)
 
     def _learn(self, plans: Iterable["_Plan"]) -> None:
         """Tokenises the words and pieces that are not known."""
@@ -206,7 +188,7 @@ class WordCounts:
             new.update(filterfalse(self._words.__contains__, chain(plan.outside, plan.inside)))
             pieces.update(filterfalse(self._pieces.__contains__, plan.exact))
         self._words.update(dict.fromkeys(new, _NOT_TO_BE_SAID))
-        words = [word for word in new if word and self._ends_before_border(word, len(word)) and _SPACE not in word]
+        words = [word for word in new if word and self._ends_before_border(word, len(word)) and SPACE not in word]
         for start in range(0, len(words), _WORDS_AT_ONCE):
             self._learn_words(words[start : start + _WORDS_AT_ONCE])
         self._learn_pieces(list(pieces))
@@ -214,11 +196,11 @@ class WordCounts:
     def _learn_words(self, words: list[str]) -> None:
         """As one text, in which each has its tokens."""
         encoded = self._processor.tokenizer(
-            " ".join([_BEFORE, *words]), add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            " ".join([BEFORE, *words]), add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
         flat = np.fromiter(chain.from_iterable(encoded["offset_mapping"]), dtype=np.int64)
         starts, ends = flat[::2], flat[1::2]
-        borders = len(_BEFORE) + np.cumsum([0] + [1 + len(word) for word in words])
+        borders = len(BEFORE) + np.cumsum([0] + [1 + len(word) for word in words])
         counts = np.diff(np.searchsorted(ends, borders, side="right"))
         # A token without characters would not be learned.
         is_empty = np.searchsorted(borders, ends[starts >= ends], side="left") - 1
@@ -228,12 +210,12 @@ class WordCounts:
     def _learn_pieces(self, pieces: list["_Piece"]) -> None:
         rendered: list[Rendered] = []
         for piece in pieces:
-            before = "" if piece.is_first else _BEFORE
+            before = "" if piece.is_first else BEFORE
             spans = [(start + len(before), end + len(before)) for start, end in piece.spans]
             rendered.append((before + piece.text, spans))
         for piece, (ids, supervised) in zip(pieces, self._processor.tokenize_rendered(rendered), strict=True):
             num_tokens = len(ids) - (0 if piece.is_first else self._num_before)
-            self._pieces[piece] = _NOT_TO_BE_SAID if _SPACE in piece.text else num_tokens, int(supervised.sum())
+            self._pieces[piece] = _NOT_TO_BE_SAID if SPACE in piece.text else num_tokens, int(supervised.sum())
 
     def _ends_before_border(self, text: str, end: int) -> bool:
         """Whether a space behind `text[:end]` would be a border."""
@@ -263,79 +245,3 @@ def _filled(text: str, spans: list[tuple[int, int]], pieces: list[tuple[int, int
             plan.exact.append(_Piece(text[begin:end], tuple(within), begin == 0, end == length))
         before = end
     return plan
-
-
-def cuts_between_words(processor: LlavaProcessor) -> bool:
-    """Whether the tokens of a text are those of its words, as far as its tokenizer's own file tells."""
-    tokenizer, added = processor.tokenizer, list(processor.tokenizer.added_tokens_decoder.values())
-    backend = tokenizer.backend_tokenizer
-    if (
-        not isinstance(backend.model, BPE)
-        or backend.model.dropout
-        or getattr(tokenizer, "split_special_tokens", False)
-    ):
-        return False
-    if any(token.lstrip or token.rstrip or token.single_word for token in added):
-        return False
-    not_in_a_word = re.compile(rf"[\s{_SPACE}]|^{_BEFORE}|^$")
-    if any(not_in_a_word.search(token.content) for token in added):
-        return False
-    # The number of its places is counted in the text.
-    image = processor.image_token
-    others = [token.content for token in added if token.content != image]
-    if len(others) == len(added) or any(_overlap(image, other) for other in others):
-        return False
-    if not {step["type"] for step in _steps(backend.post_processor)} <= {"TemplateProcessing", "ByteLevel"}:
-        return False
-    return _is_sentencepiece(backend) or _is_byte_level(backend)
-
-
-def _is_sentencepiece(backend: Tokenizer) -> bool:
-    model, normalizers, cutters = backend.model, _steps(backend.normalizer), _steps(backend.pre_tokenizer)
-    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
-    known = [
-        {"type": "Prepend", "prepend": _SPACE},
-        spaces,
-        {"type": "Replace", "pattern": {"Regex": IMAGE_RULE}, "content": f"{IMAGE_TOKEN} "},
-    ]
-    if any(step not in known for step in normalizers):
-        return False
-    are_spaces = [step["type"] == "Metaspace" and step["replacement"] == _SPACE for step in cutters]
-    if not all(are_spaces) or not (are_spaces or spaces in normalizers):
-        return False
-    if model.continuing_subword_prefix or model.end_of_word_suffix or model.ignore_merges:
-        return False
-    vocabulary = backend.get_vocab()
-    # Without an unknown token, of which several would be one.
-    if not model.byte_fallback or any(f"<0x{byte:02X}>" not in vocabulary for byte in range(256)):
-        return False
-    return not any(_SPACE in piece.lstrip(_SPACE) for piece in vocabulary)
-
-
-def _is_byte_level(backend: Tokenizer) -> bool:
-    if any(step["type"] != "NFC" for step in _steps(backend.normalizer)):
-        return False
-    *first, last = _steps(backend.pre_tokenizer) or [{"type": None}]
-    if last["type"] != "ByteLevel" or len(first) > 1:
-        return False
-    if not first or first[0]["type"] == "Digits":
-        return bool(last["use_regex"])
-    split = {"type": "Split", "behavior": "Isolated", "invert": False}
-    return any(first[0] == {**split, "pattern": {"Regex": expression}} for expression in _EXPRESSIONS)
-
-
-def _steps(component: Any) -> list[dict[str, Any]]:
-    """The settings of a part of a tokenizer, as its file has them."""
-    if component is None:
-        return []
-    step = json.loads(component.__getstate__())
-    steps = [each for name in ("normalizers", "pretokenizers", "processors") for each in step.get(name, ())]
-    return steps if step["type"] == "Sequence" else [step]
-
-
-def _overlap(one: str, other: str) -> bool:
-    """Whether the two can share characters of a text."""
-    if one in other or other in one:
-        return True
-    ends = range(1, min(len(one), len(other)))
-    return any(one.endswith(other[:size]) or other.endswith(one[:size]) for size in ends)

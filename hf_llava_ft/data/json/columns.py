@@ -241,10 +241,10 @@ def _content(values: pa.Array, image_turns: np.ndarray) -> tuple[pa.ListArray, n
 def _num_words(texts: pa.Array) -> np.ndarray:
     """`int64[T]`: how many pieces `str.split` makes of each."""
     _, offsets, data = texts.buffers()
-    borders = np.frombuffer(offsets, dtype=np.int32)[texts.offset : texts.offset + len(texts) + 1]
-    first = int(borders[0])
-    content = np.frombuffer(data, dtype=np.uint8)[first : int(borders[-1])] if data else np.zeros(0, dtype=np.uint8)
-    borders = borders.astype(np.int64) - first
+    offsets_of_texts = np.frombuffer(offsets, dtype=np.int32)[texts.offset : texts.offset + len(texts) + 1]
+    first, last = int(offsets_of_texts[0]), int(offsets_of_texts[-1])
+    content = np.frombuffer(data, dtype=np.uint8)[first:last] if data else np.zeros(0, dtype=np.uint8)
+    borders = offsets_of_texts.astype(np.int64) - first
     is_word = ~_IS_BLANK[content]
     begins = is_word.copy()
     begins[1:] &= ~is_word[:-1]

@@ -155,11 +155,14 @@ def _by_kernel(
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    flat = [each[0].transpose(0, 1) for each in (query, key, value)]  # (T, heads, width)
+    flat_query, flat_key, flat_value = (each[0].transpose(0, 1) for each in (query, key, value))  # (T, heads, width)
     borders, longest = documents.borders, max(documents.lengths)
     look_back = -1 if sliding_window is None else sliding_window - 1
     found = varlen_attn(
-        *flat, borders, borders, longest, longest, scale=scaling, window_size=(look_back, 0), enable_gqa=True
+        *(flat_query, flat_key, flat_value, borders, borders, longest, longest),
+        scale=scaling,
+        window_size=(look_back, 0),
+        enable_gqa=True,
     )
     assert isinstance(found, torch.Tensor)  # nothing else was asked for
     return found[None]
@@ -203,7 +206,10 @@ class DocumentsApart(TrainerCallback):
         found = []
         for first in ([3, 4, 5, 6], [9, 8, 7, 6]):
             ids = torch.tensor([[*first, 3, 5, 4, 7]], device=device)
-            inputs = {"input_ids": ids, "position_ids": torch.tensor([[0, 1, 2, 3] * 2], device=device)}
+            inputs: dict[str, Any] = {
+                "input_ids": ids,
+                "position_ids": torch.tensor([[0, 1, 2, 3] * 2], device=device),
+            }
             inputs |= {
                 "document_lengths": [4, 4],
                 "borders": torch.tensor([0, 4, 8], dtype=torch.int32, device=device),

@@ -1,18 +1,40 @@
 """What the lines of a chat do, and what is said when there is no room left."""
 
+import json
+
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 from hf_llava_ft.answering.chat import Chat
 from hf_llava_ft.answering.conversation import ContextFull, Conversation
 from hf_llava_ft.answering.loading import load_for_answering
 from hf_llava_ft.answering.prompts import encode_row, question_content
+from hf_llava_ft.checkpoints.opening import load_model
+from hf_llava_ft.data.builder import load_llava_json
 from hf_llava_ft.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def parts(tiny_checkpoint):
     return load_for_answering(str(tiny_checkpoint), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_checkpoint, tiny_processor, tmp_path_factory):
+    """LoRA and a projector, far enough from the base to answer otherwise."""
+    config = LoraConfig(r=2, target_modules=r".*language_model.*q_proj", modules_to_save=["multi_modal_projector"])
+    model = get_peft_model(load_model(str(tiny_checkpoint)), config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.normal_(std=0.5)
+    folder = tmp_path_factory.mktemp("adapter") / "out"
+    model.save_pretrained(folder)
+    tiny_processor.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
@@ -88,6 +110,99 @@ def test_an_answer_that_is_ended_leaves_the_conversation_as_it_was(chat, parts):
 
     chat.conversation.stream = interrupted
     assert chat.take("Hello") and "The answer was ended" in chat.told[-1]
+
+
+def test_the_last_question_is_asked_again_and_its_answer_replaced(chat, tmp_path):
+    Image.new("RGB", (30, 20), "green").save(tmp_path / "green.png")
+    chat.take("/retry")
+    assert chat.told[-1] == "error: nothing was asked yet." and not chat.conversation.messages
+    chat.take("Hello")
+    chat.take(f"/image {tmp_path}/green.png")
+    chat.take("What is it?")
+    before, images = list(chat.conversation.messages), list(chat.conversation.images)
+    chat.told.clear()
+    chat.take("/retry")
+    assert chat.told == ["Greedy answers are the same each time; /retry 0.7 samples."]
+    assert chat.conversation.messages == before and chat.conversation.images == images and not chat.pending
+    chat.take("/retry 5")
+    assert chat.conversation.messages[:-1] == before[:-1] and chat.conversation.messages != before
+    assert len(chat.conversation.images) == 1
+    for wrong in ("hot", "-1", "inf", "nan"):
+        chat.take(f"/retry {wrong}")
+        assert "a temperature is 0 or a number above it" in chat.told.pop()
+
+    kept = list(chat.conversation.messages)
+
+    def interrupted(*args, **kwargs):
+        yield "a"
+        raise KeyboardInterrupt
+
+    chat.conversation.stream = interrupted
+    chat.take("/retry 1")
+    assert chat.conversation.messages == kept and len(chat.conversation.images) == 1
+
+
+def test_a_system_message_stays_in_front_when_a_question_is_taken_back(parts):
+    conversation = Conversation(*parts, system="Be short.")
+    conversation.ask("Hello", max_new_tokens=2)
+    conversation.ask("And?", max_new_tokens=2)
+    conversation.take_back()
+    assert [message["role"] for message in conversation.messages] == ["system", "user", "assistant"]
+    conversation.take_back()
+    assert conversation.messages == []
+    conversation.ask("Hello", max_new_tokens=2)
+    assert conversation.messages[0]["role"] == "system"
+
+
+def test_the_base_of_an_adapter_is_asked_too_and_the_conversation_stays(chat, adapter, tiny_checkpoint):
+    chat.take("Hello")
+    chat.take("/compare")
+    assert "this model is no adapter" in chat.told.pop()
+    said, told = [], []
+    tuned = Chat(
+        *load_for_answering(str(adapter), device="cpu"), [], write=said.append, tell=told.append, max_new_tokens=6
+    )
+    tuned.take("Hello")
+    messages = list(tuned.conversation.messages)
+    said.clear()
+    tuned.take("/compare")
+    base = Conversation(*load_for_answering(str(tiny_checkpoint), device="cpu")).ask("Hello", max_new_tokens=6)
+    answer = messages[-1]["content"][0]["text"]
+    assert told[-1] == f"tuned: {answer}" and "".join(said).strip() == f"base: {base}".strip() and base != answer
+    assert tuned.conversation.messages == messages
+    tuned.take("/retry")
+    assert tuned.conversation.messages == messages  # the adapter answers again
+
+
+def test_a_conversation_that_is_saved_can_be_trained_on(chat, tmp_path):
+    Image.new("RGB", (30, 20), "green").save(tmp_path / "green.png")
+    file = tmp_path / "talks.json"
+    chat.take(f"/save {file}")
+    assert "nothing to save" in chat.told.pop() and not file.exists()
+    chat.take(f"/image {tmp_path}/green.png")
+    chat.take("What is it?")
+    chat.take(f"/save {file}")
+    chat.take("And what else?")
+    chat.take(f"/save {file}")
+    assert "has 1 conversation;" in chat.told[-1]
+    said = [message["content"] for message in chat.conversation.messages]
+    chat.take("/new")
+    chat.take("Hello")
+    chat.take(f"/save {file}")
+    assert "has 2 conversations;" in chat.told[-1]
+    rows = load_llava_json(file, tmp_path, cache_dir=tmp_path / "cache")
+    first = [message["content"] for message in rows[0]["messages"]]
+
+    def texts(contents):  # of a picture's line too
+        return [[part["text"].strip() for part in content if part["type"] == "text"] for content in contents]
+
+    assert texts(first) == texts(said)
+    assert first[0][0]["type"] == "image" and len(rows[0]["images"]) == 1 and len(rows) == 2
+    assert json.loads(file.read_text())[0]["conversations"][0]["value"] == "<image>\nWhat is it?"
+    for name, told in (("talks.txt", "does not end in .json"), ("other.json", "holds no rows of conversations")):
+        (tmp_path / name).write_text('{"a": 1}')
+        chat.take(f"/save {tmp_path / name}")
+        assert told in chat.told.pop() and (tmp_path / name).read_text() == '{"a": 1}'
 
 
 @pytest.mark.parametrize(

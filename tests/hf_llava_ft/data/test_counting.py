@@ -11,9 +11,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from transformers import PreTrainedTokenizerFast
 
 from hf_llava_ft.data.builder import FEATURES
-from hf_llava_ft.data.counting import rendering, words
+from hf_llava_ft.data.counting import borders, rendering, words
+from hf_llava_ft.data.counting.borders import cuts_between_words
 from hf_llava_ft.data.counting.rendering import ConversationTexts, messages_of, turns_of
-from hf_llava_ft.data.counting.words import WordCounts, cuts_between_words
+from hf_llava_ft.data.counting.words import WordCounts
 from hf_llava_ft.processing.chat_templates_llava import CHAT_TEMPLATES, chat_template_for, takes_texts_as_they_are
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
@@ -104,7 +105,7 @@ def split_by(expression):
 @cache
 def processors(golden, tiny):
     """Of all kinds of tokenizers that are counted by words."""
-    llama_3, qwen_2 = words._EXPRESSIONS
+    llama_3, qwen_2 = borders._EXPRESSIONS
     tokenizers = {
         "llama": load_tokenizer(golden / "tokenizer_llama"),
         "llama, a space in front of every part": load_tokenizer(golden / "tokenizer_tiny"),
@@ -269,6 +270,15 @@ def test_a_template_that_looks_into_texts_is_run_for_every_row(golden, tiny):
     forced = ConversationTexts(processor)
     forced._has_frames = True
     assert [forced.render(turns) for turns in rows] != expected
+
+
+def test_blanks_at_the_ends_of_texts_make_another_shape(golden, tiny):
+    processor = with_template(processors(golden, tiny)["llama"], "v1")
+    renderer = ConversationTexts(processor)
+    for before, after in [("", ""), (" ", ""), ("  ", ""), ("", " "), ("\n", ""), ("\n", "\n")]:
+        turns = [("user", [None, f"{before}What is it?{after}"]), ("assistant", [f"{before}A cat.{after}"])]
+        assert renderer.render(turns) == plainly(processor, turns)[0]
+    assert len(renderer._frames) == 6
 
 
 def test_few_shapes_and_words_are_kept(golden, tiny, monkeypatch):

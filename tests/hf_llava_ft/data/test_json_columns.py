@@ -138,6 +138,27 @@ def test_usual_rows_are_translated_as_columns(rows):
     assert by_columns(json.dumps(rows)) == plainly(rows) is not None
 
 
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [turn("system", "Be brief.")],
+        [turn("human", "a")],
+        [turn("gpt", "b")],
+        [turn("human", "a"), turn("gpt", "b"), turn("human", "c")],
+        [turn("human", "a"), turn("gpt", "b"), turn("gpt", "c")],
+        [turn("human", "a"), turn("system", "s"), turn("gpt", "b")],
+        [turn("human", "a"), turn("gpt", " \u3000")],
+        [turn("human", "a"), turn("gpt", "<image>")],
+        [turn("system", "<image>"), turn("human", "a"), turn("gpt", "b")],
+        [turn("human", "<image>"), turn("gpt", "b")],
+    ],
+)
+def test_wrong_turns_are_left_to_the_other_road(turns):
+    sound = {"conversations": [turn("human", "a"), turn("gpt", "b")]}
+    rows = [sound, {"conversations": turns}, sound]
+    assert plainly(rows) is None and by_columns(json.dumps(rows)) is None
+
+
 @pytest.mark.parametrize("ids", [["r", None, "s"], [3, -4, 5], [None, None, None], ["1", "2", "3"]])
 def test_ids_of_one_kind_are_taken(ids):
     rows = [{"id": row_id, "conversations": [turn("human", "a"), turn("gpt", "b")]} for row_id in ids]

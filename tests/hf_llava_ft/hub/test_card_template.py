@@ -2,7 +2,7 @@
 
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
-from jinja2 import UndefinedError
+from jinja2 import Template, UndefinedError
 
 from hf_llava_ft.hub import card_template
 from hf_llava_ft.hub.card_template import card_of
@@ -61,3 +61,15 @@ def test_the_metadata_is_no_value(templates):
 def test_a_part_sees_what_the_whole_sees(templates):
     templates |= {"card.md": "---\n{{ card_data }}\n---\n{% set x = 1 %}{% include part %}", "part.md": "{{ a }}"}
     assert card_of(ModelCard, DATA, "card.md", {"a": "<"}, part="part.md").text == "&#60;"
+
+
+def test_a_template_is_compiled_once(templates, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(card_template, "Template", lambda source: compiled.append(source) or Template(source))
+    templates |= {
+        "card.md": "---\n{{ card_data }}\n---\n{{ a }}, once. {% include part %}",
+        "part.md": "A part: {{ a }}",
+    }
+    texts = [card_of(ModelCard, DATA, "card.md", {"a": a}, part="part.md").text for a in ("x", "y")]
+    assert texts == ["x, once. A part: x", "y, once. A part: y"]
+    assert sorted(compiled) == sorted(templates.values())
