@@ -92,7 +92,7 @@ learn: $(INSTALLED)  ## let a small LLaVA with random weights learn drawn shapes
 reference: $(INSTALLED)  ## write docs/reference.md anew, of what the commands declare
 	$(VENV)/bin/python -m hf_llava_ft.cli.reference > docs/reference.md
 
-bench: $(INSTALLED)  ## training beside other trainers, by CPU time; half an hour. BENCH="--rounds 2 --sides ours plain" for less
+bench: $(INSTALLED)  ## training beside other trainers, by CPU time; over an hour of it. BENCH="--rounds 2 --sides ours plain" for less
 	$(VENV)/bin/python -m benchmarks.bench $(BENCH)
 	$(VENV)/bin/python -m benchmarks.bench --lora $(BENCH)
 
