@@ -25,6 +25,7 @@ THREADS := $(shell echo $$(( $(CORES) / $(WORKERS) )))
 # one worker waits for the other. No GPU, unless named: the suite says what holds everywhere.
 GPU :=
 FAULTS ?=
+BENCH ?=
 PYTEST_ENV := env HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES=$(GPU) OMP_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false
 PYTEST_FLAGS :=
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
@@ -90,6 +91,10 @@ learn: $(INSTALLED)  ## let a small LLaVA with random weights learn drawn shapes
 
 reference: $(INSTALLED)  ## write docs/reference.md anew, of what the commands declare
 	$(VENV)/bin/python -m hf_llava_ft.cli.reference > docs/reference.md
+
+bench: $(INSTALLED)  ## training beside other trainers, by CPU time; over an hour of it. BENCH="--rounds 2 --sides ours plain" for less
+	$(VENV)/bin/python -m benchmarks.bench $(BENCH)
+	$(VENV)/bin/python -m benchmarks.bench --lora $(BENCH)
 
 quickstart: $(INSTALLED)  ## fine-tune a small LLaVA on five photographs and see the answers before and after
 	$(VENV)/bin/llava-ft quickstart --output_dir runs/quickstart
