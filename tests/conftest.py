@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 from pathlib import Path
 
 # Before anything imports huggingface_hub: no test may need the network.
@@ -166,9 +167,18 @@ def tiny_processor():
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory) -> Path:
-    """A whole native `llava` folder: model and processor."""
-    return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
+def tiny_checkpoint(tmp_path_factory):
+    """A whole native `llava` folder: model and processor. It is of all tests: what one writes into it, others read."""
+    folder = save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
+    files = sorted(path.name for path in folder.iterdir())
+    yield folder
+    assert sorted(path.name for path in folder.iterdir()) == files, "a test wrote into tiny_checkpoint"
+
+
+@pytest.fixture
+def own_checkpoint(tiny_checkpoint, tmp_path) -> Path:
+    """A copy of `tiny_checkpoint` to write into, as `llava-ft evaluate` does."""
+    return shutil.copytree(tiny_checkpoint, tmp_path / "own")
 
 
 @pytest.fixture

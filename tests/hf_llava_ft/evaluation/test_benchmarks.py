@@ -83,9 +83,8 @@ def test_what_a_task_says_itself_can_not_be_said_beside_it(llava_ft, tiny_checkp
 @pytest.mark.skipif(
     find_spec("lmms_eval") is None, reason="lmms-eval is an extra: pip install 'hf-llava-ft[lmms-eval]'"
 )
-def test_a_task_of_our_own(llava_ft, tiny_checkpoint, task_folder, tmp_path, checkout, monkeypatch):
+def test_a_task_of_our_own(llava_ft, own_checkpoint, task_folder, tmp_path, checkout, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    (tiny_checkpoint / "evaluation.json").unlink(missing_ok=True)
     questions = [{"id": str(index), "prompt": f"What is number {index}?"} for index in range(5)]
     for index in (0, 1, 3, 4):
         questions[index]["image"] = f"{index}.png"
@@ -93,7 +92,7 @@ def test_a_task_of_our_own(llava_ft, tiny_checkpoint, task_folder, tmp_path, che
     data = tmp_path / "questions.jsonl"
     data.write_text("\n".join(map(json.dumps, questions)))
     flags = ["--image_folder", tmp_path, "--device", "cpu", "--max_new_tokens", 6, "--output", tmp_path / "ours.jsonl"]
-    code, _, err = llava_ft("generate", "--model", tiny_checkpoint, "--data_path", data, *flags)
+    code, _, err = llava_ft("generate", "--model", own_checkpoint, "--data_path", data, *flags)
     assert code == 0, err
     ours = [json.loads(line)["answer"] for line in (tmp_path / "ours.jsonl").read_text().splitlines()]
 
@@ -101,7 +100,7 @@ def test_a_task_of_our_own(llava_ft, tiny_checkpoint, task_folder, tmp_path, che
     task_folder([ours[0], "nothing", ours[2], ours[3], "nothing"])
     result, into = tmp_path / "result.json", tmp_path / "found"
     flags = ["--task_folder", folder, "--device", "cpu", "--batch_size", 2, "--output_dir", into]
-    command = ["evaluate", "--model", tiny_checkpoint, "--tasks", "which_colour", *flags]
+    command = ["evaluate", "--model", own_checkpoint, "--tasks", "which_colour", *flags]
     code, _, err = llava_ft(*command, "--json", result)
     assert code == 0, err
     found = json.loads(result.read_text())
@@ -110,7 +109,7 @@ def test_a_task_of_our_own(llava_ft, tiny_checkpoint, task_folder, tmp_path, che
     [samples] = into.rglob("*samples_which_colour.jsonl")
     said = {each["doc_id"]: each["filtered_resps"] for each in map(json.loads, samples.read_text().splitlines())}
     assert [said[index] for index in range(5)] == ours
-    [kept] = read_results(tiny_checkpoint)
+    [kept] = read_results(own_checkpoint)
     assert (kept.data, kept.rows, kept.figure, kept.value) == ("which_colour", 5, "exact_match", pytest.approx(0.6))
     assert kept.low < kept.value < kept.high
 
@@ -129,7 +128,6 @@ def test_a_task_of_our_own(llava_ft, tiny_checkpoint, task_folder, tmp_path, che
     [samples] = (tmp_path / "two").rglob("*samples_which_colour.jsonl")
     said = {each["doc_id"]: each["filtered_resps"] for each in map(json.loads, samples.read_text().splitlines())}
     assert [said[index] for index in range(6)] == [*ours, ""]
-    (tiny_checkpoint / "evaluation.json").unlink()
 
     code, _, err = llava_ft(*command[:4], "witch_colour", *flags)
     assert code == 2 and "lmms-eval has no task witch_colour" in err

@@ -19,12 +19,12 @@ def rows_in(path):
     return [json.loads(line)["row"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_two_processes_give_what_one_gives(llava_ft, tiny_checkpoint, llava_json, tmp_path):
+def test_two_processes_give_what_one_gives(llava_ft, own_checkpoint, llava_json, tmp_path):
     data, folder = llava_json(7, with_text_rows=True)
     one, two, result = tmp_path / "one", tmp_path / "two", tmp_path / "result.json"
-    code, _, err = llava_ft("evaluate", *arguments(tiny_checkpoint, data, folder, one))
+    code, _, err = llava_ft("evaluate", *arguments(own_checkpoint, data, folder, one))
     assert code == 0, err
-    flags = [*arguments(tiny_checkpoint, data, folder, two), "--json", result]
+    flags = [*arguments(own_checkpoint, data, folder, two), "--json", result]
     going_on = ranks.Run("ddp", flags, tmp_path / "logs", module=MODULE)
     assert going_on.wait() == 0, going_on.all_printed()
     assert (two / "answers-tuned.jsonl").read_bytes() == (one / "answers-tuned.jsonl").read_bytes()
@@ -39,11 +39,11 @@ def test_two_processes_give_what_one_gives(llava_ft, tiny_checkpoint, llava_json
 
 
 @pytest.mark.slow
-def test_killed_processes_leave_their_rows_to_any_number_of_others(llava_ft, tiny_checkpoint, llava_json, tmp_path):
+def test_killed_processes_leave_their_rows_to_any_number_of_others(llava_ft, own_checkpoint, llava_json, tmp_path):
     data, folder = llava_json(40)
     into, part = tmp_path / "found", ".answers-tuned.jsonl.part"
     parts = [into / f"{part}{rank}" for rank in range(2)]
-    flags = arguments(tiny_checkpoint, data, folder, into)
+    flags = arguments(own_checkpoint, data, folder, into)
     going_on = ranks.Run("ddp", flags, tmp_path / "logs", module=MODULE)
     assert going_on.until(lambda: all(path.exists() and path.stat().st_size for path in parts))
     going_on.kill()
@@ -60,11 +60,11 @@ def test_killed_processes_leave_their_rows_to_any_number_of_others(llava_ft, tin
 
 
 @pytest.mark.slow
-def test_what_the_first_refuses_all_refuse(tiny_checkpoint, llava_json, tmp_path):
+def test_what_the_first_refuses_all_refuse(own_checkpoint, llava_json, tmp_path):
     data, folder = llava_json(4)
     (tmp_path / "found").mkdir()
     (tmp_path / "found" / "answers-tuned.jsonl").write_text("{}\n")
-    flags = arguments(tiny_checkpoint, data, folder, tmp_path / "found")
+    flags = arguments(own_checkpoint, data, folder, tmp_path / "found")
     going_on = ranks.Run("ddp", flags, tmp_path / "logs", module=MODULE)
     for process in going_on.processes:
         process.join(120)

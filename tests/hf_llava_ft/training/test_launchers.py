@@ -84,9 +84,9 @@ def test_accelerate_launch_with_our_file_of_fsdp2_gives_the_run_of_one_process(r
     assert (tmp_path / "fsdp2/adapter_model.safetensors").is_file()
 
 
-def test_accelerate_launch_evaluates_as_one_process_does(tiny_checkpoint, llava_json, tmp_path, checkout):
+def test_accelerate_launch_evaluates_as_one_process_does(own_checkpoint, llava_json, tmp_path, checkout):
     data, images = llava_json(7)
-    flags = ["--model", tiny_checkpoint, "--data_path", data, "--image_folder", images, "--device", "cpu"]
+    flags = ["--model", own_checkpoint, "--data_path", data, "--image_folder", images, "--device", "cpu"]
     flags += ["--max_new_tokens", 4, "--metric", "anls,loss"]
     launched = ["--config_file", "examples/accelerate/ddp.yaml", "--num_processes", 2]
     launched += ["--main_process_port", free_port()]
