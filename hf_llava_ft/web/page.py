@@ -1,0 +1,202 @@
+"""The page: pictures and questions in, streamed answers out, of one model or two. All that needs Gradio to draw it."""
+
+import html
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from hf_llava_ft.answering.prompts import question_of
+from hf_llava_ft.answering.shared_base import SharedBase
+from hf_llava_ft.errors import UserError
+from hf_llava_ft.serving.endpoint_handler import MAX_NEW_TOKENS, SETTINGS
+from hf_llava_ft.web.talk import Talk
+from hf_llava_ft.web.uploads import SUFFIXES, opened_upload
+
+NOBODY = "nobody"  # beside the model
+_TURN: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress": "hidden"}
+_SECONDS_KEPT = 86400  # of an upload
+STYLE = """
+footer { display: none !important; }
+.gradio-container { max-width: 1200px !important; margin: 0 auto !important; }
+#told { min-height: 1.5em; }
+#told .error { color: var(--error-text-color, #b91c1c); }
+"""
+# Of the system: nothing is fetched from anywhere.
+THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+
+
+def build_page(
+    models: SharedBase, uploads: Path, history: Path, *, system: str | None, generation: dict[str, Any]
+) -> gr.Blocks:
+    """
+    Args:
+        models (`SharedBase`): those that can be chosen.
+        uploads (`Path`): the folder that Gradio keeps uploads in.
+        history (`Path`): the file that conversations are kept in.
+        generation: what the settings are at the beginning.
+    """
+    several = len(models.names) > 1
+    opening = models.processor(models.names[0]).picture_opening
+    with gr.Blocks(title=f"{models.names[0]} - llava-ft chat", delete_cache=(3600, _SECONDS_KEPT)) as page:
+        talk = gr.State()
+        with gr.Row(visible=several):
+            name = gr.Dropdown(models.names, value=models.names[0], label="Model", filterable=False)
+            beside = gr.Dropdown([NOBODY, *models.names], value=NOBODY, label="Beside it", filterable=False)
+        with gr.Row():
+            sides = [_side(models.names[0], True), _side("", False)]
+        box = gr.MultimodalTextbox(
+            file_types=SUFFIXES,
+            file_count="multiple",
+            sources=["upload"],
+            placeholder="Drop a picture here, and ask about it",
+            show_label=False,
+            max_lines=6,
+            elem_id="question",
+        )
+        told = gr.HTML(elem_id="told")
+        with gr.Row():
+            again = gr.Button("Ask again", size="sm", min_width=90)
+            new = gr.Button("New", size="sm", min_width=60)
+            keep = gr.Button("Keep for training", size="sm", min_width=130)
+        with gr.Accordion("Settings", open=False):
+            settings = _settings(generation)
+
+        shown = [talk, *sides, box, told]
+
+        def start() -> Talk:
+            return Talk(models, system)
+
+        def ask(talk: Talk | None, said: dict[str, Any], *chosen: float) -> Iterator[tuple]:
+            talk = talk or start()
+            question, files = (said.get("text") or "").strip(), list(said.get("files") or [])
+
+            def steps() -> Iterator[None]:
+                if not question:
+                    raise UserError("a question is missing: write one beside the picture.")
+                pictures = [opened_upload(file, uploads, opening) for file in files]
+                yield from talk.ask(question, pictures, files, **_generation(*chosen))
+
+            yield from _shown(talk, steps(), said)
+
+        def ask_again(talk: Talk | None, said: dict[str, Any], *chosen: float) -> Iterator[tuple]:
+            talk = talk or start()
+
+            def steps() -> Iterator[None]:  # what is wrong with the settings is told as all else
+                yield from talk.retry(**_generation(*chosen))
+
+            yield from _shown(talk, steps(), said, keeps_box=True)
+
+        def change(talk: Talk | None, do: Callable[[Talk], str | None]) -> tuple:
+            talk = talk or start()
+            try:
+                line = _told(do(talk) or "")
+            except UserError as error:
+                line = _told(error.sentence, is_error=True)
+            return talk, *_sides(talk), gr.skip(), line
+
+        inputs = [talk, box, *settings]
+        page.load(start, None, talk, queue=False)
+        box.submit(ask, inputs, shown, **_TURN)
+        box.stop(lambda talk: talk.end() if talk else None, talk, None, queue=False, show_progress="hidden")
+        again.click(ask_again, inputs, shown, **_TURN)
+        new.click(lambda talk: change(talk, Talk.begin), talk, shown, show_progress="hidden")
+        keep.click(lambda talk: change(talk, lambda each: each.keep(history)), talk, shown, show_progress="hidden")
+        for each in (name, beside):
+            each.input(
+                lambda talk, left, right: change(
+                    talk, lambda each: each.choose(left, None if right == NOBODY else right)
+                ),
+                [talk, name, beside],
+                shown,
+                show_progress="hidden",
+            )
+    # No event of the page is an address for programs: `llava-ft export --for vllm` writes a folder for a server.
+    for event in page.fns.values():
+        event.api_visibility = "private"
+    return page
+
+
+def _side(label: str, visible: bool) -> gr.Chatbot:
+    # As text: an answer in Markdown or HTML could name pictures of elsewhere, which the browser would fetch.
+    return gr.Chatbot(
+        label=label,
+        visible=visible,
+        render_markdown=False,
+        height="60vh",
+        min_width=320,
+        buttons=["copy"],
+        feedback_options=None,
+        layout="bubble",
+    )
+
+
+def _settings(generation: dict[str, Any]) -> list[gr.Slider]:
+    longest = max(MAX_NEW_TOKENS, generation["max_new_tokens"])
+    hottest = max(2.0, generation["temperature"])
+    return [
+        gr.Slider(0, hottest, generation["temperature"], step=0.05, label="Temperature", info="0: the likeliest token"),
+        gr.Slider(0.01, 1, generation["top_p"] or 1.0, step=0.01, label="Top-p", info="above temperature 0"),
+        gr.Slider(1, longest, generation["max_new_tokens"], step=1, label="Most tokens of an answer"),
+    ]
+
+
+def _generation(temperature: float, top_p: float, max_new_tokens: float) -> dict[str, Any]:
+    """What [`Conversation.stream`] takes, of the sliders; Gradio has refused what is outside of them."""
+    _, low, high = SETTINGS["top_p"]
+    if not low <= top_p <= high or temperature < 0 or max_new_tokens < 1:
+        raise UserError("a setting is out of its range: reload the page.")
+    share = None if temperature == 0 or top_p == 1 else top_p
+    return {"temperature": temperature, "top_p": share, "max_new_tokens": int(max_new_tokens)}
+
+
+def _shown(talk: Talk, steps: Iterator[None], said: dict[str, Any], keeps_box: bool = False) -> Iterator[tuple]:
+    """The page at each step of an answer, and in the end."""
+    kept = gr.skip() if keeps_box else gr.MultimodalTextbox(value=said, submit_btn=True, stop_btn=False)
+    line, box = "", gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
+    if not keeps_box:
+        box = gr.MultimodalTextbox(value=None, submit_btn=True, stop_btn=False)
+    busy = gr.MultimodalTextbox(submit_btn=False, stop_btn=True)
+    yield talk, *_sides(talk), busy, ""
+    try:
+        for _ in steps:
+            yield talk, *_sides(talk), gr.skip(), gr.skip()
+        if talk.is_cut:
+            line = _told("The answer ends here because the model's context is full: begin a new conversation.")
+    except UserError as error:
+        line, box = _told(error.sentence, is_error=True), kept
+    except Exception as error:
+        traceback.print_exc()  # for who started the page
+        line, box = _told(f"there is no answer ({type(error).__name__}); the terminal says why.", is_error=True), kept
+    if keeps_box:
+        box = gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
+    yield talk, *_sides(talk), box, line
+
+
+def _sides(talk: Talk) -> list[Any]:
+    """Both columns as the talk stands."""
+    asked, found = talk.asked, []
+    for place, (name, side) in enumerate(zip(talk.names, talk.sides, strict=True)):
+        messages, files = [], iter(talk.files)
+        for message in side.messages:
+            if message["role"] == "system":
+                continue
+            pictures = [next(files) for part in message["content"] if part["type"] == "image"]
+            messages.append(_message(message["role"], question_of(message["content"]), pictures))
+        if asked:
+            question, of_it, answers = asked
+            messages += [_message("user", question, of_it), _message("assistant", answers[place] or "...", [])]
+        found.append(gr.Chatbot(value=messages, label=name, visible=True))
+    return found if len(found) == 2 else [found[0], gr.Chatbot(visible=False)]
+
+
+def _message(role: str, text: str, files: list[str]) -> dict[str, Any]:
+    text = text.replace("<image>", "").strip() if len(files) == 1 else text.strip()
+    return {"role": role, "content": [*({"path": file} for file in files), *([text] if text else [])]}
+
+
+def _told(sentence: str, is_error: bool = False) -> str:
+    kind = ' class="error"' if is_error else ""
+    return f'<span role="status"{kind}>{html.escape(sentence)}</span>' if sentence else ""

@@ -1,0 +1,116 @@
+"""Adapters of one base in one memory answer as each does alone, and the base as without them."""
+
+import threading
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+
+from hf_llava_ft.answering.conversation import Conversation
+from hf_llava_ft.answering.loading import load_for_answering
+from hf_llava_ft.answering.prompts import encode_prompt, question_content
+from hf_llava_ft.answering.shared_base import BASE, SharedBase
+from hf_llava_ft.checkpoints.inspection import inspect_checkpoint
+from hf_llava_ft.checkpoints.opening import load_model
+from hf_llava_ft.errors import UserError
+
+PICTURE = Image.linear_gradient("L").convert("RGB")
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_checkpoint, tiny_processor, tmp_path_factory):
+    """Of other ranks and parts, with dropout; the last changes biases of its base."""
+    parent = tmp_path_factory.mktemp("adapters")
+    for seed, (name, settings) in enumerate(
+        {
+            "one": {"r": 2, "modules_to_save": ["multi_modal_projector"], "lora_dropout": 0.5},
+            "two": {"r": 3, "lora_dropout": 0.5},
+            "biased": {"r": 2, "bias": "all"},
+        }.items()
+    ):
+        config = LoraConfig(target_modules=r".*language_model.*(q|v)_proj", **settings)
+        model = get_peft_model(load_model(str(tiny_checkpoint)), config)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for each, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.normal_(std=0.5)
+        model.save_pretrained(parent / name)
+        tiny_processor.save_pretrained(parent / name)
+    return parent
+
+
+def loaded(folder):
+    return SharedBase(*load_for_answering(str(folder), device="cpu"), inspect_checkpoint(str(folder)))
+
+
+def logits(models, name, image):
+    processor = models.processor(name)
+    asked = [{"role": "user", "content": question_content("What is it?", 1)}]
+    with models.active(name), torch.inference_mode():
+        return models.model(**encode_prompt(models.model, processor, asked, [image])).logits
+
+
+@pytest.mark.parametrize("first", ["one", "two", "the base"])
+def test_each_answers_as_it_does_alone(adapters, tiny_checkpoint, first):
+    start = tiny_checkpoint if first == "the base" else adapters / first
+    models = loaded(start)
+    for name in ("one", "two"):
+        if name != first:
+            models.add(str(adapters / name))
+    base = tiny_checkpoint.name if first == "the base" else BASE
+    assert set(models.names) == {"one", "two", base} and models.names[0] == start.name
+    alone = {"one": loaded(adapters / "one"), "two": loaded(adapters / "two"), base: loaded(tiny_checkpoint)}
+    expected = {name: logits(each, each.names[0], PICTURE) for name, each in alone.items()}
+    assert not torch.equal(expected["one"], expected["two"]) and not torch.equal(expected["one"], expected[base])
+    for name in ("two", "one", base, "one", "two", base, base, "two"):
+        torch.testing.assert_close(logits(models, name, PICTURE), expected[name], rtol=0, atol=0)
+
+
+def test_who_asks_meanwhile_waits(adapters):
+    models = loaded(adapters / "one")
+    found = []
+
+    def ask():
+        with models.active("one"):
+            found.append("answered")
+
+    with models.active(BASE):
+        other = threading.Thread(target=ask)
+        other.start()
+        other.join(0.05)
+        assert other.is_alive() and not found
+    other.join(5)
+    assert found == ["answered"]
+
+
+def test_an_answer_that_nobody_reads_further_lets_others_ask(adapters):
+    models = loaded(adapters / "one")
+
+    def pieces():
+        with models.active("one"):
+            yield from Conversation(models.model, models.processor("one")).stream("Hello", max_new_tokens=50)
+
+    abandoned = pieces()
+    next(abandoned)
+    del abandoned
+    with models.active(BASE):
+        pass
+
+
+def test_what_cannot_share_a_base_is_refused(adapters, tiny_checkpoint, own_checkpoint):
+    models = loaded(adapters / "one")
+    with pytest.raises(UserError, match="biases or embeddings of its base"):
+        models.add(str(adapters / "biased"))
+    with pytest.raises(UserError, match="is no adapter that shares its base"):
+        models.add(str(tiny_checkpoint))
+    with pytest.raises(UserError, match="adapters share one base"):
+        models.add(str(adapters / "two"), base=str(own_checkpoint))
+    assert models.names == ["one", BASE]
+    biased = loaded(adapters / "biased")
+    assert biased.names == ["biased"] and "changes biases" in biased.why_no_base
+    with pytest.raises(UserError, match="changes biases"):
+        biased.add(str(adapters / "two"))
+    models.add(str(adapters / "one"))
+    assert models.names == ["one", BASE, "one (2)"]
