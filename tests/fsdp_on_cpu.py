@@ -5,6 +5,8 @@ runs over gloo. As a script, it does so for the training that its arguments desc
 """
 
 import functools
+import sys
+from pathlib import Path
 
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
@@ -24,6 +26,8 @@ def allow() -> None:
 
 
 if __name__ == "__main__":
+    # In the place of this folder, whose tests lie in one of the package's name.
+    sys.path[0] = str(Path(__file__).parents[1])
     from hf_llava_ft.train import main
 
     allow()

@@ -34,6 +34,6 @@ def run_rank(argv: list[str], environment: dict[str, str], log: str, before: tup
         os.dup2(file, number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     for each in before:
-        module, _, function = each.partition(":")
-        getattr(importlib.import_module(module), function)()
+        where, _, function = each.partition(":")
+        getattr(importlib.import_module(where), function)()
     importlib.import_module(module).main(argv)

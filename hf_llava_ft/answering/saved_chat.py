@@ -43,14 +43,13 @@ def save_chat(path: Path, row_id: str, messages: list[dict[str, Any]], images: l
         names = [f"{pictures.name}/{row_id}-{place}.png" for place in range(1, len(images) + 1)]
         for name, image in zip(names, images, strict=True):
             write_atomically(path.parent / name, partial(image.save, format="PNG"))
-        row = {"id": row_id, **({"image": names[0] if len(names) == 1 else names} if names else {})}
+        row: dict[str, Any] = {"id": row_id}
+        if names:
+            row["image"] = names[0] if len(names) == 1 else names
         turns = [(_NAMES[message["role"]], _text_of(message["content"])) for message in messages]
         row["conversations"] = [{"from": name, "value": text} for name, text in turns]
-        places = {each.get("id"): place for place, each in enumerate(rows)}
-        if row_id in places:
-            rows[places[row_id]] = row
-        else:
-            rows.append(row)
+        place = next((place for place, each in enumerate(rows) if each.get("id") == row_id), len(rows))
+        rows[place : place + 1] = [row]
         text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
         write_atomically(path, lambda file: file.write_text(text, encoding="utf-8", errors="replace"))
     except OSError as error:

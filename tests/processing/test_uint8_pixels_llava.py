@@ -21,7 +21,8 @@ from hf_llava_ft.processing.uint8_pixels_llava import can_hand_over_uint8, norma
 from tests.examples import examples
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-PHOTOS = sorted((Path(__file__).parents[2] / "hf_llava_ft" / "quickstart_data").glob("*.jpg"))
+PHOTOS = sorted((Path(__file__).parents[2] / "hf_llava_ft" / "quickstart" / "photographs").glob("*.jpg"))
+MODES = ["L", "RGBA", "LA", "CMYK", "1", "P"]
 ORIGINALS = np.load(GOLDEN / "b_images" / "pixels_train_56.npz")
 EDGE = 56
 CLIP = CLIPVisionConfig(image_size=EDGE, patch_size=14)
@@ -64,10 +65,14 @@ def shortcut_alone(monkeypatch):
 @pytest.mark.parametrize("vision_config", [CLIP, SIGLIP], ids=["clip", "siglip"])
 @pytest.mark.parametrize("aspect_ratio", ["pad", "square"])
 @examples(60)
-@given(width=st.integers(1, 300), height=st.integers(1, 300))
-def test_pictures_of_any_shape(vision_config, aspect_ratio, width, height):
-    processor, image = build_image_processor(vision_config, aspect_ratio), noise(width, height)
+@given(width=st.integers(1, 300), height=st.integers(1, 300), mode=st.sampled_from(["RGB", *MODES]))
+def test_pictures_of_any_shape_and_mode(vision_config, aspect_ratio, width, height, mode):
+    processor, image = build_image_processor(vision_config, aspect_ratio), noise(width, height).convert(mode)
     assert torch.equal(handed_over(processor, image), floats(processor, image))
+
+
+def test_there_are_photographs():
+    assert len(PHOTOS) == 5
 
 
 @pytest.mark.parametrize("photo", PHOTOS, ids=lambda path: path.stem)
@@ -92,7 +97,7 @@ def test_pixels_are_the_originals(name):
 
 
 @pytest.mark.parametrize("aspect_ratio", ["pad", "square"])
-@pytest.mark.parametrize("mode", ["L", "RGBA", "LA", "CMYK", "1", "P"])
+@pytest.mark.parametrize("mode", MODES)
 def test_what_is_not_rgb_is_left_to_the_image_processor(aspect_ratio, mode):
     processor, image = build_image_processor(CLIP, aspect_ratio), noise(90, 61).convert(mode)
     assert torch.equal(handed_over(processor, image), floats(processor, image))
