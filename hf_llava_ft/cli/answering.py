@@ -219,6 +219,7 @@ def _chat_on_a_page(
     """What is wrong with the page is said before a model is loaded."""
     if image:
         raise UserError("--image is for the terminal: drop pictures on the page.")
+    _leave_out_bitsandbytes(model, loading)
     with importing():
         from hf_llava_ft.web.access import check_free, password_for
         from hf_llava_ft.web.server import check_extra, serve

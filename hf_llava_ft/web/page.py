@@ -8,21 +8,29 @@ from typing import Any
 
 import gradio as gr
 
-from hf_llava_ft.answering.prompts import question_of
 from hf_llava_ft.answering.shared_base import SharedBase
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.serving.endpoint_handler import MAX_NEW_TOKENS, SETTINGS
-from hf_llava_ft.web.talk import Talk
+from hf_llava_ft.web.talk import Said, Talk
 from hf_llava_ft.web.uploads import SUFFIXES, opened_upload
 
 NOBODY = "nobody"  # beside the model
 _TURN: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress": "hidden"}
 _SECONDS_KEPT = 86400  # of an upload
+# Hidden are Gradio's buttons that clear a column alone, give back what was uploaded, or would send it to the Hub.
 STYLE = """
-footer { display: none !important; }
-.gradio-container { max-width: 1200px !important; margin: 0 auto !important; }
+footer, .side [aria-label="Clear"], .side [aria-label="Share"], .side a[download] { display: none !important; }
+.gradio-container { width: 100% !important; max-width: 1200px !important; margin: 0 auto !important; }
+.side { height: 52vh !important; }
+.side .message img { max-height: 30vh; width: auto; }
 #told { min-height: 1.5em; }
-#told .error { color: var(--error-text-color, #b91c1c); }
+#told .error { color: #b91c1c; }
+.dark #told .error { color: #fca5a5; }
+@media (max-width: 700px) {
+  .side { height: 44vh !important; }
+  .side .message img { max-height: 18vh; }
+  .gradio-container main { padding: 8px !important; }
+}
 """
 # Of the system: nothing is fetched from anywhere.
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
@@ -125,10 +133,12 @@ def _side(label: str, visible: bool) -> gr.Chatbot:
         label=label,
         visible=visible,
         render_markdown=False,
-        height="60vh",
+        height="52vh",
         min_width=320,
         buttons=["copy"],
         feedback_options=None,
+        allow_file_downloads=False,
+        elem_classes="side",
         layout="bubble",
     )
 
@@ -177,24 +187,16 @@ def _shown(talk: Talk, steps: Iterator[None], said: dict[str, Any], keeps_box: b
 
 def _sides(talk: Talk) -> list[Any]:
     """Both columns as the talk stands."""
-    asked, found = talk.asked, []
-    for place, (name, side) in enumerate(zip(talk.names, talk.sides, strict=True)):
-        messages, files = [], iter(talk.files)
-        for message in side.messages:
-            if message["role"] == "system":
-                continue
-            pictures = [next(files) for part in message["content"] if part["type"] == "image"]
-            messages.append(_message(message["role"], question_of(message["content"]), pictures))
-        if asked:
-            question, of_it, answers = asked
-            messages += [_message("user", question, of_it), _message("assistant", answers[place] or "...", [])]
-        found.append(gr.Chatbot(value=messages, label=name, visible=True))
+    found = [
+        gr.Chatbot(value=[_message(said) for said in column], label=name, visible=True)
+        for name, column in zip(talk.names, talk.columns(), strict=True)
+    ]
     return found if len(found) == 2 else [found[0], gr.Chatbot(visible=False)]
 
 
-def _message(role: str, text: str, files: list[str]) -> dict[str, Any]:
-    text = text.replace("<image>", "").strip() if len(files) == 1 else text.strip()
-    return {"role": role, "content": [*({"path": file} for file in files), *([text] if text else [])]}
+def _message(said: Said) -> dict[str, Any]:
+    text = said.text.replace("<image>", "") if len(said.files) == 1 else said.text
+    return {"role": said.role, "content": [*({"path": file} for file in said.files), text.strip() or "..."]}
 
 
 def _told(sentence: str, is_error: bool = False) -> str:

@@ -76,10 +76,14 @@ def served(
     with tempfile.TemporaryDirectory(prefix="llava-ft-chat-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # Gradio reads it when it is imported
         from starlette.middleware import Middleware
+        from starlette.middleware.trustedhost import TrustedHostMiddleware
 
         from hf_llava_ft.web.page import STYLE, THEME, build_page
 
         page = build_page(models, Path(folder), history, system=system, generation=generation)
+        around = [Middleware(WithHeaders)]
+        if not password:  # a page of elsewhere whose name points here all at once would be asked as if it were ours
+            around.append(Middleware(TrustedHostMiddleware, allowed_hosts=[host, "localhost", "127.0.0.1"]))
         page.queue(max_size=16, api_open=False)
         try:
             _, address, _ = page.launch(
@@ -104,7 +108,7 @@ def served(
                 theme=THEME,
                 css=STYLE,
                 app_kwargs={
-                    "middleware": [Middleware(WithHeaders)],
+                    "middleware": around,
                     "docs_url": None,
                     "redoc_url": None,
                     "openapi_url": None,
