@@ -78,7 +78,9 @@ class SharedBase:
         own = self._checkpoint
         if checkpoint.kind != "adapter" or (own and own.kind not in ("adapter", "model")):
             what = adapter if checkpoint.kind != "adapter" else own.path if own else "the model"
-            raise UserError(f"--adapter {adapter}: {what} is no adapter that shares its base: ask it by --model alone.")
+            raise UserError(
+                f"--adapter {adapter}: {what} is no adapter that shares its base: ask it by --model alone."
+            )
         if own and not _is_same(checkpoint.base, own.base):
             raise UserError(
                 f"--adapter {adapter} is of the base {checkpoint.base}, and the model is of {own.base}: adapters share "
@@ -105,7 +107,9 @@ class SharedBase:
             ("way of opening pictures", processor.picture_opening, own.picture_opening),
         ):
             if given != has:
-                raise UserError(f"--adapter {adapter} has another {what} ({given}) than the model ({has}): ask it alone.")
+                raise UserError(
+                    f"--adapter {adapter} has another {what} ({given}) than the model ({has}): ask it alone."
+                )
 
     def _add_name(self, name: str, processor: Any) -> str:
         number = 1

@@ -147,7 +147,9 @@ def _settings(generation: dict[str, Any]) -> list[gr.Slider]:
     longest = max(MAX_NEW_TOKENS, generation["max_new_tokens"])
     hottest = max(2.0, generation["temperature"])
     return [
-        gr.Slider(0, hottest, generation["temperature"], step=0.05, label="Temperature", info="0: the likeliest token"),
+        gr.Slider(
+            0, hottest, generation["temperature"], step=0.05, label="Temperature", info="0: the likeliest token"
+        ),
         gr.Slider(0.01, 1, generation["top_p"] or 1.0, step=0.01, label="Top-p", info="above temperature 0"),
         gr.Slider(1, longest, generation["max_new_tokens"], step=1, label="Most tokens of an answer"),
     ]
