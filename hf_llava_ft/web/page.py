@@ -21,6 +21,7 @@ _SECONDS_KEPT = 86400  # of an upload
 STYLE = """
 footer, .side [aria-label="Clear"], .side [aria-label="Share"], .side a[download] { display: none !important; }
 .gradio-container { width: 100% !important; max-width: 1200px !important; margin: 0 auto !important; }
+.side > .wrapper > .icon-button-wrapper, .side .user-row .icon-button-wrapper:not(.top-panel) { display: none; }
 .side { height: 52vh !important; }
 .side .message img { max-height: 30vh; width: auto; }
 #told { min-height: 1.5em; }
@@ -29,7 +30,7 @@ footer, .side [aria-label="Clear"], .side [aria-label="Share"], .side a[download
 @media (max-width: 700px) {
   .side { height: 44vh !important; }
   .side .message img { max-height: 18vh; }
-  .gradio-container main { padding: 8px !important; }
+  .gradio-container .main { padding: 8px 12px !important; }
 }
 """
 # Of the system: nothing is fetched from anywhere.
@@ -105,6 +106,9 @@ def build_page(
                 line = _told(error.sentence, is_error=True)
             return talk, *_sides(talk), gr.skip(), line
 
+        def choose(talk: Talk | None, left: str, right: str) -> tuple:
+            return change(talk, lambda each: each.choose(left, None if right == NOBODY else right))
+
         inputs = [talk, box, *settings]
         page.load(start, None, talk, queue=False)
         box.submit(ask, inputs, shown, **_TURN)
@@ -112,15 +116,8 @@ def build_page(
         again.click(ask_again, inputs, shown, **_TURN)
         new.click(lambda talk: change(talk, Talk.begin), talk, shown, show_progress="hidden")
         keep.click(lambda talk: change(talk, lambda each: each.keep(history)), talk, shown, show_progress="hidden")
-        for each in (name, beside):
-            each.input(
-                lambda talk, left, right: change(
-                    talk, lambda each: each.choose(left, None if right == NOBODY else right)
-                ),
-                [talk, name, beside],
-                shown,
-                show_progress="hidden",
-            )
+        for choice in (name, beside):
+            choice.input(choose, [talk, name, beside], shown, show_progress="hidden")
     # No event of the page is an address for programs: `llava-ft export --for vllm` writes a folder for a server.
     for event in page.fns.values():
         event.api_visibility = "private"
@@ -147,9 +144,7 @@ def _settings(generation: dict[str, Any]) -> list[gr.Slider]:
     longest = max(MAX_NEW_TOKENS, generation["max_new_tokens"])
     hottest = max(2.0, generation["temperature"])
     return [
-        gr.Slider(
-            0, hottest, generation["temperature"], step=0.05, label="Temperature", info="0: the likeliest token"
-        ),
+        gr.Slider(0, hottest, generation["temperature"], step=0.05, label="Temperature", info="0: no sampling"),
         gr.Slider(0.01, 1, generation["top_p"] or 1.0, step=0.01, label="Top-p", info="above temperature 0"),
         gr.Slider(1, longest, generation["max_new_tokens"], step=1, label="Most tokens of an answer"),
     ]

@@ -107,7 +107,7 @@ def served(
                 mcp_server=False,
                 footer_links=[],
                 theme=THEME,
-                css=STYLE,
+                head=f"<style>{STYLE}</style>",  # of `css`, Gradio keeps what is within the columns alone
                 app_kwargs={
                     "middleware": around,
                     "docs_url": None,

@@ -98,7 +98,7 @@ def adapters_of_one_base(tiny_checkpoint, tiny_processor, tmp_path_factory):
         model = get_peft_model(load_model(str(tiny_checkpoint)), config)
         torch.manual_seed(seed)
         with torch.no_grad():
-            for each, parameter in model.named_parameters():
+            for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.normal_(std=0.5)
         model.save_pretrained(parent / name)

@@ -82,7 +82,7 @@ def test_what_cannot_share_a_base_is_refused(adapters_of_one_base, tiny_checkpoi
     models = loaded(adapters_of_one_base / "one")
     with pytest.raises(UserError, match="biases or embeddings of its base"):
         models.add(str(adapters_of_one_base / "biased"))
-    with pytest.raises(UserError, match="is no adapter that shares its base"):
+    with pytest.raises(UserError, match="is no adapter that can share its base"):
         models.add(str(tiny_checkpoint))
     with pytest.raises(UserError, match="adapters share one base"):
         models.add(str(adapters_of_one_base / "two"), base=str(own_checkpoint))
