@@ -20,16 +20,16 @@ _SECONDS_KEPT = 86400  # of an upload
 # Hidden are Gradio's buttons that clear a column alone, give back what was uploaded, or would send it to the Hub.
 STYLE = """
 footer, .side [aria-label="Clear"], .side [aria-label="Share"], .side a[download] { display: none !important; }
+.side > .wrapper > .icon-button-wrapper, .side .message-buttons-right { display: none !important; }
 .gradio-container { width: 100% !important; max-width: 1200px !important; margin: 0 auto !important; }
-.side > .wrapper > .icon-button-wrapper, .side .user-row .icon-button-wrapper:not(.top-panel) { display: none; }
 .side { height: 52vh !important; }
-.side .message img { max-height: 30vh; width: auto; }
+.side .message img { max-height: 22vh !important; width: auto !important; }
 #told { min-height: 1.5em; }
 #told .error { color: #b91c1c; }
 .dark #told .error { color: #fca5a5; }
 @media (max-width: 700px) {
   .side { height: 44vh !important; }
-  .side .message img { max-height: 18vh; }
+  .side .message img { max-height: 16vh !important; }
   .gradio-container .main { padding: 8px 12px !important; }
 }
 """
@@ -60,7 +60,7 @@ def build_page(
             file_types=SUFFIXES,
             file_count="multiple",
             sources=["upload"],
-            placeholder="Drop a picture here, and ask about it",
+            placeholder="Drop a picture here, and ask",
             show_label=False,
             max_lines=6,
             elem_id="question",
