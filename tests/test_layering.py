@@ -53,6 +53,7 @@ IMPORTS_LATE = {
     "hf_llava_ft/checkpoints/original_folders.py": "optional package: deepspeed",
     "hf_llava_ft/settings/training_arguments.py": "optional package: deepspeed",
     "hf_llava_ft/evaluation/benchmarks.py": "optional package: lmms-eval",
+    "hf_llava_ft/web/page.py": "optional package: gradio",
     "hf_llava_ft/web/server.py": "optional package: gradio",
     "hf_llava_ft/training/fsdp.py": "optional part of torch, which not every build has",
     "hf_llava_ft/training/speed/packed_attention.py": "optional part of torch, from 2.10 on",

@@ -1,12 +1,10 @@
-"""The page: pictures and questions in, streamed answers out, of one model or two. All that needs Gradio to draw it."""
+"""The page: pictures and questions in, streamed answers out, of one model or two. All that needs Gradio."""
 
 import html
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-import gradio as gr
 
 from hf_llava_ft.answering.shared_base import SharedBase
 from hf_llava_ft.errors import UserError
@@ -33,20 +31,30 @@ footer, .side [aria-label="Clear"], .side [aria-label="Share"], .side a[download
   .gradio-container .main { padding: 8px 12px !important; }
 }
 """
-# Of the system: nothing is fetched from anywhere.
-THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+
+
+def theme() -> Any:
+    """Gradio's own, in the fonts of the system: nothing is fetched from anywhere."""
+    import gradio as gr
+
+    return gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 
 
 def build_page(
     models: SharedBase, uploads: Path, history: Path, *, system: str | None, generation: dict[str, Any]
-) -> gr.Blocks:
+) -> Any:
     """
     Args:
         models (`SharedBase`): those that can be chosen.
         uploads (`Path`): the folder that Gradio keeps uploads in.
         history (`Path`): the file that conversations are kept in.
         generation: what the settings are at the beginning.
+
+    Returns:
+        `gradio.Blocks`.
     """
+    import gradio as gr
+
     several = len(models.names) > 1
     opening = models.processor(models.names[0]).picture_opening
     with gr.Blocks(title=f"{models.names[0]} - llava-ft chat", delete_cache=(3600, _SECONDS_KEPT)) as page:
@@ -124,7 +132,9 @@ def build_page(
     return page
 
 
-def _side(label: str, visible: bool) -> gr.Chatbot:
+def _side(label: str, visible: bool) -> Any:
+    import gradio as gr
+
     # As text: an answer in Markdown or HTML could name pictures of elsewhere, which the browser would fetch.
     return gr.Chatbot(
         label=label,
@@ -140,7 +150,9 @@ def _side(label: str, visible: bool) -> gr.Chatbot:
     )
 
 
-def _settings(generation: dict[str, Any]) -> list[gr.Slider]:
+def _settings(generation: dict[str, Any]) -> list[Any]:
+    import gradio as gr
+
     longest = max(MAX_NEW_TOKENS, generation["max_new_tokens"])
     hottest = max(2.0, generation["temperature"])
     return [
@@ -161,29 +173,31 @@ def _generation(temperature: float, top_p: float, max_new_tokens: float) -> dict
 
 def _shown(talk: Talk, steps: Iterator[None], said: dict[str, Any], keeps_box: bool = False) -> Iterator[tuple]:
     """The page at each step of an answer, and in the end."""
-    kept = gr.skip() if keeps_box else gr.MultimodalTextbox(value=said, submit_btn=True, stop_btn=False)
-    line, box = "", gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
-    if not keeps_box:
-        box = gr.MultimodalTextbox(value=None, submit_btn=True, stop_btn=False)
-    busy = gr.MultimodalTextbox(submit_btn=False, stop_btn=True)
-    yield talk, *_sides(talk), busy, ""
+    import gradio as gr
+
+    idle: dict[str, Any] = {"submit_btn": True, "stop_btn": False}
+    line, is_error = "", True
+    yield talk, *_sides(talk), gr.MultimodalTextbox(submit_btn=False, stop_btn=True), ""
     try:
         for _ in steps:
             yield talk, *_sides(talk), gr.skip(), gr.skip()
+        is_error = False
         if talk.is_cut:
-            line = _told("The answer ends here because the model's context is full: begin a new conversation.")
+            line = "The answer ends here because the model's context is full: begin a new conversation."
     except UserError as error:
-        line, box = _told(error.sentence, is_error=True), kept
+        line = error.sentence
     except Exception as error:
         traceback.print_exc()  # for who started the page
-        line, box = _told(f"there is no answer ({type(error).__name__}); the terminal says why.", is_error=True), kept
-    if keeps_box:
-        box = gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
-    yield talk, *_sides(talk), box, line
+        line = f"there is no answer ({type(error).__name__}); the terminal says why."
+    if not keeps_box:
+        idle["value"] = said if is_error else None
+    yield talk, *_sides(talk), gr.MultimodalTextbox(**idle), _told(line, is_error)
 
 
 def _sides(talk: Talk) -> list[Any]:
     """Both columns as the talk stands."""
+    import gradio as gr
+
     found = [
         gr.Chatbot(value=[_message(said) for said in column], label=name, visible=True)
         for name, column in zip(talk.names, talk.columns(), strict=True)

@@ -79,7 +79,7 @@ def served(
         from starlette.middleware import Middleware
         from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-        from hf_llava_ft.web.page import STYLE, THEME, build_page
+        from hf_llava_ft.web.page import STYLE, build_page, theme
 
         page = build_page(models, Path(folder), history, system=system, generation=generation)
         around = [Middleware(WithHeaders)]
@@ -106,7 +106,7 @@ def served(
                 pwa=False,
                 mcp_server=False,
                 footer_links=[],
-                theme=THEME,
+                theme=theme(),
                 head=f"<style>{STYLE}</style>",  # of `css`, Gradio keeps what is within the columns alone
                 app_kwargs={
                     "middleware": around,
