@@ -13,7 +13,9 @@ from hf_llava_ft.web.talk import Said, Talk
 from hf_llava_ft.web.uploads import SUFFIXES, opened_upload
 
 NOBODY = "nobody"  # beside the model
-_TURN: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress": "hidden"}
+# No event is an address for programs: `llava-ft export` writes folders for servers.
+_EVENT: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+_TURN: dict[str, Any] = {**_EVENT, "concurrency_limit": 1, "concurrency_id": "model"}
 _SECONDS_KEPT = 86400  # of an upload
 # Hidden are Gradio's buttons that clear a column alone, give back what was uploaded, or would send it to the Hub.
 STYLE = """
@@ -118,17 +120,14 @@ def build_page(
             return change(talk, lambda each: each.choose(left, None if right == NOBODY else right))
 
         inputs = [talk, box, *settings]
-        page.load(start, None, talk, queue=False)
+        page.load(start, None, talk, queue=False, **_EVENT)
         box.submit(ask, inputs, shown, **_TURN)
-        box.stop(lambda talk: talk.end() if talk else None, talk, None, queue=False, show_progress="hidden")
+        box.stop(lambda talk: talk.end() if talk else None, talk, None, queue=False, **_EVENT)
         again.click(ask_again, inputs, shown, **_TURN)
-        new.click(lambda talk: change(talk, Talk.begin), talk, shown, show_progress="hidden")
-        keep.click(lambda talk: change(talk, lambda each: each.keep(history)), talk, shown, show_progress="hidden")
+        new.click(lambda talk: change(talk, Talk.begin), talk, shown, **_EVENT)
+        keep.click(lambda talk: change(talk, lambda each: each.keep(history)), talk, shown, **_EVENT)
         for choice in (name, beside):
-            choice.input(choose, [talk, name, beside], shown, show_progress="hidden")
-    # No event of the page is an address for programs: `llava-ft export --for vllm` writes a folder for a server.
-    for event in page.fns.values():
-        event.api_visibility = "private"
+            choice.input(choose, [talk, name, beside], shown, **_EVENT)
     return page
 
 

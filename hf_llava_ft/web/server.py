@@ -72,7 +72,7 @@ def served(
     # Whatever the environment says of shares, folders and proxies is for other pages.
     for name in [name for name in os.environ if name.startswith("GRADIO_")]:
         del os.environ[name]
-    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
+    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1")
     host = f"[{host}]" if ":" in host else host  # as Gradio and addresses write IPv6
     with tempfile.TemporaryDirectory(prefix="llava-ft-chat-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # Gradio reads it when it is imported

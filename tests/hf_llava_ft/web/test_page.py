@@ -232,6 +232,8 @@ def test_no_file_but_uploads_is_served_and_no_other_name_is_heeded(serve, look, 
     address = serve()
     for file in (picture, "/etc/passwd", Path(__file__)):
         assert status(f"{address}/gradio_api/file={file}")[0] in (403, 404)
+    with urllib.request.urlopen(f"{address}/gradio_api/info") as response:
+        assert not any(json.load(response).values())  # nothing here is an address for programs
     code, headers = status(address)
     assert code == 200 and "default-src 'self'" in headers["content-security-policy"]
     assert status(address, Host="elsewhere.example")[0] == 400
