@@ -78,11 +78,11 @@ class SharedBase:
         own = self._checkpoint
         if checkpoint.kind != "adapter" or (own and own.kind not in ("adapter", "model")):
             what = adapter if checkpoint.kind != "adapter" else own.path if own else "the model"
-            raise UserError(f"--adapter {adapter}: {what} is no adapter that shares its base: ask it by --model alone.")
+            raise UserError(f"--adapter {adapter}: {what} is no adapter that can share its base; ask it alone.")
         if own and not _is_same(checkpoint.base, own.base):
             raise UserError(
-                f"--adapter {adapter} is of the base {checkpoint.base}, and the model is of {own.base}: adapters share "
-                f"one base; if both are the same, say so with --base."
+                f"--adapter {adapter} is of the base {checkpoint.base}, and the model is of {own.base}: adapters "
+                f"share one base; if both are the same, say so with --base."
             )
         if self._adapters and self.why_no_base:
             raise UserError(f"--adapter {adapter}: {self.why_no_base}")
@@ -105,7 +105,7 @@ class SharedBase:
             ("way of opening pictures", processor.picture_opening, own.picture_opening),
         ):
             if given != has:
-                raise UserError(f"--adapter {adapter} has another {what} ({given}) than the model ({has}): ask it alone.")
+                raise UserError(f"--adapter {adapter} has {given} for the {what}, the model {has}; ask it alone.")
 
     def _add_name(self, name: str, processor: Any) -> str:
         number = 1

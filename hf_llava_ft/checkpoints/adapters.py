@@ -90,8 +90,8 @@ def add_adapter(model: PeftModel, adapter: str, name: str, revision: str | None 
         weights = adapter_weights(adapter, revision)
         if changes_base(config) or any(each.endswith(_EMBEDDINGS) for each in weights):
             raise UserError(
-                f"the adapter at {adapter} brings biases or embeddings of its base, so that it can share the base with "
-                f"no other: give it as the only model, or merge it."
+                f"the adapter at {adapter} brings biases or embeddings of its base, so that it can share it with no "
+                f"other: give it as the only model, or merge it."
             )
         model.add_adapter(name, config)
         _fill(model, adapter, weights, name)

@@ -195,7 +195,7 @@ def chat(
         def tell(line: str) -> None:
             typer.echo(line, err=True)
 
-        models = SharedBase(*parts, inspect_checkpoint(model, revision, base))
+        models = SharedBase(parts[0], parts[1], inspect_checkpoint(model, revision, base))
         talk = Chat(models, images, system=system, write=write, tell=tell, **generation)
         tell(HELP)
         goes_on = True
@@ -219,6 +219,7 @@ def _chat_on_a_page(
     """What is wrong with the page is said before a model is loaded."""
     if image:
         raise UserError("--image is for the terminal: drop pictures on the page.")
+    _leave_out_bitsandbytes(model, loading)
     with importing():
         from hf_llava_ft.web.access import check_free, password_for
         from hf_llava_ft.web.server import check_extra, serve
@@ -234,7 +235,7 @@ def _chat_on_a_page(
     from hf_llava_ft.answering.shared_base import SharedBase
     from hf_llava_ft.checkpoints.inspection import inspect_checkpoint
 
-    models = SharedBase(*parts, inspect_checkpoint(model, loading["revision"], loading["base"]))
+    models = SharedBase(parts[0], parts[1], inspect_checkpoint(model, loading["revision"], loading["base"]))
     for adapter in of_the_page["adapter"] or []:
         models.add(adapter, loading["base"])
     page: dict[str, Any] = {"host": host, "port": port, "password": password, "history": history}

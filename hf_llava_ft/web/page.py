@@ -1,4 +1,4 @@
-"""The page: pictures and questions in, streamed answers out, of one model or two. All that needs Gradio to draw it."""
+"""The page: pictures and questions in, streamed answers out, of one model or two. All that needs Gradio."""
 
 import html
 import traceback
@@ -6,38 +6,57 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
-
-from hf_llava_ft.answering.prompts import question_of
 from hf_llava_ft.answering.shared_base import SharedBase
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.serving.endpoint_handler import MAX_NEW_TOKENS, SETTINGS
-from hf_llava_ft.web.talk import Talk
+from hf_llava_ft.web.talk import Said, Talk
 from hf_llava_ft.web.uploads import SUFFIXES, opened_upload
 
 NOBODY = "nobody"  # beside the model
-_TURN: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress": "hidden"}
+# No event is an address for programs: `llava-ft export` writes folders for servers.
+_EVENT: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+_TURN: dict[str, Any] = {**_EVENT, "concurrency_limit": 1, "concurrency_id": "model"}
 _SECONDS_KEPT = 86400  # of an upload
+# Hidden are Gradio's buttons that clear a column alone, give back what was uploaded, or would send it to the Hub.
 STYLE = """
-footer { display: none !important; }
-.gradio-container { max-width: 1200px !important; margin: 0 auto !important; }
+footer, .side [aria-label="Clear"], .side [aria-label="Share"], .side a[download] { display: none !important; }
+.side > .wrapper > .icon-button-wrapper, .side .message-buttons-right { display: none !important; }
+.gradio-container { width: 100% !important; max-width: 1200px !important; margin: 0 auto !important; }
+.side { height: 52vh !important; }
+.side .message img { max-height: 22vh !important; width: auto !important; }
 #told { min-height: 1.5em; }
-#told .error { color: var(--error-text-color, #b91c1c); }
+#told .error { color: #b91c1c; }
+.dark #told .error { color: #fca5a5; }
+@media (max-width: 700px) {
+  .side { height: 44vh !important; }
+  .side .message img { max-height: 16vh !important; }
+  .gradio-container .main { padding: 8px 12px !important; }
+}
 """
-# Of the system: nothing is fetched from anywhere.
-THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+
+
+def theme() -> Any:
+    """Gradio's own, in the fonts of the system: nothing is fetched from anywhere."""
+    import gradio as gr
+
+    return gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 
 
 def build_page(
     models: SharedBase, uploads: Path, history: Path, *, system: str | None, generation: dict[str, Any]
-) -> gr.Blocks:
+) -> Any:
     """
     Args:
         models (`SharedBase`): those that can be chosen.
         uploads (`Path`): the folder that Gradio keeps uploads in.
         history (`Path`): the file that conversations are kept in.
         generation: what the settings are at the beginning.
+
+    Returns:
+        `gradio.Blocks`.
     """
+    import gradio as gr
+
     several = len(models.names) > 1
     opening = models.processor(models.names[0]).picture_opening
     with gr.Blocks(title=f"{models.names[0]} - llava-ft chat", delete_cache=(3600, _SECONDS_KEPT)) as page:
@@ -51,7 +70,7 @@ def build_page(
             file_types=SUFFIXES,
             file_count="multiple",
             sources=["upload"],
-            placeholder="Drop a picture here, and ask about it",
+            placeholder="Drop a picture here, and ask",
             show_label=False,
             max_lines=6,
             elem_id="question",
@@ -97,47 +116,46 @@ def build_page(
                 line = _told(error.sentence, is_error=True)
             return talk, *_sides(talk), gr.skip(), line
 
+        def choose(talk: Talk | None, left: str, right: str) -> tuple:
+            return change(talk, lambda each: each.choose(left, None if right == NOBODY else right))
+
         inputs = [talk, box, *settings]
-        page.load(start, None, talk, queue=False)
+        page.load(start, None, talk, queue=False, **_EVENT)
         box.submit(ask, inputs, shown, **_TURN)
-        box.stop(lambda talk: talk.end() if talk else None, talk, None, queue=False, show_progress="hidden")
+        box.stop(lambda talk: talk.end() if talk else None, talk, None, queue=False, **_EVENT)
         again.click(ask_again, inputs, shown, **_TURN)
-        new.click(lambda talk: change(talk, Talk.begin), talk, shown, show_progress="hidden")
-        keep.click(lambda talk: change(talk, lambda each: each.keep(history)), talk, shown, show_progress="hidden")
-        for each in (name, beside):
-            each.input(
-                lambda talk, left, right: change(
-                    talk, lambda each: each.choose(left, None if right == NOBODY else right)
-                ),
-                [talk, name, beside],
-                shown,
-                show_progress="hidden",
-            )
-    # No event of the page is an address for programs: `llava-ft export --for vllm` writes a folder for a server.
-    for event in page.fns.values():
-        event.api_visibility = "private"
+        new.click(lambda talk: change(talk, Talk.begin), talk, shown, **_EVENT)
+        keep.click(lambda talk: change(talk, lambda each: each.keep(history)), talk, shown, **_EVENT)
+        for choice in (name, beside):
+            choice.input(choose, [talk, name, beside], shown, **_EVENT)
     return page
 
 
-def _side(label: str, visible: bool) -> gr.Chatbot:
+def _side(label: str, visible: bool) -> Any:
+    import gradio as gr
+
     # As text: an answer in Markdown or HTML could name pictures of elsewhere, which the browser would fetch.
     return gr.Chatbot(
         label=label,
         visible=visible,
         render_markdown=False,
-        height="60vh",
+        height="52vh",
         min_width=320,
         buttons=["copy"],
         feedback_options=None,
+        allow_file_downloads=False,
+        elem_classes="side",
         layout="bubble",
     )
 
 
-def _settings(generation: dict[str, Any]) -> list[gr.Slider]:
+def _settings(generation: dict[str, Any]) -> list[Any]:
+    import gradio as gr
+
     longest = max(MAX_NEW_TOKENS, generation["max_new_tokens"])
     hottest = max(2.0, generation["temperature"])
     return [
-        gr.Slider(0, hottest, generation["temperature"], step=0.05, label="Temperature", info="0: the likeliest token"),
+        gr.Slider(0, hottest, generation["temperature"], step=0.05, label="Temperature", info="0: no sampling"),
         gr.Slider(0.01, 1, generation["top_p"] or 1.0, step=0.01, label="Top-p", info="above temperature 0"),
         gr.Slider(1, longest, generation["max_new_tokens"], step=1, label="Most tokens of an answer"),
     ]
@@ -154,47 +172,41 @@ def _generation(temperature: float, top_p: float, max_new_tokens: float) -> dict
 
 def _shown(talk: Talk, steps: Iterator[None], said: dict[str, Any], keeps_box: bool = False) -> Iterator[tuple]:
     """The page at each step of an answer, and in the end."""
-    kept = gr.skip() if keeps_box else gr.MultimodalTextbox(value=said, submit_btn=True, stop_btn=False)
-    line, box = "", gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
-    if not keeps_box:
-        box = gr.MultimodalTextbox(value=None, submit_btn=True, stop_btn=False)
-    busy = gr.MultimodalTextbox(submit_btn=False, stop_btn=True)
-    yield talk, *_sides(talk), busy, ""
+    import gradio as gr
+
+    idle: dict[str, Any] = {"submit_btn": True, "stop_btn": False}
+    line, is_error = "", True
+    yield talk, *_sides(talk), gr.MultimodalTextbox(submit_btn=False, stop_btn=True), ""
     try:
         for _ in steps:
             yield talk, *_sides(talk), gr.skip(), gr.skip()
+        is_error = False
         if talk.is_cut:
-            line = _told("The answer ends here because the model's context is full: begin a new conversation.")
+            line = "The answer ends here because the model's context is full: begin a new conversation."
     except UserError as error:
-        line, box = _told(error.sentence, is_error=True), kept
+        line = error.sentence
     except Exception as error:
         traceback.print_exc()  # for who started the page
-        line, box = _told(f"there is no answer ({type(error).__name__}); the terminal says why.", is_error=True), kept
-    if keeps_box:
-        box = gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
-    yield talk, *_sides(talk), box, line
+        line = f"there is no answer ({type(error).__name__}); the terminal says why."
+    if not keeps_box:
+        idle["value"] = said if is_error else None
+    yield talk, *_sides(talk), gr.MultimodalTextbox(**idle), _told(line, is_error)
 
 
 def _sides(talk: Talk) -> list[Any]:
     """Both columns as the talk stands."""
-    asked, found = talk.asked, []
-    for place, (name, side) in enumerate(zip(talk.names, talk.sides, strict=True)):
-        messages, files = [], iter(talk.files)
-        for message in side.messages:
-            if message["role"] == "system":
-                continue
-            pictures = [next(files) for part in message["content"] if part["type"] == "image"]
-            messages.append(_message(message["role"], question_of(message["content"]), pictures))
-        if asked:
-            question, of_it, answers = asked
-            messages += [_message("user", question, of_it), _message("assistant", answers[place] or "...", [])]
-        found.append(gr.Chatbot(value=messages, label=name, visible=True))
+    import gradio as gr
+
+    found = [
+        gr.Chatbot(value=[_message(said) for said in column], label=name, visible=True)
+        for name, column in zip(talk.names, talk.columns(), strict=True)
+    ]
     return found if len(found) == 2 else [found[0], gr.Chatbot(visible=False)]
 
 
-def _message(role: str, text: str, files: list[str]) -> dict[str, Any]:
-    text = text.replace("<image>", "").strip() if len(files) == 1 else text.strip()
-    return {"role": role, "content": [*({"path": file} for file in files), *([text] if text else [])]}
+def _message(said: Said) -> dict[str, Any]:
+    text = said.text.replace("<image>", "") if len(said.files) == 1 else said.text
+    return {"role": said.role, "content": [*({"path": file} for file in said.files), text.strip() or "..."]}
 
 
 def _told(sentence: str, is_error: bool = False) -> str:

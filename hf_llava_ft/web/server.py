@@ -72,14 +72,19 @@ def served(
     # Whatever the environment says of shares, folders and proxies is for other pages.
     for name in [name for name in os.environ if name.startswith("GRADIO_")]:
         del os.environ[name]
-    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
+    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1")
+    host = f"[{host}]" if ":" in host else host  # as Gradio and addresses write IPv6
     with tempfile.TemporaryDirectory(prefix="llava-ft-chat-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # Gradio reads it when it is imported
         from starlette.middleware import Middleware
+        from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-        from hf_llava_ft.web.page import STYLE, THEME, build_page
+        from hf_llava_ft.web.page import STYLE, build_page, theme
 
         page = build_page(models, Path(folder), history, system=system, generation=generation)
+        around = [Middleware(WithHeaders)]
+        if not password:  # a page of elsewhere whose name points here all at once would be asked as if it were ours
+            around.append(Middleware(TrustedHostMiddleware, allowed_hosts=[host, "localhost", "127.0.0.1"]))
         page.queue(max_size=16, api_open=False)
         try:
             _, address, _ = page.launch(
@@ -101,10 +106,10 @@ def served(
                 pwa=False,
                 mcp_server=False,
                 footer_links=[],
-                theme=THEME,
-                css=STYLE,
+                theme=theme(),
+                head=f"<style>{STYLE}</style>",  # of `css`, Gradio keeps what is within the columns alone
                 app_kwargs={
-                    "middleware": [Middleware(WithHeaders)],
+                    "middleware": around,
                     "docs_url": None,
                     "redoc_url": None,
                     "openapi_url": None,

@@ -4,6 +4,7 @@ import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,23 @@ from hf_llava_ft.serving.endpoint_handler import MAX_CHARS_A_TOKEN, MAX_PICTURES
 _saving = threading.Lock()  # visitors share the file
 
 
+@dataclass
+class _Asked:
+    question: str
+    files: list[str]
+    answers: list[str]  # so far, on each side
+    before: list[list[dict[str, Any]]]  # the messages of each side
+
+
+@dataclass
+class Said:
+    """One message as it is shown: by `user` or `assistant`, with the files of its pictures."""
+
+    role: str
+    text: str
+    files: list[str]
+
+
 class Talk:
     """
     Args:
@@ -29,14 +47,13 @@ class Talk:
         sides (`list[Conversation]`): one, or two that are asked the same.
         names (`list[str]`): who answers on each side.
         files (`list[str]`): of the pictures, in their order.
-        asked (`tuple`, *optional*): question, files and the answers so far, while it is being answered.
     """
 
     def __init__(self, models: SharedBase, system: str | None = None):
         self.models, self.system = models, system
         self.names = [models.names[0]]
         self._ended = threading.Event()
-        self.asked: tuple[str, list[str], list[str]] | None = None
+        self._asked: _Asked | None = None  # while it is being answered
         self.begin()
 
     def begin(self) -> None:
@@ -47,7 +64,7 @@ class Talk:
         self.sides = [self._conversation(name) for name in self.names]
 
     def _check_idle(self) -> None:
-        if self.asked:
+        if self._asked:
             raise UserError("an answer is being written: end it first.")
 
     def _conversation(self, name: str) -> Conversation:
@@ -82,8 +99,8 @@ class Talk:
 
     def ask(self, question: str, pictures: list[Image.Image], files: list[str], **generation: Any) -> Iterator[None]:
         """
-        Asks all sides, one after the other; a step for each piece of an answer, which is in `asked`. A question that is
-        not answered to its end on all sides leaves everything as it was.
+        Asks all sides, one after the other; a step for each piece of an answer, which [`columns`] has. A question that
+        is not answered to its end on all sides leaves everything as it was.
 
         Raises:
             UserError: if it cannot be answered, or was ended.
@@ -96,7 +113,7 @@ class Talk:
             raise UserError(f"a conversation here takes {MAX_PICTURES} pictures at most: begin a new one.")
         before = [(side.messages, side.images) for side in sides]
         answers = [""] * len(sides)
-        self.asked = question, files, answers
+        self._asked = _Asked(question, files, answers, [side.messages for side in sides])
         self._ended.clear()
         try:
             for place, (name, side) in enumerate(zip(self.names, sides, strict=True)):
@@ -112,7 +129,7 @@ class Talk:
                 side.messages, side.images = messages, images
             raise
         finally:
-            self.asked = None
+            self._asked = None
 
     def retry(self, **generation: Any) -> Iterator[None]:
         """Asks the last question again; as [`ask`], and the old answers stay where there are no new ones."""
@@ -128,6 +145,20 @@ class Talk:
                 side.messages, side.images = messages, images
             self.files = all_files
             raise
+
+    def columns(self) -> list[list[Said]]:
+        """What is said on each side, with the question that is being answered."""
+        asked, found = self._asked, []
+        for place, side in enumerate(self.sides):
+            column, files = [], iter(self.files)
+            for message in asked.before[place] if asked else side.messages:
+                pictures = [next(files) for part in message["content"] if part["type"] == "image"]
+                if message["role"] != "system":
+                    column.append(Said(message["role"], question_of(message["content"]), pictures))
+            if asked:
+                column += [Said("user", asked.question, asked.files), Said("assistant", asked.answers[place], [])]
+            found.append(column)
+        return found
 
     def keep(self, file: Path) -> str:
         """Puts the conversation on the left into `file`, as a row to train on; gives what to say of it."""

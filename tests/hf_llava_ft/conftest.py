@@ -5,7 +5,10 @@ import signal
 import sys
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 
+from hf_llava_ft.checkpoints.opening import load_model
 from hf_llava_ft.cli import main
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
@@ -78,3 +81,26 @@ def trained(tiny_checkpoint, tmp_path):
         (folder / name).mkdir()
     (folder / "checkpoint-5" / "config.json").write_text("{}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def adapters_of_one_base(tiny_checkpoint, tiny_processor, tmp_path_factory):
+    """Of other ranks and parts, with dropout; the last changes biases of its base."""
+    parent = tmp_path_factory.mktemp("adapters")
+    for seed, (name, settings) in enumerate(
+        {
+            "one": {"r": 2, "modules_to_save": ["multi_modal_projector"], "lora_dropout": 0.5},
+            "two": {"r": 3, "lora_dropout": 0.5},
+            "biased": {"r": 2, "bias": "all"},
+        }.items()
+    ):
+        config = LoraConfig(target_modules=r".*language_model.*(q|v)_proj", **settings)
+        model = get_peft_model(load_model(str(tiny_checkpoint)), config)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_(std=0.5)
+        model.save_pretrained(parent / name)
+        tiny_processor.save_pretrained(parent / name)
+    return parent

@@ -4,7 +4,6 @@ import threading
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 from hf_llava_ft.answering.conversation import Conversation
@@ -12,33 +11,9 @@ from hf_llava_ft.answering.loading import load_for_answering
 from hf_llava_ft.answering.prompts import encode_prompt, question_content
 from hf_llava_ft.answering.shared_base import BASE, SharedBase
 from hf_llava_ft.checkpoints.inspection import inspect_checkpoint
-from hf_llava_ft.checkpoints.opening import load_model
 from hf_llava_ft.errors import UserError
 
 PICTURE = Image.linear_gradient("L").convert("RGB")
-
-
-@pytest.fixture(scope="module")
-def adapters(tiny_checkpoint, tiny_processor, tmp_path_factory):
-    """Of other ranks and parts, with dropout; the last changes biases of its base."""
-    parent = tmp_path_factory.mktemp("adapters")
-    for seed, (name, settings) in enumerate(
-        {
-            "one": {"r": 2, "modules_to_save": ["multi_modal_projector"], "lora_dropout": 0.5},
-            "two": {"r": 3, "lora_dropout": 0.5},
-            "biased": {"r": 2, "bias": "all"},
-        }.items()
-    ):
-        config = LoraConfig(target_modules=r".*language_model.*(q|v)_proj", **settings)
-        model = get_peft_model(load_model(str(tiny_checkpoint)), config)
-        torch.manual_seed(seed)
-        with torch.no_grad():
-            for each, parameter in model.named_parameters():
-                if parameter.requires_grad:
-                    parameter.normal_(std=0.5)
-        model.save_pretrained(parent / name)
-        tiny_processor.save_pretrained(parent / name)
-    return parent
 
 
 def loaded(folder):
@@ -53,23 +28,27 @@ def logits(models, name, image):
 
 
 @pytest.mark.parametrize("first", ["one", "two", "the base"])
-def test_each_answers_as_it_does_alone(adapters, tiny_checkpoint, first):
-    start = tiny_checkpoint if first == "the base" else adapters / first
+def test_each_answers_as_it_does_alone(adapters_of_one_base, tiny_checkpoint, first):
+    start = tiny_checkpoint if first == "the base" else adapters_of_one_base / first
     models = loaded(start)
     for name in ("one", "two"):
         if name != first:
-            models.add(str(adapters / name))
+            models.add(str(adapters_of_one_base / name))
     base = tiny_checkpoint.name if first == "the base" else BASE
     assert set(models.names) == {"one", "two", base} and models.names[0] == start.name
-    alone = {"one": loaded(adapters / "one"), "two": loaded(adapters / "two"), base: loaded(tiny_checkpoint)}
+    alone = {
+        "one": loaded(adapters_of_one_base / "one"),
+        "two": loaded(adapters_of_one_base / "two"),
+        base: loaded(tiny_checkpoint),
+    }
     expected = {name: logits(each, each.names[0], PICTURE) for name, each in alone.items()}
     assert not torch.equal(expected["one"], expected["two"]) and not torch.equal(expected["one"], expected[base])
     for name in ("two", "one", base, "one", "two", base, base, "two"):
         torch.testing.assert_close(logits(models, name, PICTURE), expected[name], rtol=0, atol=0)
 
 
-def test_who_asks_meanwhile_waits(adapters):
-    models = loaded(adapters / "one")
+def test_who_asks_meanwhile_waits(adapters_of_one_base):
+    models = loaded(adapters_of_one_base / "one")
     found = []
 
     def ask():
@@ -85,8 +64,8 @@ def test_who_asks_meanwhile_waits(adapters):
     assert found == ["answered"]
 
 
-def test_an_answer_that_nobody_reads_further_lets_others_ask(adapters):
-    models = loaded(adapters / "one")
+def test_an_answer_that_nobody_reads_further_lets_others_ask(adapters_of_one_base):
+    models = loaded(adapters_of_one_base / "one")
 
     def pieces():
         with models.active("one"):
@@ -99,18 +78,18 @@ def test_an_answer_that_nobody_reads_further_lets_others_ask(adapters):
         pass
 
 
-def test_what_cannot_share_a_base_is_refused(adapters, tiny_checkpoint, own_checkpoint):
-    models = loaded(adapters / "one")
+def test_what_cannot_share_a_base_is_refused(adapters_of_one_base, tiny_checkpoint, own_checkpoint):
+    models = loaded(adapters_of_one_base / "one")
     with pytest.raises(UserError, match="biases or embeddings of its base"):
-        models.add(str(adapters / "biased"))
-    with pytest.raises(UserError, match="is no adapter that shares its base"):
+        models.add(str(adapters_of_one_base / "biased"))
+    with pytest.raises(UserError, match="is no adapter that can share its base"):
         models.add(str(tiny_checkpoint))
     with pytest.raises(UserError, match="adapters share one base"):
-        models.add(str(adapters / "two"), base=str(own_checkpoint))
+        models.add(str(adapters_of_one_base / "two"), base=str(own_checkpoint))
     assert models.names == ["one", BASE]
-    biased = loaded(adapters / "biased")
+    biased = loaded(adapters_of_one_base / "biased")
     assert biased.names == ["biased"] and "changes biases" in biased.why_no_base
     with pytest.raises(UserError, match="changes biases"):
-        biased.add(str(adapters / "two"))
-    models.add(str(adapters / "one"))
+        biased.add(str(adapters_of_one_base / "two"))
+    models.add(str(adapters_of_one_base / "one"))
     assert models.names == ["one", BASE, "one (2)"]
