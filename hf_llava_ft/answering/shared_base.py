@@ -21,13 +21,18 @@ class SharedBase:
     Args:
         model, processor: as [`~hf_llava_ft.answering.loading.load_for_answering`] gives them.
         checkpoint (`Checkpoint`, *optional*): what they were loaded from.
+        revision (`str`, *optional*): that it was loaded at.
 
     Attributes:
         names (`list[str]`): by which it can be asked, the one that was loaded first.
     """
 
-    def __init__(self, model: Any, processor: Any, checkpoint: Checkpoint | None = None):
+    def __init__(
+        self, model: Any, processor: Any, checkpoint: Checkpoint | None = None, revision: str | None = None
+    ):
         self.model, self._checkpoint = model, checkpoint
+        is_adapter = checkpoint is not None and checkpoint.kind == "adapter"
+        self._base_is_changed = is_adapter and changes_base(checkpoint.path, revision)
         self.names = [Path(checkpoint.path).name or checkpoint.path] if checkpoint else ["model"]
         self._processors = {self.names[0]: processor}
         # What PEFT calls each; there is nothing to switch where a whole model stands alone.
@@ -43,8 +48,11 @@ class SharedBase:
             return "this model is no adapter, so that it has no base here: chat with --model ADAPTER."
         if self._checkpoint and self._checkpoint.kind == "original_lora":
             return "a LoRA folder of the original brings a projector for its base, which is no LLaVA without it."
-        if any(changes_base(config) for config in self.model.peft_config.values()):
-            return "this adapter changes biases of its base, so that the base is not here: evaluate has --base."
+        if self._base_is_changed:
+            return (
+                "this adapter changes biases or embeddings of its base, so that the base is not here: evaluate has "
+                "--base."
+            )
         return None
 
     def processor(self, name: str) -> Any:
@@ -84,8 +92,18 @@ class SharedBase:
                 f"--adapter {adapter} is of the base {checkpoint.base}, and the model is of {own.base}: adapters "
                 f"share one base; if both are the same, say so with --base."
             )
+        if own and own.revision and checkpoint.revision and own.revision != checkpoint.revision:
+            raise UserError(
+                f"--adapter {adapter} is of {checkpoint.base} at revision {checkpoint.revision}, and the model of "
+                f"{own.revision}: adapters share one base; if both are the same, say so with --base."
+            )
         if self._adapters and self.why_no_base:
             raise UserError(f"--adapter {adapter}: {self.why_no_base}")
+        if changes_base(adapter):
+            raise UserError(
+                f"--adapter {adapter} brings biases or embeddings of its base, so that it can share it with no other: "
+                f"give it as the only model, or merge it."
+            )
         processor = load_processor(adapter, base=base)
         self._check(adapter, processor)
         called = f"adapter_{len(self._adapters)}" if self._adapters else "default"

@@ -81,26 +81,30 @@ def add_adapter(model: PeftModel, adapter: str, name: str, revision: str | None 
         name (`str`): what PEFT is to know it by.
 
     Raises:
-        UserError: as [`with_adapter`]; or if this adapter or one that is there changes the base itself, which they
-            then cannot share.
+        UserError: as [`with_adapter`].
     """
     with _told(adapter, revision):
         config: Any = PeftConfig.from_pretrained(adapter, revision=revision)
         config.inference_mode = True
-        weights = adapter_weights(adapter, revision)
-        if changes_base(config) or any(each.endswith(_EMBEDDINGS) for each in weights):
-            raise UserError(
-                f"the adapter at {adapter} brings biases or embeddings of its base, so that it can share it with no "
-                f"other: give it as the only model, or merge it."
-            )
         model.add_adapter(name, config)
-        _fill(model, adapter, weights, name)
+        _fill(model, adapter, adapter_weights(adapter, revision), name)
         model.eval()  # the dropout of what was added too
 
 
-def changes_base(config: Any) -> bool:
-    """Whether an adapter of PEFT's `config` puts weights into the base itself, where switching it off leaves them."""
-    return getattr(config, "bias", "none") != "none"
+def changes_base(adapter: str, revision: str | None = None) -> bool:
+    """
+    Whether an adapter puts weights into the base itself, where switching it off leaves them: biases, or embeddings
+    that PEFT writes besides.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    with _told(adapter, revision):
+        config: Any = PeftConfig.from_pretrained(adapter, revision=revision)
+    whole = tuple(f"{each}.weight" for each in getattr(config, "modules_to_save", None) or ())  # PEFT switches these
+    names = adapter_weight_names(adapter, revision)
+    brings_embeddings = any(each.endswith(_EMBEDDINGS) and not each.endswith(whole) for each in names)
+    return brings_embeddings or getattr(config, "bias", "none") != "none"
 
 
 @contextmanager

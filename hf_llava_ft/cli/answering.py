@@ -195,7 +195,7 @@ def chat(
         def tell(line: str) -> None:
             typer.echo(line, err=True)
 
-        models = SharedBase(parts[0], parts[1], inspect_checkpoint(model, revision, base))
+        models = SharedBase(parts[0], parts[1], inspect_checkpoint(model, revision, base), revision)
         talk = Chat(models, images, system=system, write=write, tell=tell, **generation)
         tell(HELP)
         goes_on = True
@@ -235,7 +235,8 @@ def _chat_on_a_page(
     from hf_llava_ft.answering.shared_base import SharedBase
     from hf_llava_ft.checkpoints.inspection import inspect_checkpoint
 
-    models = SharedBase(parts[0], parts[1], inspect_checkpoint(model, loading["revision"], loading["base"]))
+    revision = loading["revision"]
+    models = SharedBase(parts[0], parts[1], inspect_checkpoint(model, revision, loading["base"]), revision)
     for adapter in of_the_page["adapter"] or []:
         models.add(adapter, loading["base"])
     page: dict[str, Any] = {"host": host, "port": port, "password": password, "history": history}

@@ -80,16 +80,22 @@ def test_an_answer_that_nobody_reads_further_lets_others_ask(adapters_of_one_bas
 
 def test_what_cannot_share_a_base_is_refused(adapters_of_one_base, tiny_checkpoint, own_checkpoint):
     models = loaded(adapters_of_one_base / "one")
-    with pytest.raises(UserError, match="biases or embeddings of its base"):
-        models.add(str(adapters_of_one_base / "biased"))
+    for name in ("biased", "with_embeddings"):
+        with pytest.raises(UserError, match="biases or embeddings of its base"):
+            models.add(str(adapters_of_one_base / name))
     with pytest.raises(UserError, match="is no adapter that can share its base"):
         models.add(str(tiny_checkpoint))
     with pytest.raises(UserError, match="adapters share one base"):
         models.add(str(adapters_of_one_base / "two"), base=str(own_checkpoint))
     assert models.names == ["one", BASE]
-    biased = loaded(adapters_of_one_base / "biased")
-    assert biased.names == ["biased"] and "changes biases" in biased.why_no_base
-    with pytest.raises(UserError, match="changes biases"):
-        biased.add(str(adapters_of_one_base / "two"))
+    whole = loaded(tiny_checkpoint)
+    for name in ("biased", "with_embeddings"):  # as the only model each answers, and there is no base beside it
+        alone = loaded(adapters_of_one_base / name)
+        assert alone.names == [name] and "changes biases or embeddings" in alone.why_no_base
+        with pytest.raises(UserError, match="changes biases or embeddings"):
+            alone.add(str(adapters_of_one_base / "two"))
+        with pytest.raises(UserError, match="biases or embeddings of its base"):
+            whole.add(str(adapters_of_one_base / name))
+    assert whole.names == [tiny_checkpoint.name]
     models.add(str(adapters_of_one_base / "one"))
     assert models.names == ["one", BASE, "one (2)"]
