@@ -27,9 +27,7 @@ class SharedBase:
         names (`list[str]`): by which it can be asked, the one that was loaded first.
     """
 
-    def __init__(
-        self, model: Any, processor: Any, checkpoint: Checkpoint | None = None, revision: str | None = None
-    ):
+    def __init__(self, model: Any, processor: Any, checkpoint: Checkpoint | None = None, revision: str | None = None):
         self.model, self._checkpoint = model, checkpoint
         is_adapter = checkpoint is not None and checkpoint.kind == "adapter"
         self._base_is_changed = is_adapter and changes_base(checkpoint.path, revision)

@@ -6,7 +6,8 @@ import ipaddress
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from urllib.parse import urlsplit
 
 from hf_llava_ft.errors import UserError
 
@@ -52,6 +53,23 @@ def checker(password: str) -> Callable[[str, str], bool]:
         return hmac.compare_digest(said.encode(), password.encode())
 
     return is_right
+
+
+def is_asked_by_another_site(method: str, headers: Mapping[str, str]) -> bool:
+    """
+    Whether a browser asks because another site had it do so, which would read and write here with the visitor's login.
+    Gradio lets any site do so (up to 6.31) where the page has another name than `localhost`. Told as Go's
+    `http.CrossOriginProtection` does; a link to the page is not meant.
+
+    Args:
+        headers: of the request, with names in lower case.
+    """
+    site = headers.get("sec-fetch-site")
+    if site is None:  # an older browser, or a page without TLS that is not of this machine
+        origin = headers.get("origin")
+        return origin is not None and urlsplit(origin).netloc != headers.get("host")
+    is_link = method in ("GET", "HEAD") and headers.get("sec-fetch-mode") == "navigate"
+    return site not in ("same-origin", "none") and not is_link
 
 
 def check_free(host: str, port: int) -> None:

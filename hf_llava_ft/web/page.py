@@ -1,6 +1,7 @@
 """The page: pictures and questions in, streamed answers out, of one model or two. All that needs Gradio."""
 
 import html
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ NOBODY = "nobody"  # beside the model
 _EVENT: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 _TURN: dict[str, Any] = {**_EVENT, "concurrency_limit": 1, "concurrency_id": "model"}
 _SECONDS_KEPT = 86400  # of an upload
+_SECONDS_A_STEP = 0.05  # each sends what it changes through Gradio, which takes time from a model on the CPU
 # Hidden are Gradio's buttons that clear a column alone, give back what was uploaded, or would send it to the Hub.
 STYLE = """
 footer, .side [aria-label="Clear"], .side [aria-label="Share"], .side a[download] { display: none !important; }
@@ -175,11 +177,13 @@ def _shown(talk: Talk, steps: Iterator[None], said: dict[str, Any], keeps_box: b
     import gradio as gr
 
     idle: dict[str, Any] = {"submit_btn": True, "stop_btn": False}
-    line, is_error = "", True
+    line, is_error, last = "", True, 0.0
     yield talk, *_sides(talk), gr.MultimodalTextbox(submit_btn=False, stop_btn=True), ""
     try:
         for _ in steps:
-            yield talk, *_sides(talk), gr.skip(), gr.skip()
+            if time.monotonic() - last >= _SECONDS_A_STEP:
+                last = time.monotonic()
+                yield talk, *_sides(talk), gr.skip(), gr.skip()
         is_error = False
         if talk.is_cut:
             line = "The answer ends here because the model's context is full: begin a new conversation."
@@ -206,7 +210,9 @@ def _sides(talk: Talk) -> list[Any]:
 
 def _message(said: Said) -> dict[str, Any]:
     text = said.text.replace("<image>", "") if len(said.files) == 1 else said.text
-    return {"role": said.role, "content": [*({"path": file} for file in said.files), text.strip() or "..."]}
+    if said.role == "assistant" and not text.strip():
+        text = "(an empty answer)" if said.is_whole else "..."
+    return {"role": said.role, "content": [*({"path": file} for file in said.files), *filter(None, [text.strip()])]}
 
 
 def _told(sentence: str, is_error: bool = False) -> str:

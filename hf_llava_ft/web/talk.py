@@ -35,6 +35,7 @@ class Said:
     role: str
     text: str
     files: list[str]
+    is_whole: bool = True
 
 
 class Talk:
@@ -156,7 +157,8 @@ class Talk:
                 if message["role"] != "system":
                     column.append(Said(message["role"], question_of(message["content"]), pictures))
             if asked:
-                column += [Said("user", asked.question, asked.files), Said("assistant", asked.answers[place], [])]
+                column.append(Said("user", asked.question, asked.files))
+                column.append(Said("assistant", asked.answers[place], [], is_whole=False))
             found.append(column)
         return found
 

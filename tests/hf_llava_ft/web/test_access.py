@@ -1,12 +1,20 @@
 """Who may reach the page, and what is said before a model is loaded."""
 
 import socket
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.web import server
-from hf_llava_ft.web.access import PASSWORD_VARIABLE, check_free, checker, is_loopback, password_for
+from hf_llava_ft.web.access import (
+    PASSWORD_VARIABLE,
+    check_free,
+    checker,
+    is_asked_by_another_site,
+    is_loopback,
+    password_for,
+)
 
 LONG_ENOUGH = "correct horse battery"
 
@@ -58,14 +66,47 @@ def test_a_port_that_is_taken_is_one_sentence():
     ],
 )
 def test_wrong_flags_are_one_sentence_before_anything_is_loaded(llava_ft, monkeypatch, flags, told):
-    monkeypatch.setattr(server, "find_spec", lambda name: name)  # as if the extra were installed
+    monkeypatch.setattr(server, "version", lambda name: server.OLDEST)  # as if the extra were installed
     monkeypatch.setattr("sys.stdin", open("/dev/null"))
     monkeypatch.delenv(PASSWORD_VARIABLE, raising=False)
     code, _, err = llava_ft("chat", "--model", "nowhere", *flags)
     assert code == 2 and told in err and err.count("error: ") == 1 and "nowhere" not in err
 
 
-def test_a_page_without_its_extra_says_what_to_install(llava_ft, monkeypatch):
-    monkeypatch.setattr(server, "find_spec", lambda name: None)
+@pytest.mark.parametrize("installed", [None, "4.44.1", "6.4"])
+def test_a_page_without_its_extra_says_what_to_install(llava_ft, monkeypatch, installed):
+    def version(name):
+        if installed is None:
+            raise PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setattr(server, "version", version)
     code, _, err = llava_ft("chat", "--model", "nowhere", "--web")
-    assert code == 2 and err == "error: --web needs Gradio: pip install 'hf-llava-ft[web]'.\n"
+    what = f"--web needs Gradio 6.31 or newer, and {installed or 'none'} is installed"
+    assert code == 2 and err == f"error: {what}: pip install 'hf-llava-ft[web]'.\n"
+
+
+def test_the_extra_is_what_the_page_asks_for(checkout):
+    assert f'web = ["gradio>={server.OLDEST},<7"' in (checkout / "pyproject.toml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "method, headers, is_another",
+    [
+        ("POST", {}, False),  # no browser
+        ("POST", {"origin": "http://box:7860", "host": "box:7860"}, False),
+        ("POST", {"origin": "http://evil.example", "host": "box:7860"}, True),
+        ("GET", {"origin": "http://evil.example", "host": "box:7860"}, True),
+        ("POST", {"origin": "null", "host": "box:7860"}, True),
+        ("POST", {"origin": "http://127.0.0.1:8888", "host": "127.0.0.1:7860"}, True),
+        # A browser's own word counts: behind a proxy with TLS, the host is another.
+        ("POST", {"sec-fetch-site": "same-origin", "origin": "https://chat.example", "host": "127.0.0.1:7860"}, False),
+        ("POST", {"sec-fetch-site": "cross-site", "origin": "http://box:7860", "host": "box:7860"}, True),
+        ("GET", {"sec-fetch-site": "same-site", "sec-fetch-mode": "no-cors"}, True),
+        ("GET", {"sec-fetch-site": "none", "sec-fetch-mode": "navigate"}, False),
+        ("GET", {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}, False),  # a link
+        ("POST", {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}, True),  # a form
+    ],
+)
+def test_another_site_is_told_from_the_page_itself(method, headers, is_another):
+    assert is_asked_by_another_site(method, headers) is is_another

@@ -1,14 +1,18 @@
-"""The page in a browser without a screen. Slow, and needs what continuous integration need not have:
+"""The page in a browser without a screen: Chromium or Chrome on the PATH (Debian: apt-get install chromium).
 
-pip install 'hf-llava-ft[web]' playwright, and Chromium or Chrome on the PATH (Debian: apt-get install chromium)
+Without Gradio and Playwright, `test_page_environment.py` runs this file in an environment that has them.
 """
 
 import json
 import os
 import shutil
 import socket
+import sys
+import tempfile
+import threading
 import urllib.error
 import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,16 +27,30 @@ from hf_llava_ft.data.builder import load_llava_json
 from hf_llava_ft.web.server import served
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-LACKING = [
-    *(name for name in ("gradio", "playwright") if find_spec(name) is None),
-    *(["chromium on the PATH"] if CHROMIUM is None else []),
-]
+LACKING = [name for name in ("gradio", "playwright") if find_spec(name) is None]
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(bool(LACKING), reason=f"the page needs, to be looked at: {', '.join(LACKING)}"),
+    pytest.mark.skipif(bool(LACKING), reason=f"without {LACKING}, test_page_environment.py runs this"),
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium or Chrome on the PATH: apt-get install chromium"),
 ]
 FLAGS = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync".split()
 SETTINGS = {"max_new_tokens": 12, "temperature": 0.0, "top_p": None}
+PASSWORD = "correct horse battery"
+
+
+@pytest.fixture(scope="module")
+def reached():
+    """The hosts that this process, which serves the page, looks up or connects to."""
+    hosts = []
+
+    def note(event, args):
+        if event == "socket.getaddrinfo":
+            hosts.append(args[0])
+        elif event == "socket.connect" and isinstance(args[1], tuple):
+            hosts.append(args[1][0])
+
+    sys.addaudithook(note)
+    return hosts
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +72,20 @@ def browser():
 
 
 @pytest.fixture
-def serve(models, tmp_path, monkeypatch):
-    """A function that opens the page, with what it is told; closed in the end."""
+def serve(models, tmp_path, monkeypatch, reached):
+    """A function that opens the page, with what it is told; closed in the end, when nothing of it is left, and nobody
+    elsewhere was called."""
     monkeypatch.setattr(os, "environ", os.environ.copy())
-    monkeypatch.setenv("GRADIO_ALLOWED_PATHS", str(tmp_path))  # which is not heeded
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name, value in {
+        "GRADIO_ALLOWED_PATHS": str(tmp_path),  # what is for other pages is not heeded
+        "GRADIO_SHARE": "True",
+        "GRADIO_ANALYTICS_ENABLED": "True",
+        "HTTP_PROXY": "http://127.0.0.1:9",
+    }.items():
+        monkeypatch.setenv(name, value)
     opened = []
+    reached.clear()
 
     def start(password=None, **settings):
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -78,6 +105,8 @@ def serve(models, tmp_path, monkeypatch):
     yield start
     for page in opened:
         page.__exit__(None, None, None)
+    assert not opened or not Path(os.environ["GRADIO_TEMP_DIR"]).exists()
+    assert set(reached) == {"127.0.0.1"}  # itself
 
 
 @pytest.fixture
@@ -220,9 +249,10 @@ def test_it_fits_a_telephone_and_a_screen(serve, look, models, picture, width, h
         assert not any(each.is_visible() for each in page.query_selector_all(f'.side [aria-label="{unwanted}"]'))
 
 
-def status(address, **headers):
+def status(address, data=None, **headers):
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
     try:
-        with urllib.request.urlopen(urllib.request.Request(address, headers=headers)) as response:
+        with urllib.request.urlopen(urllib.request.Request(address, data, headers)) as response:
             return response.status, response.headers
     except urllib.error.HTTPError as error:
         return error.code, error.headers
@@ -245,12 +275,59 @@ def test_no_file_but_uploads_is_served_and_no_other_name_is_heeded(serve, look, 
     assert folder.stat().st_mode & 0o077 == 0 and any(folder.rglob("grey.png"))
 
 
+@pytest.fixture
+def other_site():
+    """The address of another page on this machine, as a stranger's would be."""
+
+    class Empty(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Empty) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+SEND = """async address => {
+    const form = new FormData();
+    form.append("files", new Blob(["x"]), "sent.png");
+    const answer = await fetch(address + "/gradio_api/upload", {method: "POST", mode: "no-cors", body: form});
+    return answer.status;
+}"""
+
+
+def test_another_site_cannot_have_the_browser_ask(serve, look, other_site):
+    address = serve()
+    stranger = look(other_site)
+    stranger.evaluate(SEND, address)
+    assert not list(Path(os.environ["GRADIO_TEMP_DIR"]).rglob("sent.png"))
+    assert look(address).evaluate(SEND, address) == 200  # the control: the page itself
+    assert list(Path(os.environ["GRADIO_TEMP_DIR"]).rglob("sent.png"))
+
+
+def test_another_site_cannot_use_the_login_of_a_visitor(serve):
+    address = serve(PASSWORD)
+    login = status(f"{address}/login", f"username=me&password={PASSWORD.replace(' ', '+')}".encode())
+    cookie = "; ".join(each.split(";")[0] for each in login[1].get_all("set-cookie"))
+    asked = {"Cookie": cookie, "Host": "chat.example"}
+    assert status(f"{address}/config", **asked)[0] == 200  # the control
+    assert status(f"{address}/config", Origin="https://chat.example", **asked)[0] == 200
+    assert status(f"{address}/config", Origin="https://evil.example", **asked)[0] == 403
+    assert status(f"{address}/config", Origin="https://chat.example", Sec_Fetch_Site="cross-site", **asked)[0] == 403
+
+
 def test_a_password_stands_before_all_of_it(serve, look, models):
-    address = serve("correct horse battery")
+    address = serve(PASSWORD)
     for path in ("/config", "/gradio_api/info", "/gradio_api/file=x", "/gradio_api/queue/data?session_hash=a"):
         assert status(f"{address}{path}")[0] == 401
     page = look(address)
-    for said, is_right in (("wrong horse battery", False), ("correct horse battery", True)):
+    for said, is_right in (("wrong horse battery", False), (PASSWORD, True)):
         page.wait_for_selector("input[type=password]")
         page.locator("input:not([type=password]), textarea").first.fill("me")
         page.fill("input[type=password]", said)

@@ -73,11 +73,13 @@ def test_while_it_is_answered_each_side_shows_the_question_once(talk):
     seen = []
     for _ in talk.ask("Hello", [PICTURE], ["a.png"], **SHORT):
         seen.append(texts(talk))
+        assert [[said.is_whole for said in column] for column in talk.columns()] == [[True, False]] * 2
         assert [[said.files for said in column] for column in talk.columns()] == [[["a.png"], []]] * 2
         for not_now in (talk.begin, lambda: talk.choose("two", None)):
             with pytest.raises(UserError, match="an answer is being written"):
                 not_now()
     assert all(len(column) == 2 for step in seen for column in step)
+    assert all(said.is_whole for column in talk.columns() for said in column)
     assert seen[0][1][1] == "" and seen[-1][0][1].strip() == texts(talk)[0][1]
 
 
