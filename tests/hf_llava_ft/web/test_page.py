@@ -121,6 +121,7 @@ def look(browser):
         page.set_default_timeout(30_000)
         page.on("request", lambda request: elsewhere.append(request.url))
         page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", lambda line: wrong.append(line.text) if "Content Security Policy" in line.text else None)
         page.goto(address)
         return page
 
@@ -231,6 +232,31 @@ def test_what_is_wrong_is_a_sentence_on_the_page(serve, look, picture, tmp_path)
     page.get_by_role("button", name="Keep for training").click()
     told(page, "nothing was answered yet")
     assert "Traceback" not in page.content()
+
+
+ELSEWHERE = "http://elsewhere.example/a.png"
+# Gives what the browser refused to load.
+LOAD = """address => new Promise(done => {
+    document.addEventListener("securitypolicyviolation", event => done(event.blockedURI));
+    const image = new Image();
+    image.onerror = () => setTimeout(() => done("nothing"), 500);
+    image.src = address;
+})"""
+
+
+def test_what_is_said_is_shown_as_text_and_no_picture_of_elsewhere_is_loaded(serve, look, browser):
+    address = serve()
+    page = look(address)
+    said = f"![]({ELSEWHERE}) <img src={ELSEWHERE}> $$x^2$$"
+    ask(page, said)
+    page.wait_for_function(
+        "said => document.querySelector('[data-testid=user]')?.innerText.trim() == said.trim()", arg=said
+    )
+    assert page.query_selector(f'img[src="{ELSEWHERE}"]') is None
+    other = browser.new_page()  # not looked at as the others are: here something is to go wrong
+    other.goto(address)
+    assert other.evaluate(LOAD, ELSEWHERE) == ELSEWHERE
+    other.close()
 
 
 @pytest.mark.parametrize("width, height", [(390, 844), (1400, 900)])
