@@ -25,6 +25,7 @@ footer, .side [aria-label="Clear"], .side [aria-label="Share"], .side a[download
 .side > .wrapper > .icon-button-wrapper, .side .message-buttons-right { display: none !important; }
 .gradio-container { width: 100% !important; max-width: 1200px !important; margin: 0 auto !important; }
 .side { height: 52vh !important; }
+.side .message-content .md { white-space: pre-wrap !important; }
 .side .message img { max-height: 22vh !important; width: auto !important; }
 #told { min-height: 1.5em; }
 #told .error { color: #b91c1c; }
@@ -136,14 +137,16 @@ def build_page(
 def _side(label: str, visible: bool) -> Any:
     import gradio as gr
 
-    # As text: an answer in Markdown or HTML could name pictures of elsewhere, which the browser would fetch.
+    # What is said is shown as it is: in Markdown or HTML it could name pictures of elsewhere, and tags would be missing.
+    # Gradio leaves out Markdown, not HTML (6.31), so that `_message` escapes it; its button would copy the escapes.
     return gr.Chatbot(
         label=label,
         visible=visible,
         render_markdown=False,
+        latex_delimiters=[],
         height="52vh",
         min_width=320,
-        buttons=["copy"],
+        buttons=[],
         feedback_options=None,
         allow_file_downloads=False,
         elem_classes="side",
@@ -212,7 +215,9 @@ def _message(said: Said) -> dict[str, Any]:
     text = said.text.replace("<image>", "") if len(said.files) == 1 else said.text
     if said.role == "assistant" and not text.strip():
         text = "(an empty answer)" if said.is_whole else "..."
-    return {"role": said.role, "content": [*({"path": file} for file in said.files), *filter(None, [text.strip()])]}
+    # Not a bare string: Gradio takes the indentation from one.
+    written = [{"type": "text", "text": html.escape(text.strip("\n"), quote=False)}] if text.strip() else []
+    return {"role": said.role, "content": [*({"path": file} for file in said.files), *written]}
 
 
 def _told(sentence: str, is_error: bool = False) -> str:
