@@ -1,6 +1,7 @@
 """The page: pictures and questions in, streamed answers out, of one model or two. All that needs Gradio."""
 
 import html
+import re
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -28,10 +29,12 @@ footer, .side [aria-label="Clear"], .side [aria-label="Share"], .side a[download
 .side .message-content .md { white-space: pre-wrap !important; }
 .side .message img { max-height: 22vh !important; width: auto !important; }
 #told { min-height: 1.5em; }
+#told .flag { white-space: nowrap; }
 #told .error { color: #b91c1c; }
 .dark #told .error { color: #fca5a5; }
 @media (max-width: 700px) {
   .side { height: 44vh !important; }
+  :has(> .side + .side) > .side { height: 29vh !important; }
   .side .message img { max-height: 16vh !important; }
   .gradio-container .main { padding: 8px 12px !important; }
 }
@@ -137,7 +140,7 @@ def build_page(
 def _side(label: str, visible: bool) -> Any:
     import gradio as gr
 
-    # What is said is shown as it is: in Markdown or HTML it could name pictures of elsewhere, and tags would be missing.
+    # What is said is shown as it is: as Markdown or HTML it could name pictures of elsewhere, and would lack its tags.
     # Gradio leaves out Markdown, not HTML (6.31), so that `_message` escapes it; its button would copy the escapes.
     return gr.Chatbot(
         label=label,
@@ -222,4 +225,5 @@ def _message(said: Said) -> dict[str, Any]:
 
 def _told(sentence: str, is_error: bool = False) -> str:
     kind = ' class="error"' if is_error else ""
-    return f'<span role="status"{kind}>{html.escape(sentence)}</span>' if sentence else ""
+    unbroken = re.sub(r"--\w+", r'<span class="flag">\g<0></span>', html.escape(sentence))
+    return f'<span role="status"{kind}>{unbroken}</span>' if sentence else ""

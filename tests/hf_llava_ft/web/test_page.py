@@ -264,9 +264,13 @@ def test_it_fits_a_telephone_and_a_screen(serve, look, models, picture, width, h
     ask(page, "What is it?", picture)
     shows(page, [[answer(models, name, "What is it?", Image.open(picture))] for name in ("one", BASE)])
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.evaluate("scrollTo(0, 0)")
+    question = page.query_selector("#question").bounding_box()
+    assert question["y"] + question["height"] <= height  # both answers are seen, and where to go on
     left, right = (each.bounding_box() for each in page.query_selector_all(".side"))
     if width < 700:
         assert right["y"] >= left["y"] + left["height"] and left["width"] > 340
+        assert min(left["height"], right["height"]) > 200
     else:
         assert right["x"] >= left["x"] + left["width"] and abs(right["y"] - left["y"]) < 2
     for unwanted in ("Share", "Clear"):
