@@ -48,7 +48,7 @@ def prepared(tiny_checkpoint, llava_json, tmp_path):
 
 
 def test_rows_are_grouped_by_tokens_and_otherwise_in_each_epoch(prepared):
-    trainer = prepared()
+    trainer = prepared(padding_free="false")
     sampler = trainer._get_train_sampler()
     assert isinstance(sampler, ModalityLengthSampler)
     counted = token_lengths(trainer.train_dataset, trainer.processing_class)
@@ -63,7 +63,7 @@ def test_rows_are_grouped_by_tokens_and_otherwise_in_each_epoch(prepared):
     assert trainer.told_of_padding().startswith("Padding: ")
     assert "grouped by pictures and length" in trainer.told_of_padding()
 
-    random = prepared(group_by_modality_length=False)
+    random = prepared(group_by_modality_length=False, padding_free="false")
     assert isinstance(random._get_train_sampler(), RandomSampler)
     assert "in random order" in random.told_of_padding()
 
@@ -129,7 +129,7 @@ def test_a_run_that_goes_on_keeps_its_order(tmp_path):
 
 @pytest.mark.parametrize("train_type", ["full", "lora"])
 def test_a_batch_padded_on_the_right_needs_no_mask(prepared, train_type):
-    trainer = prepared(train_type=train_type, group_by_modality_length=False)
+    trainer = prepared(train_type=train_type, group_by_modality_length=False, padding_free="false")
     trainer.model.train()
     batch = next(iter(trainer.get_train_dataloader()))
     assert not batch["attention_mask"].all()  # there is padding
