@@ -12,8 +12,8 @@ from hf_llava_ft.checkpoints.opening import load_model, load_processor
 from hf_llava_ft.data.lengths import token_lengths
 from hf_llava_ft.data.sampler import (
     ModalityLengthSampler,
+    like_lengths,
     modality_length_grouped_indices,
-    moderate_pool_steps,
     padding_share,
 )
 from hf_llava_ft.settings.arguments import TuningArguments
@@ -75,18 +75,16 @@ def test_micro_batches_hold_like_lengths_in_small_sets_too(num_processes, accumu
     signed = lengths * random.choice([1, -1], 192)
     generator = torch.Generator().manual_seed(0)
     world = num_processes * accumulation
-    pool_steps = moderate_pool_steps(192, 4 * world)
-    assert pool_steps == {1: 12, 4: 3, 8: 1}[world]
+    how = like_lengths(192, 4 * world)
+    assert how["mixing"] and like_lengths(4 * world * 100, 4 * world) == {"pool_steps": 50, "mixing": 0.0}
     grouped = {
-        micro: modality_length_grouped_indices(
-            signed, 4, world, generator, pool_steps=pool_steps, accumulation_steps=micro
-        )
+        micro: modality_length_grouped_indices(signed, 4, world, generator, accumulation_steps=micro, **how)
         for micro in (accumulation, None)
     }
     assert sorted(grouped[accumulation]) == list(range(192))
     shares = {micro: padding_share(lengths[order], 4) for micro, order in grouped.items()}
     at_random = padding_share(lengths[random.permutation(192)], 4)
-    assert shares[accumulation] < 0.5 * at_random
+    assert shares[accumulation] < 0.25 * at_random
     if accumulation > 1:
         assert shares[accumulation] < 0.6 * shares[None]  # which deals short rows and long ones to each
     with_images = [signed[step] > 0 for step in np.split(np.array(grouped[accumulation]), 192 // (4 * world))]
