@@ -38,7 +38,10 @@ _OF_HUGGING_FACE = [
 # What a fork may have otherwise than what it is forked from. transformers keeps the first, the rest is read late.
 _MODULES_CACHE = "HF_MODULES_CACHE"
 _PARENT = "HF_LLAVA_FT_PARENT"
-_READ_WHEN_NEEDED = (_MODULES_CACHE, _PARENT, "PYTHONPATH", "PYTEST_CURRENT_TEST", "COLUMNS", "RANK", "LOCAL_RANK")
+_READ_WHEN_NEEDED = {
+    *(_MODULES_CACHE, _PARENT, "PYTHONPATH", "PYTEST_CURRENT_TEST", "COLUMNS", "RANK", "LOCAL_RANK"),
+    "TORCHINDUCTOR_CACHE_DIR",  # which torch sets itself
+}
 _FIRST_ENVIRONMENT = dict(os.environ)
 
 ALWAYS_NEW = not hasattr(os, "fork")  # whether `run` starts a new Python each time
@@ -98,7 +101,7 @@ class Started:
 def _warm_for(environment: dict[str, str]) -> "_WarmProcess":
     names = environment.keys() | _FIRST_ENVIRONMENT.keys()
     differing = {name for name in names if environment.get(name) != _FIRST_ENVIRONMENT.get(name)}
-    return _warm(differing <= set(_READ_WHEN_NEEDED))
+    return _warm(differing <= _READ_WHEN_NEEDED)
 
 
 @functools.cache
