@@ -18,6 +18,7 @@ from tests import warm_python
 
 GOLDEN = Path(__file__).parent / "golden"
 CHECKOUT = Path(__file__).parent.parent
+VERIFIED_TOKENS = 8
 
 
 def pytest_addoption(parser):
@@ -32,11 +33,12 @@ def pytest_collection_finish():
 
 @pytest.fixture(scope="session", autouse=True)
 def _warm_python(request):
-    """What is written is verified in forks of a warm process too. Gives what it is verified by outside the tests."""
-    from hf_llava_ft.checkpoints import verify
+    """What is written is verified in forks of a warm process too, by fewer tokens. Gives what starts a new Python."""
+    from hf_llava_ft.checkpoints import reload, verify
 
     new_python = verify.fresh_python
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reload, "MAX_NEW_TOKENS", VERIFIED_TOKENS)  # two hundred times, by models that never stop
         if request.config.getoption("--new-python"):
             patch.setattr(warm_python, "ALWAYS_NEW", True)
         else:
