@@ -19,6 +19,7 @@ from tests import warm_python
 GOLDEN = Path(__file__).parent / "golden"
 CHECKOUT = Path(__file__).parent.parent
 VERIFIED_TOKENS = 8
+MANY_OBJECTS = 50_000
 
 
 def pytest_addoption(parser):
@@ -29,6 +30,14 @@ def pytest_collection_finish():
     """What has been imported stays: without this, every collection of garbage goes through a million such objects."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """And what the tests of a file have imported, if it was much."""
+    if (nextitem is None or nextitem.path != item.path) and len(gc.get_objects()) > MANY_OBJECTS:
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
