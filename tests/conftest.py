@@ -43,11 +43,15 @@ def pytest_runtest_teardown(item, nextitem):
 @pytest.fixture(scope="session", autouse=True)
 def _warm_python(request):
     """What is written is verified in forks of a warm process too, by fewer tokens. Gives what starts a new Python."""
+    from transformers import PreTrainedConfig
+
     from hf_llava_ft.checkpoints import reload, verify
 
     new_python = verify.fresh_python
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reload, "MAX_NEW_TOKENS", VERIFIED_TOKENS)  # two hundred times, by models that never stop
+        # Each that is read is put in words for a log that nobody sees, which takes a tenth of loading a tiny model.
+        patch.setattr(PreTrainedConfig, "__repr__", lambda config: type(config).__name__)
         if request.config.getoption("--new-python"):
             patch.setattr(warm_python, "ALWAYS_NEW", True)
         else:
