@@ -1,11 +1,12 @@
 """Rows of a LLaVA JSON before the first step, beside an earlier build: opened, counted in tokens, checked.
 
-    python benchmarks/data_path.py --earlier FOLDER --output_dir /tmp/rows [--rows 10000 100000 --rounds 3]
+    python benchmarks/data_path.py --earlier FOLDER --output_dir /tmp/rows [--rows 10000 100000 --rounds 3 --no_check]
 
 FOLDER holds the files of commit 345f9fe (`git worktree add FOLDER 345f9fe`), which run in the same environment. For
 each size a set is written (`synthetic_665k.py`, once). Then, each in a fresh process and the sides in turn, the set is
-opened for the first time, opened again, and its tokens are counted; after the rounds this build checks it twice, with a
-kept result as `llava-ft check` does. Prints a table, and writes results/data_path.json after each size. Linux only.
+opened for the first time, opened again, and its tokens are counted; after the rounds this build checks it twice, with
+a kept result as `llava-ft check` does. Prints a table, and writes results/data_path.json after each size, where other
+sizes stay as they were. Linux only.
 
 CPU seconds are those of all processes together; imports are left out, and told apart. Memory is a run of its own:
 `Pss_Anon` of the process and its workers at its peak, over that of the process after its imports. Pages of files are
@@ -64,8 +65,11 @@ def measure(what: str, folder: Path) -> dict[str, float]:
 
 
 def measure_memory(folder: Path) -> dict[str, float]:
+    import datasets
+
     from hf_llava_ft.data.builder import load_llava_json
 
+    datasets.disable_progress_bars()
     baseline = sum(anonymous_bytes())
     peak, done = [baseline], threading.Event()
 
@@ -140,7 +144,7 @@ def folder_of(side: str, set_folder: Path) -> Path:
     return folder
 
 
-def measure_size(set_folder: Path, num_rows: int, earlier: Path, rounds: int) -> dict:
+def measure_size(set_folder: Path, num_rows: int, earlier: Path, rounds: int, with_check: bool) -> dict:
     set_folder = set_folder.resolve()
     if not (set_folder / "data.json").exists():
         writer = [sys.executable, HERE / "synthetic_665k.py", "--output_dir", set_folder, "--rows", str(num_rows)]
@@ -156,8 +160,9 @@ def measure_size(set_folder: Path, num_rows: int, earlier: Path, rounds: int) ->
             print(num_rows, side, {what: round(took["cpu"], 2) for what, took in one[side].items()}, file=sys.stderr)
         result["rounds"].append(one)
     folder = folder_of(SIDES[0], set_folder)
-    result["check"] = in_fresh_process("check", folder, code[SIDES[0]])
-    result["check_again"] = in_fresh_process("check_again", folder, code[SIDES[0]])
+    if with_check:
+        result["check"] = in_fresh_process("check", folder, code[SIDES[0]])
+        result["check_again"] = in_fresh_process("check_again", folder, code[SIDES[0]])
     result["memory"] = in_fresh_process("memory", folder_of(SIDES[0], set_folder), code[SIDES[0]])
     result["load_average"].append(os.getloadavg()[0])
     shutil.rmtree(folder / "cache")
@@ -192,10 +197,14 @@ def print_table(results: list[dict]) -> None:
         table.add_row(title, *cells)
         costs = [f"{seconds(result, SIDES[0], what) / result['rows'] * 1e6:.1f} us" for result in results]
         table.add_row("  a row, this build", *costs)
-    table.add_row("check", *(f"{result['check']['cpu']:.2f}" for result in results))
-    again = [f"{result['check_again']['cpu']:.2f} = {ratio(result, 'check_again'):.3f}" for result in results]
-    table.add_row("check again, of the first", *again)
-    table.add_row("imports of a check", *(f"{result['check_again']['cpu_before']:.2f}" for result in results))
+    checks = [
+        (f"{result['check']['cpu']:.2f}", f"{result['check_again']['cpu']:.2f} = {ratio(result, 'check_again'):.3f}")
+        if "check" in result
+        else ("-", "-")
+        for result in results
+    ]
+    table.add_row("check", *(first for first, _ in checks))
+    table.add_row("check again, of the first", *(again for _, again in checks))
     table.add_row("memory of the first opening", *(f"{result['memory']['peak_mb']:.0f} MB" for result in results))
     table.add_row("load average", *("{:.1f} to {:.1f}".format(*result["load_average"]) for result in results))
     Console(width=140).print(table)
@@ -219,6 +228,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results" / "data_path.json")
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--no_check", action="store_true", help="leave out the two checks")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -227,12 +237,16 @@ def main() -> None:
         return
     if args.earlier is None:
         parser.error("--earlier is the folder of the build to compare with")
-    results = []
+    known = json.loads(args.results.read_text())["sizes"] if args.results.exists() else []
+    results = {result["rows"]: result for result in known}
     for num_rows in args.rows:
-        results.append(measure_size(args.output_dir / str(num_rows), num_rows, args.earlier, args.rounds))
+        folder = args.output_dir / str(num_rows)
+        results[num_rows] = measure_size(folder, num_rows, args.earlier, args.rounds, not args.no_check)
+        results[num_rows]["machine"] = machine()
         args.results.parent.mkdir(parents=True, exist_ok=True)
-        args.results.write_text(json.dumps({"machine": machine(), "sizes": results}, indent=2) + "\n")
-    print_table(results)
+        sizes = [results[rows] for rows in sorted(results)]
+        args.results.write_text(json.dumps({"sizes": sizes}, indent=2) + "\n")
+    print_table(sizes)
 
 
 if __name__ == "__main__":
