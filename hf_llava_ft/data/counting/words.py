@@ -250,13 +250,7 @@ def _words_of(texts: list[str]) -> tuple[list[str], np.ndarray, np.ndarray]:
         Each word once; for all words of the texts one after another, which of them it is, `int[W]`; and how many words
         there are up to the end of each text, `int64[T]`.
     """
-    try:
-        split = pc.split_pattern(pa.array(texts, pa.string()), " ")
-    except UnicodeEncodeError:  # half a surrogate pair
-        lists = [text.split(" ") for text in texts]
-        places: dict[str, int] = {}
-        codes = [places.setdefault(word, len(places)) for words in lists for word in words]
-        return list(places), np.array(codes, dtype=np.int64), np.cumsum([len(words) for words in lists])
+    split = pc.split_pattern(pa.array(texts, pa.string()), " ")
     encoded = split.flatten().dictionary_encode()
     ends = np.cumsum(pc.list_value_length(split).to_numpy(zero_copy_only=False), dtype=np.int64)
     return encoded.dictionary.to_pylist(), encoded.indices.to_numpy(), ends
