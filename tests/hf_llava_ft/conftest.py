@@ -1,5 +1,6 @@
 """The commands as a user types them, a Hub to push to, and processors of both kinds."""
 
+import copy
 import shutil
 import signal
 import sys
@@ -9,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from hf_llava_ft.checkpoints.opening import load_model
+from hf_llava_ft.checkpoints.opening import load_model, load_processor
 from hf_llava_ft.cli import main
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
@@ -35,6 +36,14 @@ def llava_ft(monkeypatch, capfd):
     yield run
     for number, handler in before.items():
         signal.signal(number, handler)  # a command sets its own
+
+
+@pytest.fixture(scope="session")
+def loaded(tiny_checkpoint):
+    """A function that gives model and processor of `tiny_checkpoint`: copies, each time, of what is loaded once."""
+    processor = load_processor(str(tiny_checkpoint))
+    model = load_model(str(tiny_checkpoint), processor)
+    return lambda: copy.deepcopy((model, processor))
 
 
 @pytest.fixture(params=["pad", "anyres"])

@@ -4,6 +4,7 @@ Tiny real models with tokenizers and chat templates of each kind. One fresh proc
 imported, loads all the folders and asks them.
 """
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,12 +230,22 @@ def root(tmp_path_factory, golden) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def loaded_kind(root):
+    """`loaded_kind(name, tie)`: model and processor, loaded once; nobody changes them."""
+
+    @functools.cache
+    def load(name: str, tie: bool):
+        processor = load_processor(str(root / f"llava-{name}-{tie}"))
+        return load_model(str(root / f"llava-{name}-{tie}"), processor), processor
+
+    return load
+
+
 @pytest.mark.parametrize(("name", "tie"), CASES)
-def test_a_stranger_gets_the_same_logits_and_the_marks(root, name, tie):
-    folder = root / f"llava-{name}-{tie}"
-    found = load_file(folder.with_suffix(".out"))
-    processor = load_processor(str(folder))
-    model = load_model(str(folder), processor)
+def test_a_stranger_gets_the_same_logits_and_the_marks(root, loaded_kind, name, tie):
+    found = load_file((root / f"llava-{name}-{tie}").with_suffix(".out"))
+    model, processor = loaded_kind(name, tie)
     prompt = processor.apply_chat_template(MESSAGES, add_generation_prompt=True)
     assert bytes(found["text"].tolist()).decode() == prompt
     inputs = processor(
@@ -259,10 +270,9 @@ def test_a_stranger_gets_the_same_logits_and_the_marks(root, name, tie):
 
 
 @pytest.mark.parametrize(("name", "tie"), CASES)
-def test_the_language_model_is_the_one_it_was(root, name, tie):
+def test_the_language_model_is_the_one_it_was(root, loaded_kind, name, tie):
     source = AutoModelForCausalLM.from_pretrained(root / f"language-{name}-{tie}")
-    model = load_model(str(root / f"llava-{name}-{tie}"))
-    processor = load_processor(str(root / f"llava-{name}-{tie}"))
+    model, processor = loaded_kind(name, tie)
     num_words = min(processor.image_token_id, source.config.vocab_size)
     ids = torch.tensor([[5, 9, 17, 21, 30, 31]])
     with torch.no_grad():
@@ -279,9 +289,9 @@ def test_the_language_model_is_the_one_it_was(root, name, tie):
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if KINDS[name].template])
-def test_prompts_are_those_of_the_language_model(root, name):
+def test_prompts_are_those_of_the_language_model(root, loaded_kind, name):
     """Byte for byte what its own template writes; but Qwen3's, which drops what it wrote into earlier answers."""
-    processor = load_processor(str(root / f"llava-{name}-False"))
+    _, processor = loaded_kind(name, False)
     chat = [
         {"role": "user", "content": "What?"},
         {"role": "assistant", "content": "A boat."},

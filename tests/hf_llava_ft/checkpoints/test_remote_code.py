@@ -323,7 +323,6 @@ def test_native_and_original_folders_carry_no_code(tiny, tmp_path):
         assert not carries_our_code(tmp_path / folder)
 
 
-@pytest.mark.new_python
 def test_verification_is_a_strangers(written, monkeypatch, tmp_path):
     """In the fresh process the package cannot be imported, and the user's cache of code stays as it is."""
     folder, expected = written["mlp3x"]

@@ -99,7 +99,6 @@ def test_nan_is_a_difference(written):
     assert "the logits differ by nan" in verify(*written).differences[0]
 
 
-@pytest.mark.new_python
 def test_a_folder_that_does_not_load_is_an_error(written):
     folder = written[0]
     (folder / "model.safetensors").write_bytes(b"not weights")

@@ -280,7 +280,7 @@ def test_the_command_needs_no_weights_and_fits(tiny, tmp_path, checkout):
     assert fitted.exit_code == 0, fitted.output
     plan = json.loads(out.read_text())["plan"]
     assert (plan["batch"]["size"], plan["accumulation"], plan["gradient_checkpointing"]) == (4, 1, False)
-    assert run(*words, "--fit", "1.0001").exit_code == 2
+    assert run(*words, "--fit", "1.0001", "--global_batch", "1").exit_code == 2
 
 
 def test_the_rows_say_rank_and_batch_as_in_training(tiny, tmp_path):

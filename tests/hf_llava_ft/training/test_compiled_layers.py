@@ -6,7 +6,6 @@ from torch._dynamo.utils import counters
 from transformers import set_seed
 
 import hf_llava_ft
-from hf_llava_ft.checkpoints.opening import load_model, load_processor
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.settings.arguments import TuningArguments
 from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
@@ -23,15 +22,15 @@ def fresh_compiler():
 
 
 @pytest.fixture
-def prepared(tiny_checkpoint, llava_json, tmp_path):
+def prepared(loaded, llava_json, tmp_path):
     """A function that makes a Trainer with packing."""
     data = hf_llava_ft.load_llava_json(*llava_json(12, with_text_rows=True))
 
     def make(train_type="lora", **settings):
-        processor = load_processor(str(tiny_checkpoint))
+        model, processor = loaded()
         set_seed(1)
         tuning = TuningArguments(train_type=train_type, lora_r=4, lora_alpha=8, lora_dropout=0.0)
-        model = with_tuning(load_model(str(tiny_checkpoint), processor), tuning, "")
+        model = with_tuning(model, tuning, "")
         given = {"max_steps": 4, "learning_rate": 1e-3, "save_strategy": "no", "packing": True, "logging_steps": 1}
         given |= {"max_tokens_per_batch": 150, "per_device_eval_batch_size": 3}
         args = LlavaTrainingArguments(

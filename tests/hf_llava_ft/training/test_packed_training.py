@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 from transformers import set_seed
 
 import hf_llava_ft
-from hf_llava_ft.checkpoints.opening import load_model, load_processor
 from hf_llava_ft.data.collator import LlavaCollator, PackCollator
 from hf_llava_ft.data.lengths import token_lengths
 from hf_llava_ft.data.packing import PackSampler
@@ -49,14 +48,15 @@ def data(rows):
 
 
 @pytest.fixture
-def prepared(tiny_checkpoint, data, tmp_path):
+def prepared(loaded, data, tmp_path):
     """A function that makes a Trainer with packing."""
 
     def make(train_type="full", model=None, processor=None, **settings):
-        processor = load_processor(str(tiny_checkpoint)) if processor is None else processor
+        tiny_model, tiny_processor = loaded()
+        processor = tiny_processor if processor is None else processor
         tuning = TuningArguments(train_type=train_type, lora_r=4, lora_alpha=8, lora_dropout=0.0)
         set_seed(1)
-        model = with_tuning(load_model(str(tiny_checkpoint), processor) if model is None else model, tuning, "")
+        model = with_tuning(tiny_model if model is None else model, tuning, "")
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)

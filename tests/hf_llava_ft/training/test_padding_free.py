@@ -35,14 +35,14 @@ def data(rows):
 
 
 @pytest.fixture
-def prepared(tiny_checkpoint, data, tmp_path):
+def prepared(loaded, data, tmp_path):
     """A function that makes a Trainer whose batches are of four rows."""
 
     def make(train_type="full", model=None, dataset=data, collator=None, name="out", **settings):
-        processor = load_processor(str(tiny_checkpoint))
+        tiny_model, processor = loaded()
         tuning = TuningArguments(train_type=train_type, lora_r=4, lora_alpha=8, lora_dropout=0.0)
         set_seed(1)
-        model = with_tuning(load_model(str(tiny_checkpoint), processor) if model is None else model, tuning, "")
+        model = with_tuning(tiny_model if model is None else model, tuning, "")
         for parameter_name, parameter in model.named_parameters():
             if "lora_B" in parameter_name:
                 torch.nn.init.normal_(parameter, std=0.1)

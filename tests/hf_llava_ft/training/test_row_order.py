@@ -8,7 +8,6 @@ import torch
 from torch.utils.data import RandomSampler
 
 import hf_llava_ft
-from hf_llava_ft.checkpoints.opening import load_model, load_processor
 from hf_llava_ft.data.lengths import token_lengths
 from hf_llava_ft.data.sampler import (
     ModalityLengthSampler,
@@ -27,14 +26,13 @@ MINIMAL = ["--model_name_or_path", "m", "--data_path", "d.json", "--image_folder
 
 
 @pytest.fixture
-def prepared(tiny_checkpoint, llava_json, tmp_path):
+def prepared(loaded, llava_json, tmp_path):
     """A function that makes a Trainer of so many rows, half of them without a picture."""
     made_data = {}
 
     def make(num_rows=32, train_type="projector", **settings):
-        processor = load_processor(str(tiny_checkpoint))
-        tuning = TuningArguments(train_type=train_type, lora_r=4, lora_alpha=8)
-        model = with_tuning(load_model(str(tiny_checkpoint), processor), tuning, "")
+        model, processor = loaded()
+        model = with_tuning(model, TuningArguments(train_type=train_type, lora_r=4, lora_alpha=8), "")
         given = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "save_strategy": "no"}
         args = LlavaTrainingArguments(
             output_dir=str(tmp_path / "out"), disable_tqdm=True, use_cpu=True, **(given | settings)

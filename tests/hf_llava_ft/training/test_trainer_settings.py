@@ -9,7 +9,6 @@ import torch
 from transformers import TrainingArguments
 
 import hf_llava_ft
-from hf_llava_ft.checkpoints.opening import load_model, load_processor
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.settings.arguments import TuningArguments
 from hf_llava_ft.settings.parsing import resolve
@@ -20,12 +19,12 @@ RATE = 1e-2
 
 
 @pytest.fixture
-def prepared(tiny_checkpoint, llava_json, tmp_path):
+def prepared(loaded, llava_json, tmp_path):
     """A function that makes a Trainer of the projector, of so many rows, as told."""
 
     def make(num_rows=4, **settings):
-        processor = load_processor(str(tiny_checkpoint))
-        model = with_tuning(load_model(str(tiny_checkpoint), processor), TuningArguments(train_type="projector"), "")
+        model, processor = loaded()
+        model = with_tuning(model, TuningArguments(train_type="projector"), "")
         given = {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": RATE, "warmup_steps": 0}
         given |= {"lr_scheduler_type": "constant", "optim": "adamw_torch", "save_strategy": "no", "use_cpu": True}
         args = LlavaTrainingArguments(output_dir=str(tmp_path / "out"), disable_tqdm=True, **(given | settings))
