@@ -15,6 +15,7 @@ import json
 import logging
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -120,20 +121,21 @@ class FeatureCache:
 
     def _opened(self, root: Path, rows: Sequence[Any], processor: LlavaProcessor, made_of: dict[str, Any]) -> str:
         needed, number = self._needed(rows, processor)
+        described = self.features.folder / "made_of.json"
+        content = json.dumps(made_of, indent=2, default=str) + "\n"
         try:
-            self.features.folder.mkdir(parents=True, exist_ok=True)
-            content = json.dumps(made_of, indent=2) + "\n"
-            write_atomically(self.features.folder / "made_of.json", lambda path: path.write_text(content, "utf-8"))
+            if not described.exists():  # one that is there may be of others, for reading alone
+                write_atomically(described, lambda path: path.write_text(content, "utf-8"))
         except OSError as error:
             raise UserError(f"{_NAME} {root} cannot be written to: {error.strerror}.") from error
         self.features.tidy()
         free = shutil.disk_usage(root).free
-        room = f"the features of {number:,} pictures need about {_size(needed)} more in {root}"
+        room = f"the features of {number:,} pictures need about {disk_size(needed)} more in {root}"
         if needed > free:
             raise UserError(
-                f"{_NAME}: {room}, where {_size(free)} are free; name a folder on a larger disk, or leave it out."
+                f"{_NAME}: {room}, where {disk_size(free)} are free; name a folder on a larger disk, or leave it out."
             )
-        return f"Vision features are kept: {room}, where {_size(free)} are free."
+        return f"Vision features are kept: {room}, where {disk_size(free)} are free."
 
     def _needed(self, rows: Sequence[Any], processor: LlavaProcessor) -> tuple[int, int]:
         """Bytes that are still needed, by a look at some pictures, and the number of all."""
@@ -161,8 +163,9 @@ class FeatureCache:
             raise UserError("cache_vision_features: the vision tower trains since the Trainer was made; freeze it.")
         with torch.no_grad(), self._accelerator.autocast():
             computed = self._model.model.vision_features(pixels)[0].to(self.dtype)
-        for picture, features in zip(new, computed.split([each.crops for each in new]), strict=True):
-            self._keep(picture, features)
+        if new:  # not those of another collator
+            for picture, features in zip(new, computed.split([each.crops for each in new]), strict=True):
+                self._keep(picture, features)
         stored = inputs.get("vision_features")
         inputs["vision_features"] = computed if stored is None else torch.cat((stored, computed))
         return inputs
@@ -233,7 +236,7 @@ def _some_pictures(rows: Sequence[Dataset]) -> list[bytes]:
         chosen = places[np.linspace(0, len(places) - 1, min(len(places), _MOST_LOOKED_AT), dtype=np.int64)]
         for place in chosen.tolist():
             for image in each[place]["images"]:
-                if isinstance(image, dict):
+                with suppress(OSError):  # of which the batch will speak that needs it
                     found.append(image.get("bytes") or Path(image["path"]).read_bytes())
     return found
 
@@ -249,7 +252,8 @@ def _num_crops(picture: bytes, processor: LlavaProcessor, config: LlavaConfig) -
         return num_crops(torch.tensor([size_when_opened(opened, processor.picture_opening)]), config)[0]
 
 
-def _size(number: int) -> str:
+def disk_size(number: int) -> str:
+    """In units of 1000, as disks are sold."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if number >= size:
             return f"{number / size:.1f} {unit}"
