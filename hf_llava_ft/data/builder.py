@@ -12,7 +12,9 @@ What may surprise:
 """
 
 import os
+import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,9 +28,10 @@ from datasets import Features, Image, List, Value
 
 from hf_llava_ft.data.decoded import DecodedPictures
 from hf_llava_ft.data.image_folder import ImageFolder
-from hf_llava_ft.data.json.file_index import content_fingerprint, file_index
+from hf_llava_ft.data.json.file_index import FileIndex, columns_folder, content_fingerprint, file_index
 from hf_llava_ft.data.json.garbage import garbage_collection_paused
 from hf_llava_ft.data.json.llava_json import checked_row
+from hf_llava_ft.data.json.named_images import NamedImages
 from hf_llava_ft.data.json.parts import JsonPart, iter_part, part_columns
 from hf_llava_ft.data.json.rows import iter_json_rows
 from hf_llava_ft.data.pictures import unreadable_images
@@ -111,8 +114,9 @@ class LlavaConversations(datasets.ArrowBasedBuilder):
         indexes = [file_index(path, self._index_root) for path in paths]
         # All rows, in parts of some megabytes that can be read each on its own.
         self.parts: list[JsonPart] = [part for index in indexes for part in index.parts]
+        self._named = _named_images(indexes, ImageFolder(image_folder))
         if kwargs.get("content_fingerprint") is None:
-            kwargs["content_fingerprint"] = content_fingerprint(indexes, image_folder)
+            kwargs["content_fingerprint"] = content_fingerprint(indexes, self._named)
         kwargs.setdefault("dataset_name", "llava_conversations")
         super().__init__(
             cache_dir=cache_dir,
@@ -131,7 +135,7 @@ class LlavaConversations(datasets.ArrowBasedBuilder):
     def _generate_tables(self, parts: list[JsonPart]) -> Iterator[tuple[str, pa.Table]]:
         images = ImageFolder(self.config.image_folder)
         for part in parts:
-            whole = _table_of_part(part, images)
+            whole = self._table_of_part(part, images)
             if whole is not None:
                 for start in range(0, len(whole), _TABLE_ROWS):
                     yield f"{part.path}:{part.first_row}:{start}", whole.slice(start, _TABLE_ROWS)
@@ -168,13 +172,41 @@ class LlavaConversations(datasets.ArrowBasedBuilder):
         # Last, since it takes longest; still inside, so that a failure leaves no cache.
         self._refuse_unreadable_images()
 
+    def _table_of_part(self, part: JsonPart, images: ImageFolder) -> pa.Table | None:
+        """All rows of a part in the layout of [`FEATURES`], at once; None where they have to be read one by one: one
+        is wrong, or unusual."""
+        columns = part_columns(part, columns_folder(part.path, self._index_root))
+        if columns is None:
+            return None
+        names = columns.image_names.flatten()
+        try:
+            paths = self._paths_of(names, part, images)
+        except UserError:
+            return None  # the row that names it first is found on the other road
+        pictures = pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), paths], ["bytes", "path"])
+        stored = pa.ListArray.from_arrays(columns.image_names.offsets, pictures)
+        numbers = np.arange(part.first_row, part.first_row + len(columns.ids))
+        arrays = {
+            "id": pc.coalesce(columns.ids, pa.array(numbers).cast(pa.string())),
+            "messages": columns.messages,
+            "images": stored,
+            "num_words": pa.array(columns.num_words, pa.int32()),
+            "num_images": pc.list_value_length(stored),
+        }
+        return pa.table([arrays[name] for name in FEATURES], schema=FEATURES.arrow_schema)
+
+    def _paths_of(self, names: pa.Array, part: JsonPart, images: ImageFolder) -> pa.Array:
+        if self._named.are_plain and not pc.any(pc.starts_with(names, "data:")).as_py():
+            return pc.binary_join_element_wise(self._named.prefix, names, "")
+        encoded = names.dictionary_encode()
+        found = [images.resolve(name, part.path) for name in encoded.dictionary.to_pylist()]
+        return pa.DictionaryArray.from_arrays(encoded.indices, pa.array(found, pa.string())).cast(pa.string())
+
     def _refuse_unreadable_images(self) -> None:
         files, images = self.config.files, ImageFolder(self.config.image_folder)
-        indexes = [file_index(file, self._index_root) for file in files]
-        named = dict.fromkeys(name for index in indexes for name in index.images)
         # All of them are inside the folder, links followed: the rows have been read. So no need to do it again.
-        paths = (os.path.join(images.real_path or "", name) for name in named)
-        unreadable = unreadable_images(paths, DecodedPictures(self._index_root))
+        named = self._named
+        unreadable = unreadable_images(named.paths, DecodedPictures(self._index_root), named.states)
         if not unreadable:
             return
         unreadable = {os.path.realpath(path): reason for path, reason in unreadable.items()}
@@ -215,10 +247,19 @@ def load_llava_json(
     Raises:
         UserError: at the first thing that is wrong; nothing is left in the cache then.
     """
-    builder = LlavaConversations(
-        cache_dir=None if cache_dir is None else os.fspath(cache_dir), data_files=data_path, image_folder=image_folder
-    )
-    builder.download_and_prepare(num_proc=max(1, min(num_workers(), len(builder.parts))))
+    root = Path(os.path.expanduser(cache_dir or datasets.config.HF_DATASETS_CACHE))
+    paths = _absolute_paths(data_path)
+    try:
+        for path in paths:
+            file_index(path, root, keep_columns=True)
+        builder = LlavaConversations(
+            cache_dir=None if cache_dir is None else os.fspath(cache_dir), data_files=paths, image_folder=image_folder
+        )
+        builder.download_and_prepare(num_proc=max(1, min(num_workers(), len(builder.parts))))
+    finally:
+        for path in paths:
+            with suppress(UserError):
+                shutil.rmtree(columns_folder(path, root), ignore_errors=True)
     return undecoded(builder.as_dataset(split="train"))
 
 
@@ -246,29 +287,8 @@ def modality_lengths(dataset: datasets.Dataset) -> np.ndarray:
     return np.where(columns["num_images"] > 0, 1, -1) * columns["num_words"].astype(np.int64)
 
 
-def _table_of_part(part: JsonPart, images: ImageFolder) -> pa.Table | None:
-    """All rows of a part in the layout of [`FEATURES`], at once; None where they have to be read one by one: one is
-    wrong, or unusual."""
-    columns = part_columns(part)
-    if columns is None:
-        return None
-    names = columns.image_names.flatten().dictionary_encode()
-    try:
-        found = [images.resolve(name, part.path) for name in names.dictionary.to_pylist()]
-    except UserError:
-        return None  # the row that names it first is found on the other road
-    paths = pa.DictionaryArray.from_arrays(names.indices, pa.array(found, pa.string())).cast(pa.string())
-    pictures = pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), paths], ["bytes", "path"])
-    stored = pa.ListArray.from_arrays(columns.image_names.offsets, pictures)
-    numbers = np.arange(part.first_row, part.first_row + len(columns.ids))
-    arrays = {
-        "id": pc.coalesce(columns.ids, pa.array(numbers).cast(pa.string())),
-        "messages": columns.messages,
-        "images": stored,
-        "num_words": pa.array(columns.num_words, pa.int32()),
-        "num_images": pc.list_value_length(stored),
-    }
-    return pa.table([arrays[name] for name in FEATURES], schema=FEATURES.arrow_schema)
+def _named_images(indexes: Sequence[FileIndex], folder: ImageFolder) -> NamedImages:
+    return NamedImages(dict.fromkeys(name for index in indexes for name in index.images), folder)
 
 
 def _next_table(rows: Iterator[dict]) -> pa.Table | None:

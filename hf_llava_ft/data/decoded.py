@@ -8,6 +8,7 @@ change within the clock's grain would go unseen.
 """
 
 import os
+import struct
 from collections.abc import Sequence
 from contextlib import suppress
 from hashlib import blake2b
@@ -18,9 +19,18 @@ import PIL
 from filelock import FileLock
 from PIL import Image
 
-_VERSION = 1  # raise it when another file counts as a picture
+_VERSION = 2  # raise it when another file counts as a picture
 _MAX_KNOWN = 20_000_000  # 160 MB on disk
 NO_FILE = 0
+# What a file is known by. Device and inode can be any 64 bits.
+STATE = np.dtype([("device", "<u8"), ("inode", "<u8"), ("size", "<i8"), ("modified", "<i8"), ("changed", "<i8")])
+_PACKED = struct.Struct("<QQqqq")
+MISSING = _PACKED.pack(0, 0, -1, 0, 0)
+
+
+def packed_state(found: os.stat_result) -> bytes:
+    """One [`STATE`]."""
+    return _PACKED.pack(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 class DecodedPictures:
@@ -38,6 +48,12 @@ class DecodedPictures:
     def keys(self, paths: Sequence[str]) -> np.ndarray:
         """`uint64[N]`, equal for names of one file as it is now; `NO_FILE` where there is none."""
         return np.fromiter(map(_key, paths), dtype=np.uint64, count=len(paths))
+
+    def keys_of_states(self, states: np.ndarray) -> np.ndarray:
+        """`uint64[N]`, as `keys` gives them, of files whose `STATE[N]` was asked already."""
+        packed, size = states.tobytes(), STATE.itemsize
+        pieces = (packed[start : start + size] for start in range(0, len(packed), size))
+        return np.fromiter(map(_key_of, pieces), dtype=np.uint64, count=len(states))
 
     def are_known(self, keys: np.ndarray) -> np.ndarray:
         """`bool[N]`: which of `keys` were found to be pictures."""
@@ -81,8 +97,11 @@ def _key(path: str, changed_before: int | None = None) -> int:
         return NO_FILE
     if changed_before is not None and found.st_ctime_ns >= changed_before:
         return NO_FILE
-    state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-    return int.from_bytes(blake2b(repr(state).encode(), digest_size=8).digest(), "little")
+    return _key_of(packed_state(found))
+
+
+def _key_of(state: bytes) -> int:
+    return NO_FILE if state == MISSING else int.from_bytes(blake2b(state, digest_size=8).digest(), "little")
 
 
 def _clock_of(folder: Path) -> int:

@@ -200,30 +200,31 @@ class _RowCounter:
 
     def __call__(self, rows: pa.Table) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
         """Of R rows, `num_tokens` and `num_supervised` `int64[R]` and `refused` by place among them."""
+        with garbage_collection_paused():  # what it leaves is freed before the collector would look at it
+            return self._counts(rows)
+
+    def _counts(self, rows: pa.Table) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
         num_tokens, num_supervised = np.zeros((2, len(rows)), dtype=np.int64)
         refused: dict[int, str] = {}
-        with garbage_collection_paused():
-            num_images = pc.list_value_length(rows["images"]).fill_null(0).to_pylist()
-            images = rows["images"].to_pylist() if self.processor.depends_on_image_size else [None] * len(rows)
-            places, rendered = self._rendered(rows["messages"], refused)
-            for place, counted in zip(places, self._counter.count(rendered), strict=True):
-                num_ids, num_places, num_supervised[place] = counted
-                if num_places != num_images[place]:
-                    refused[place] = (
-                        f"the conversation has {num_places} {self.processor.image_token} and there are "
-                        f"{num_images[place]} images: the numbers must be equal."
-                    )
-                    continue
-                try:
-                    num_image_tokens = _num_image_tokens(self.processor, num_places, images[place])
-                except (OSError, ValueError, SyntaxError) as error:  # a header that Pillow can't read
-                    refused[place] = (
-                        f"the size of an image can't be read ({error}); replace the file or remove the row."
-                    )
-                    continue
-                num_tokens[place] = num_ids - num_places + num_image_tokens
-            for place in refused:
-                num_supervised[place] = 0
+        num_images = pc.list_value_length(rows["images"]).fill_null(0).to_pylist()
+        images = rows["images"].to_pylist() if self.processor.depends_on_image_size else [None] * len(rows)
+        places, rendered = self._rendered(rows["messages"], refused)
+        for place, counted in zip(places, self._counter.count(rendered), strict=True):
+            num_ids, num_places, num_supervised[place] = counted
+            if num_places != num_images[place]:
+                refused[place] = (
+                    f"the conversation has {num_places} {self.processor.image_token} and there are "
+                    f"{num_images[place]} images: the numbers must be equal."
+                )
+                continue
+            try:
+                num_image_tokens = _num_image_tokens(self.processor, num_places, images[place])
+            except (OSError, ValueError, SyntaxError) as error:  # a header that Pillow can't read
+                refused[place] = f"the size of an image can't be read ({error}); replace the file or remove the row."
+                continue
+            num_tokens[place] = num_ids - num_places + num_image_tokens
+        for place in refused:
+            num_supervised[place] = 0
         return num_tokens, num_supervised, dict(sorted(refused.items()))
 
     def _rendered(self, messages: pa.ChunkedArray, refused: dict[int, str]) -> tuple[list[int], list[Rendered]]:

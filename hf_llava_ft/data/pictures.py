@@ -83,7 +83,9 @@ def undecodable(place: str, path: str | None, reason: str) -> UserError:
     return UserError(f"{place}: {name} can't be decoded ({reason}); replace it or remove the row.")
 
 
-def unreadable_images(paths: Iterable[str], decoded: DecodedPictures | None = None) -> dict[str, str]:
+def unreadable_images(
+    paths: Iterable[str], decoded: DecodedPictures | None = None, states: np.ndarray | None = None
+) -> dict[str, str]:
     """
     Decode every distinct image completely and keep those that fail, on all cores, behind a progress bar.
 
@@ -92,6 +94,7 @@ def unreadable_images(paths: Iterable[str], decoded: DecodedPictures | None = No
     Args:
         paths (`Iterable[str]`): image files; repeated ones are decoded once, under whatever names.
         decoded (`DecodedPictures`, *optional*): what need not be decoded again; learns what could be.
+        states (`ndarray[N]` of `STATE`, *optional*): of the files, if they are known; `paths` has each once then.
 
     Returns:
         `dict[str, str]`: path -> reason, in the order given; empty when all is well.
@@ -102,7 +105,7 @@ def unreadable_images(paths: Iterable[str], decoded: DecodedPictures | None = No
     new = list(range(len(paths)))
     keys = np.zeros(len(paths), dtype=np.uint64)
     if decoded is not None:
-        keys = decoded.keys(paths)
+        keys = decoded.keys(paths) if states is None else decoded.keys_of_states(states)
         _, firsts = np.unique(keys, return_index=True)
         is_new = np.zeros(len(paths), dtype=bool)
         is_new[firsts] = True

@@ -11,19 +11,20 @@ tokenised with it, by `tokenize_rendered`, which is the one that says what is le
 (`None`), and the text is tokenised whole.
 """
 
-from collections.abc import Iterable, Sequence
-from itertools import chain, filterfalse
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from itertools import chain, filterfalse, islice
+from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from hf_llava_ft.data.counting.borders import BEFORE, SPACE
 from hf_llava_ft.data.counting.rendering import Rendered
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 
-# Numbers of tokens that no text has: a sum so large is of a word that cannot be counted alone, or is not known yet.
+# A number of tokens that no text has: a sum so large is of a word that cannot be counted alone.
 _NOT_TO_BE_SAID = 2**35
-_UNKNOWN = 2**62
 _WORDS_AT_ONCE = 100
 _MAX_KEPT = 200_000  # words
 
@@ -33,7 +34,7 @@ class _Plan(NamedTuple):
     How a text is counted.
 
     Args:
-        outside, inside (`list[str]`): words of which nothing is learned, and all; each without the space in front.
+        outside, inside (`list[str]`): texts of which nothing is learned, and all, of words with a space between them.
         exact (`list[_Piece]`): the first word, the last, and those with the border of a span inside.
     """
 
@@ -58,17 +59,6 @@ class _Piece(NamedTuple):
     is_last: bool
 
 
-class _Known(dict):
-    """Says `unknown` of what is not in it."""
-
-    def __init__(self, unknown: Any):
-        super().__init__()
-        self._unknown = unknown
-
-    def __missing__(self, key: Any) -> Any:
-        return self._unknown
-
-
 class WordCounts:
     """
     Args:
@@ -79,8 +69,8 @@ class WordCounts:
         self._processor = processor
         self._added = tuple(token.content for token in processor.tokenizer.added_tokens_decoder.values())
         self._last_of_added = {token[-1] for token in self._added}
-        self._words: dict[str, int] = _Known(_UNKNOWN)
-        self._pieces: dict[_Piece, tuple[int, int]] = _Known((_UNKNOWN, 0))
+        self._words: dict[str, int] = {}
+        self._pieces: dict[_Piece, tuple[int, int]] = {}
         self._num_before = len(processor.tokenize_rendered([(BEFORE, [])])[0][0])
 
     def counts(self, rendered: Sequence[Rendered]) -> list[tuple[int, int] | None]:
@@ -92,34 +82,49 @@ class WordCounts:
             For each its tokens and how many of them are learned, as `tokenize_rendered` has them; None where words do
             not tell.
         """
-        found: list[tuple[int, int] | None] = []
-        unknown: dict[int, _Plan] = {}
-        for place, (text, spans) in enumerate(rendered):
-            plan = self._plan(text, spans)
-            counted = None if plan is None else self._sum(plan)
-            found.append(counted)
-            if plan is not None and counted is not None and counted[0] >= _NOT_TO_BE_SAID:
-                unknown[place] = plan
-        for again in (lambda plan: plan, self._joined):
-            if unknown:
-                unknown = {place: again(plan) for place, plan in unknown.items()}
-                self._learn(unknown.values())
-                for place, plan in list(unknown.items()):
-                    found[place] = counted = self._sum(plan)
-                    if counted[0] < _NOT_TO_BE_SAID:
-                        del unknown[place]
-        for place in unknown:
-            found[place] = None
+        if len(self._words) > _MAX_KEPT or len(self._pieces) > _MAX_KEPT:
+            self._words.clear()
+            self._pieces.clear()
+        plans = [self._plan(text, spans) for text, spans in rendered]
+        known = [plan for plan in plans if plan is not None]
+        sums = iter(self._sums(known))
+        found = [None if plan is None else next(sums) for plan in plans]
+        for place, counted in enumerate(found):
+            if counted is not None and counted[0] >= _NOT_TO_BE_SAID:
+                plan = plans[place]
+                assert plan is not None
+                found[place] = self._sum_of_joined(plan)
         return found
 
-    def _sum(self, plan: "_Plan") -> tuple[int, int]:
-        words = self._words.__getitem__
-        learned = sum(map(words, plan.inside))
-        total = learned + sum(map(words, plan.outside))
+    def _sums(self, plans: list["_Plan"]) -> list[tuple[int, int]]:
+        """Tokens and learned ones of each plan."""
+        texts = [text for plan in plans for text in (*plan.outside, *plan.inside)]
+        words, codes, ends = _words_of(texts)
+        self._learn(words, plans)
+        tokens = np.fromiter(map(self._words.__getitem__, words), dtype=np.int64, count=len(words))
+        before = np.concatenate([[0], np.cumsum(tokens[codes])])[np.concatenate([[0], ends])]
+        sums = iter(np.diff(before).tolist())
+        found = []
+        for plan in plans:
+            outside = sum(islice(sums, len(plan.outside)))
+            learned = sum(islice(sums, len(plan.inside)))
+            total = outside + learned
+            for num_tokens, num_learned in map(self._pieces.__getitem__, plan.exact):
+                total += num_tokens
+                learned += num_learned
+            found.append((total, learned))
+        return found
+
+    def _sum_of_joined(self, plan: "_Plan") -> tuple[int, int] | None:
+        """With those words joined that no border is between; None if that does not tell either."""
+        outside, inside = (self._joined(" ".join(texts).split(" ")) if texts else [] for texts in plan[:2])
+        self._learn([*outside, *inside], [])
+        learned = sum(map(self._words.__getitem__, inside))
+        total = learned + sum(map(self._words.__getitem__, outside))
         for num_tokens, num_learned in map(self._pieces.__getitem__, plan.exact):
             total += num_tokens
             learned += num_learned
-        return total, learned
+        return (total, learned) if total < _NOT_TO_BE_SAID else None
 
     def _plan(self, text: str, spans: list[tuple[int, int]]) -> "_Plan | None":
         """None where words can't tell: an image inside of a span would not be learned."""
@@ -155,43 +160,33 @@ class WordCounts:
             stop = found
         return start
 
-    def _joined(self, plan: "_Plan") -> "_Plan":
-        """A plan that was cut at every space, with those words joined that no border is between."""
-        lists = []
-        for words in (plan.outside, plan.inside):
-            joined: list[str] = []
-            held = None
-            for word in words:
-                if held is not None:
-                    word = f"{held} {word}"
-                    held = None
-                elif self._words[word] < _NOT_TO_BE_SAID:
-                    joined.append(word)
-                    continue
-                if word and self._ends_before_border(word, len(word)):
-                    joined.append(word)
-                else:
-                    held = word
-            assert held is None  # there is a border behind the last of each list
-            lists.append(joined)
-        outside, inside = lists
-        return _Plan(outside, inside, plan.exact)
+    def _joined(self, words: list[str]) -> list[str]:
+        """Words that were cut at every space, with those joined that no border is between."""
+        joined: list[str] = []
+        held = None
+        for word in words:
+            if held is not None:
+                word = f"{held} {word}"
+                held = None
+            elif self._words[word] < _NOT_TO_BE_SAID:
+                joined.append(word)
+                continue
+            if word and self._ends_before_border(word, len(word)):
+                joined.append(word)
+            else:
+                held = word
+        assert held is None  # there is a border behind the last of each text
+        return joined
 
-    def _learn(self, plans: Iterable["_Plan"]) -> None:
-        """Tokenises the words and pieces that are not known."""
-        if len(self._words) > _MAX_KEPT or len(self._pieces) > _MAX_KEPT:
-            self._words.clear()
-            self._pieces.clear()
-        new: set[str] = set()
-        pieces: set[_Piece] = set()
-        for plan in plans:
-            new.update(filterfalse(self._words.__contains__, chain(plan.outside, plan.inside)))
-            pieces.update(filterfalse(self._pieces.__contains__, plan.exact))
+    def _learn(self, words: list[str], plans: list["_Plan"]) -> None:
+        """Tokenises the words, and the pieces of plans, that are not known."""
+        new = list(dict.fromkeys(filterfalse(self._words.__contains__, words)))
         self._words.update(dict.fromkeys(new, _NOT_TO_BE_SAID))
-        words = [word for word in new if word and self._ends_before_border(word, len(word)) and SPACE not in word]
-        for start in range(0, len(words), _WORDS_AT_ONCE):
-            self._learn_words(words[start : start + _WORDS_AT_ONCE])
-        self._learn_pieces(list(pieces))
+        new = [word for word in new if word and self._ends_before_border(word, len(word)) and SPACE not in word]
+        for start in range(0, len(new), _WORDS_AT_ONCE):
+            self._learn_words(new[start : start + _WORDS_AT_ONCE])
+        pieces = chain.from_iterable(plan.exact for plan in plans)
+        self._learn_pieces(list(dict.fromkeys(filterfalse(self._pieces.__contains__, pieces))))
 
     def _learn_words(self, words: list[str]) -> None:
         """As one text, in which each has its tokens."""
@@ -234,7 +229,7 @@ def _filled(text: str, spans: list[tuple[int, int]], pieces: list[tuple[int, int
             first += 1
         if begin > before:
             is_inside = first < len(spans) and spans[first][0] <= before
-            (plan.inside if is_inside else plan.outside).extend(text[before + 1 : begin].split(" "))
+            (plan.inside if is_inside else plan.outside).append(text[before + 1 : begin])
         if end > begin:
             within = []
             for start, stop in spans[first:]:
@@ -245,3 +240,17 @@ def _filled(text: str, spans: list[tuple[int, int]], pieces: list[tuple[int, int
             plan.exact.append(_Piece(text[begin:end], tuple(within), begin == 0, end == length))
         before = end
     return plan
+
+
+def _words_of(texts: list[str]) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """
+    The words between spaces of T texts, as `str.split` has them.
+
+    Returns:
+        Each word once; for all words of the texts one after another, which of them it is, `int[W]`; and how many words
+        there are up to the end of each text, `int64[T]`.
+    """
+    split = pc.split_pattern(pa.array(texts, pa.string()), " ")
+    encoded = split.flatten().dictionary_encode()
+    ends = np.cumsum(pc.list_value_length(split).to_numpy(zero_copy_only=False), dtype=np.int64)
+    return encoded.dictionary.to_pylist(), encoded.indices.to_numpy(), ends

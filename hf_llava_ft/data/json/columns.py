@@ -20,15 +20,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json
 
-from hf_llava_ft.data.schema import IMAGE_PLACEHOLDER, ROLES, user_content
+from hf_llava_ft.data.json.turns import Bytes, content_of
+from hf_llava_ft.data.json.usual_rows import loose_brackets, usual_rows
+from hf_llava_ft.data.schema import ROLES
 
 _MAX_DEPTH = 100  # a row that is trained on has 4; the parser breaks down at some ten thousand
 _OTHER_MEDIA = ("video", "videos", "audio", "audios")
 _NOT_HERE = ("system", *_OTHER_MEDIA)
 _IMAGE_KEYS = ("image", "images")
 _CODES = {"user": 0, "assistant": 1, "system": 2}
-# Of ASCII, what `str.split` takes for blank.
-_IS_BLANK = np.array([chr(byte).isspace() for byte in range(128)] + [False] * 128)
 _NOT_STRUCTURE = bytes(set(range(256)) - set(b'[]{}"'))
 _DEPTH_OF = np.zeros(256, dtype=np.int32)
 _DEPTH_OF[list(b"[{")], _DEPTH_OF[list(b"]}")] = 1, -1
@@ -49,6 +49,14 @@ class Columns(NamedTuple):
     messages: pa.Array
     image_names: pa.Array
     num_words: np.ndarray
+
+
+def rows_of_part(contents: bytes, is_list: bool) -> pa.StructArray | None:
+    """As [`rows_of_json`], where rows are as most are without what nobody reads."""
+    rows = usual_rows(contents, is_list) if _is_utf8(contents) else None
+    if rows is not None and (loose_brackets(contents, rows) <= _MAX_DEPTH or _depth(contents) <= _MAX_DEPTH):
+        return rows
+    return rows_of_json(contents, is_list)
 
 
 def rows_of_json(contents: bytes, is_list: bool) -> pa.StructArray | None:
@@ -108,21 +116,23 @@ def columns_of(rows: pa.StructArray) -> Columns | None:
     speakers, values = _field(turns, "from"), _field(turns, "value")
     if not _is_text(speakers) or not _is_text(values) or speakers.null_count or values.null_count:
         return None
-    if any(_has_nul(column) for column in (ids, names.flatten(), values)):
+    said = Bytes(values)
+    if said.have_nul or any(_has_nul(column) for column in (ids, names.flatten())):
         return None
     roles = _roles(speakers, num_turns)
-    if roles is None or pc.any(pc.equal(pc.utf8_trim_whitespace(values.filter(pa.array(roles == 1))), "")).as_py():
+    num_words = said.num_words()
+    if roles is None or not num_words[roles == _CODES["assistant"]].all():
         return None
-    image_turns = np.flatnonzero(pc.match_substring(values, IMAGE_PLACEHOLDER).to_numpy(zero_copy_only=False))
-    if roles[image_turns].any():
+    places = said.places_of_images()
+    if roles[places.turns].any():
         return None
-    content, num_places = _content(values, image_turns)
     starts = np.cumsum(num_turns) - num_turns
-    if (np.add.reduceat(num_places, starts) != _lengths(names)).any():
+    if (np.add.reduceat(places.counts(len(values)), starts) != _lengths(names)).any():
         return None
+    content = content_of(values, places)
     role_names = pa.DictionaryArray.from_arrays(pa.array(roles), list(_CODES)).cast(pa.string())
     messages = _as_list(pa.StructArray.from_arrays([role_names, content], ["role", "content"]), num_turns)
-    return Columns(ids, messages, names, np.add.reduceat(_num_words(values), starts))
+    return Columns(ids, messages, names, np.add.reduceat(num_words, starts))
 
 
 def _depth(contents: bytes) -> int:
@@ -213,46 +223,6 @@ def _roles(speakers: pa.Array, num_turns: np.ndarray) -> np.ndarray | None:
     return roles
 
 
-def _content(values: pa.Array, image_turns: np.ndarray) -> tuple[pa.ListArray, np.ndarray]:
-    """The content of each of T turns, and `int64[T]`, how many images are in it."""
-    num_places = np.zeros(len(values), dtype=np.int64)
-    num_parts = pc.not_equal(values, "").to_numpy(zero_copy_only=False).astype(np.int64)
-    contents = [user_content(text) for text in values.take(pa.array(image_turns)).to_pylist()]
-    num_parts[image_turns] = [len(content) for content in contents]
-    num_places[image_turns] = [sum(part["type"] == "image" for part in content) for content in contents]
-    # Where each part's text is: among the values, behind them, or nowhere.
-    sources = np.full(int(num_parts.sum()), -1, dtype=np.int64)
-    firsts = np.cumsum(num_parts) - num_parts
-    whole = np.setdiff1d(np.flatnonzero(num_parts), image_turns, assume_unique=True)
-    sources[firsts[whole]] = whole
-    others: list[str] = []
-    for first, content in zip(firsts[image_turns].tolist(), contents, strict=True):
-        for place, part in enumerate(content, start=first):
-            if part["text"] is not None:
-                sources[place] = len(values) + len(others)
-                others.append(part["text"])
-    is_image = sources < 0
-    texts = pa.concat_arrays([values, pa.array(others, pa.string())]).take(pa.array(sources, mask=is_image))
-    kinds = pa.DictionaryArray.from_arrays(pa.array(is_image.astype(np.int8)), ["text", "image"]).cast(pa.string())
-    parts = pa.StructArray.from_arrays([kinds, texts], ["type", "text"])
-    return _as_list(parts, num_parts), num_places
-
-
 def _num_words(texts: pa.Array) -> np.ndarray:
     """`int64[T]`: how many pieces `str.split` makes of each."""
-    _, offsets, data = texts.buffers()
-    offsets_of_texts = np.frombuffer(offsets, dtype=np.int32)[texts.offset : texts.offset + len(texts) + 1]
-    first, last = int(offsets_of_texts[0]), int(offsets_of_texts[-1])
-    content = np.frombuffer(data, dtype=np.uint8)[first:last] if data else np.zeros(0, dtype=np.uint8)
-    borders = offsets_of_texts.astype(np.int64) - first
-    is_word = ~_IS_BLANK[content]
-    begins = is_word.copy()
-    begins[1:] &= ~is_word[:-1]
-    inner = borders[(borders > 0) & (borders < len(content))]
-    begins[inner] = is_word[inner]
-    counts = np.diff(np.searchsorted(np.flatnonzero(begins), borders))
-    others = np.flatnonzero(content > 127)
-    if len(others):  # blanks there are of other alphabets too
-        turns = np.unique(np.searchsorted(borders, others, side="right") - 1)
-        counts[turns] = [len(text.split()) for text in texts.take(pa.array(turns)).to_pylist()]
-    return counts
+    return Bytes(texts).num_words()

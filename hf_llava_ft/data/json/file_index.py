@@ -6,6 +6,7 @@ A small list beside the cache of `datasets` keeps it: so opening a known set rea
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -13,12 +14,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from hf_llava_ft.data.image_folder import ImageFolder
+from hf_llava_ft.data.json.named_images import NamedImages
 from hf_llava_ft.data.json.parts import JsonPart, index_json
-from hf_llava_ft.data.worker_pool import results_in_order
 from hf_llava_ft.errors import UserError
-
-_STATS_AT_ONCE = 32_768  # images; a process of its own costs as much as 10,000 of them
 
 
 @dataclass(frozen=True)
@@ -37,15 +35,48 @@ class FileIndex:
     num_rows: int
 
 
-def file_index(path: str, cache_root: Path) -> FileIndex:
+def file_index(path: str, cache_root: Path, keep_columns: bool = False) -> FileIndex:
     """
     Args:
         path (`str`): a LLaVA JSON or JSONL file.
         cache_root (`Path`): where the list is kept.
+        keep_columns (`bool`): if the file has to be read now, keep its columns in [`columns_folder`].
 
     Raises:
         UserError: if the file can't be read, or is no JSON.
     """
+    kept = _kept_index(path, cache_root)
+    if not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{kept}.lock"):  # one process of many reads the file
+            if not kept.exists():
+                unfinished, columns = kept.with_suffix(".incomplete"), kept.with_suffix(_COLUMNS)
+                shutil.rmtree(columns, ignore_errors=True)  # of a process that was killed
+                found = index_json(path, columns_folder=columns if keep_columns else None)
+                index = FileIndex(found.digest, found.images, found.parts, found.num_rows)
+                written = {**vars(index), "parts": [vars(part) for part in index.parts]}
+                unfinished.write_text(json.dumps(written), encoding="utf-8")
+                unfinished.replace(kept)
+                return index
+    known = json.loads(kept.read_text(encoding="utf-8"))
+    parts = [JsonPart(**part) for part in known["parts"]]
+    return FileIndex(known["digest"], known["images"], parts, known["num_rows"])
+
+
+def columns_folder(path: str, cache_root: Path) -> Path:
+    """Where the columns of a file are that was just read; it need not be there."""
+    return _kept_index(path, cache_root).with_suffix(_COLUMNS)
+
+
+def content_fingerprint(indexes: Sequence[FileIndex], images: NamedImages) -> str:
+    """Digest of the data files' contents, of the folder, and each named image's path, size and modification time."""
+    digest = blake2b(images.digest, digest_size=16)
+    for index in indexes:
+        digest.update(index.digest.encode())
+    return digest.hexdigest()
+
+
+def _kept_index(path: str, cache_root: Path) -> Path:
     try:
         status = os.stat(path)
     except OSError as error:
@@ -53,53 +84,7 @@ def file_index(path: str, cache_root: Path) -> FileIndex:
     # With ctime, which no program can set: a file that another of equal size and time was copied over is noticed too.
     identity = [path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
     name = f"{blake2b(repr(identity).encode(), digest_size=16).hexdigest()}.index.json"
-    kept = cache_root / "llava_conversations_files" / name
-    if not kept.exists():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{kept}.lock"):  # one process of many reads the file
-            if not kept.exists():
-                unfinished = kept.with_suffix(".incomplete")
-                index = _read_once(path)
-                written = {**vars(index), "parts": [vars(part) for part in index.parts]}
-                unfinished.write_text(json.dumps(written), encoding="utf-8")
-                unfinished.replace(kept)
-    known = json.loads(kept.read_text(encoding="utf-8"))
-    parts = [JsonPart(**part) for part in known["parts"]]
-    return FileIndex(known["digest"], known["images"], parts, known["num_rows"])
+    return cache_root / "llava_conversations_files" / name
 
 
-def content_fingerprint(indexes: Sequence[FileIndex], image_folder: str | None) -> str:
-    """Digest of the data files' contents, of the folder, and each named image's path, size and modification time."""
-    folder = ImageFolder(image_folder).real_path or ""
-    digest = blake2b(os.fsencode(folder), digest_size=16)
-    names: dict[str, None] = {}
-    for index in indexes:
-        digest.update(index.digest.encode())
-        names.update(dict.fromkeys(index.images))
-    ordered = list(names)
-    groups = [ordered[start : start + _STATS_AT_ONCE] for start in range(0, len(ordered), _STATS_AT_ONCE)]
-
-    def states_of(group: int) -> bytes:
-        states = "\n".join(_state(folder, name) for name in groups[group])
-        return blake2b(states.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-
-    for states in results_in_order(states_of, range(len(groups))):
-        digest.update(states)
-    return digest.hexdigest()
-
-
-def _read_once(path: str) -> FileIndex:
-    index = index_json(path)
-    digest = blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return FileIndex(digest.hexdigest(), index.images, index.parts, index.num_rows)
-
-
-def _state(folder: str, name: str) -> str:
-    try:
-        status = os.stat(f"{folder}/{name}")
-        return f"{name}\t{status.st_size}\t{status.st_mtime_ns}"
-    except (OSError, ValueError):  # what is wrong with it is said with its row, when rows are read
-        return f"{name}\tmissing"
+_COLUMNS = ".columns"

@@ -12,9 +12,12 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from hf_llava_ft.data.json.columns import Columns, columns_of, names_of_images, rows_of_json
+from hf_llava_ft.data.json import kept_columns
+from hf_llava_ft.data.json.columns import Columns, columns_of, names_of_images, rows_of_part
 from hf_llava_ft.data.json.garbage import garbage_collection_paused
 from hf_llava_ft.data.json.rows import MAX_ROW_CHARS, iter_json_rows
 from hf_llava_ft.data.worker_pool import num_workers, results_in_order
@@ -24,6 +27,7 @@ _PART_BYTES = 8 * 2**20
 _SEARCH_BYTES = 2**20
 
 _BOM = b"\xef\xbb\xbf"
+_BLANK = b" \t\r\n"
 _SPACE = rb"[ \t\r\n]*"
 _FIRST_ROW = re.compile(rb"(?P<bracket>\[?)" + _SPACE + rb'(?P<row>\{[ \t\r\n]*"[^"\\]{0,200}")')
 _WHITESPACE = re.compile(r"[ \t\n\r]*")
@@ -65,32 +69,35 @@ class JsonIndex:
         parts (`list[JsonPart]`): all its rows, in order.
         images (`list[str]`): the image names in it, each once, in the order they first appear.
         num_rows (`int`): how many rows the parts hold together.
+        digest (`str`): of the file's bytes.
     """
 
     parts: list[JsonPart]
     images: list[str]
     num_rows: int
+    digest: str
 
 
-def index_json(path: str, num_proc: int | None = None) -> JsonIndex:
+def index_json(path: str, num_proc: int | None = None, columns_folder: Path | None = None) -> JsonIndex:
     """
     Read the whole file once.
 
     Args:
         path (`str`): a UTF-8 file.
         num_proc (`int`, *optional*): processes; by default one for each core.
+        columns_folder (`Path`, *optional*): where the columns of each part are kept, for [`part_columns`].
 
     Raises:
         UserError: as `iter_json_rows`.
     """
-    index = _index_of_parts(path, num_workers() if num_proc is None else num_proc)
+    index = _index_of_parts(path, num_workers() if num_proc is None else num_proc, columns_folder)
     if index is None:
         names: dict[str, None] = {}
         num_rows = 0
         for _, row in iter_json_rows(path):
             names.update(dict.fromkeys(image_names(row)))
             num_rows += 1
-        index = JsonIndex([JsonPart(path)], list(names), num_rows)
+        index = JsonIndex([JsonPart(path)], list(names), num_rows, _digest_of_file(path))
     return index
 
 
@@ -105,8 +112,10 @@ def iter_part(part: JsonPart) -> Iterator[tuple[int, Any]]:
         for number, row in iter_json_rows(part.path):
             yield part.first_row - 1 + number, row
         return
-    rows = _part_rows(part)
+    rows = _rows_one_by_one(part, _contents(part))
     if rows is None:
+        for _ in iter_json_rows(part.path):  # what is wrong with it, if it is that
+            pass
         raise UserError(f"{part.path} changed while it was read; start again when nothing writes to it.")
     yield from enumerate(rows, start=part.first_row)
 
@@ -120,7 +129,15 @@ def image_names(row: Any) -> list[str]:
     return [name for name in names if isinstance(name, str) and not name.startswith("data:")]
 
 
-def _index_of_parts(path: str, num_proc: int) -> JsonIndex | None:
+class _Found(NamedTuple):
+    """What a part turned out to be."""
+
+    num_rows: int
+    names: list[str]
+    digest: bytes
+
+
+def _index_of_parts(path: str, num_proc: int, columns_folder: Path | None) -> JsonIndex | None:
     """None if the file cannot be read in parts."""
     from datasets.utils import tqdm  # the bar that datasets' disable_progress_bars() silences
 
@@ -129,32 +146,48 @@ def _index_of_parts(path: str, num_proc: int) -> JsonIndex | None:
         return None
     parts: list[JsonPart] = []
     names: dict[str, None] = {}
+    digest = blake2b(digest_size=16)
     next_row = 1
     with tqdm(total=sum(part.num_bytes for part in guessed), desc="Reading rows", unit="B", unit_scale=True) as bar:
-        for part, found in zip(guessed, results_in_order(_rows_and_names, guessed, num_proc), strict=True):
+        results = results_in_order(lambda part: _look_at(part, columns_folder), guessed, num_proc)
+        for part, found in zip(guessed, results, strict=True):
             if found is None:
                 return None
-            num_rows, named = found
             parts.append(replace(part, first_row=next_row))
-            names.update(dict.fromkeys(named))
-            next_row += num_rows
+            names.update(dict.fromkeys(found.names))
+            digest.update(found.digest)
+            next_row += found.num_rows
             bar.update(part.num_bytes)
     if next_row == 2 and not parts[0].is_list:  # one object may be anything, and no row
         return None
-    return JsonIndex(parts, list(names), next_row - 1)
+    return JsonIndex(parts, list(names), next_row - 1, digest.hexdigest())
 
 
-def _rows_and_names(part: JsonPart) -> tuple[int, list[str]] | None:
-    """The number of rows and the image names in a part; None if it is not whole rows."""
+def _look_at(part: JsonPart, columns_folder: Path | None) -> _Found | None:
+    """None if a part is not whole rows."""
     contents = _contents(part)
-    columns = None if contents is None else rows_of_json(contents, part.is_list)
+    if contents is None:
+        return None
+    # The cuts follow from the file, so parts that are equal make equal files.
+    digest = blake2b(contents, digest_size=16).digest()
+    columns = rows_of_part(contents, part.is_list)
     names = None if columns is None else names_of_images(columns)
     if columns is not None and names is not None and len(columns):
-        return len(columns), names
-    rows = _part_rows(part)
+        if columns_folder is not None and (translated := columns_of(columns)) is not None:
+            kept_columns.keep(translated, columns_folder, part.start)
+        return _Found(len(columns), names, digest)
+    rows = _rows_one_by_one(part, contents)
     if not rows:
         return None
-    return len(rows), list(dict.fromkeys(name for row in rows for name in image_names(row)))
+    return _Found(len(rows), list(dict.fromkeys(name for row in rows for name in image_names(row))), digest)
+
+
+def _digest_of_file(path: str) -> str:
+    digest = blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _guessed_parts(path: str) -> list[JsonPart]:
@@ -163,7 +196,7 @@ def _guessed_parts(path: str) -> list[JsonPart]:
         return []
     size = os.stat(path).st_size
     with open(path, "rb") as file:
-        first = _FIRST_ROW.match(file.read(_SEARCH_BYTES).removeprefix(_BOM).lstrip(b" \t\r\n"))
+        first = _FIRST_ROW.match(file.read(_SEARCH_BYTES).removeprefix(_BOM).lstrip(_BLANK))
         if first is None:
             return []
         is_list = bool(first["bracket"])
@@ -181,36 +214,45 @@ def _guessed_parts(path: str) -> list[JsonPart]:
     ]
 
 
-def part_columns(part: JsonPart) -> Columns | None:
+def part_columns(part: JsonPart, columns_folder: Path | None = None) -> Columns | None:
     """The rows of a part, checked and translated together; None if one is wrong or unusual, and for a whole file."""
-    contents = None if part.stop is None else _contents(part)
-    rows = None if contents is None else rows_of_json(contents, part.is_list)
+    if part.stop is None:
+        return None
+    if columns_folder is not None and (kept := kept_columns.kept(columns_folder, part.start)) is not None:
+        return kept
+    contents = _contents(part)
+    rows = None if contents is None else rows_of_part(contents, part.is_list)
     return None if rows is None else columns_of(rows)
 
 
 def _contents(part: JsonPart) -> bytes | None:
     """A part's JSON, a list or lines; None if it can't be read, or is cut off."""
     try:
-        with open(part.path, "rb") as file:
+        with open(part.path, "rb", buffering=0) as file:
             file.seek(part.start)
             contents = file.read(part.num_bytes)
     except OSError:
         return None
-    if part.start == 0:
-        contents = contents.removeprefix(_BOM)
-    contents = contents.strip(b" \t\r\n")
+    start, stop = 0, len(contents)
+    if part.start == 0 and contents.startswith(_BOM):
+        start = len(_BOM)
+    while start < stop and contents[start] in _BLANK:
+        start += 1
+    while start < stop and contents[stop - 1] in _BLANK:
+        stop -= 1
     if not part.is_list:
-        return contents
+        return contents[start:stop]
     # The part completed to a list of its own: "{...}, {...}," to "[{...}, {...}]".
-    if not part.is_last and not contents.endswith(b","):
-        return None
+    if not part.is_last:
+        if contents[stop - 1 : stop] != b",":
+            return None
+        stop -= 1
     before, after = b"" if part.start == 0 else b"[", b"" if part.is_last else b"]"
-    return b"%b%b%b" % (before, contents if part.is_last else contents[:-1], after)
+    return b"".join([before, memoryview(contents)[start:stop], after])
 
 
-def _part_rows(part: JsonPart) -> list[Any] | None:
+def _rows_one_by_one(part: JsonPart, contents: bytes | None) -> list[Any] | None:
     """None unless the part is whole rows, each with what separates it from the next."""
-    contents = _contents(part)
     if contents is None:
         return None
     try:

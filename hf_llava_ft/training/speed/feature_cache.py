@@ -148,7 +148,8 @@ class FeatureCache:
         missing = 0
         for picture in looked_at:
             if not self.features.has(digest_of(picture)):
-                missing += crop * _num_crops(picture, processor, config)
+                with suppress(OSError):  # of a file that is no picture
+                    missing += crop * _num_crops(picture, processor, config)
         return (round(missing * number / len(looked_at)) if looked_at else 0), number
 
     def completed(self, inputs: dict[str, Any]) -> dict[str, Any]:

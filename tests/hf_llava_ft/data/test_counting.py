@@ -281,6 +281,18 @@ def test_blanks_at_the_ends_of_texts_make_another_shape(golden, tiny):
     assert len(renderer._frames) == 6
 
 
+def test_words_are_those_of_split():
+    texts = ["a  b ", "", " ", "b \u3000c\n a", "Bär\x00 🐱"]
+    found, codes, ends = words._words_of(texts)
+    assert len(set(found)) == len(found)
+    said = [found[code] for code in codes]
+    starts = [0, *ends[:-1].tolist()]
+    assert [said[start:end] for start, end in zip(starts, ends.tolist(), strict=True)] == [
+        text.split(" ") for text in texts
+    ]
+    assert words._words_of([])[0] == []
+
+
 def test_few_shapes_and_words_are_kept(golden, tiny, monkeypatch):
     monkeypatch.setattr(rendering, "_MAX_SHAPES", 3)
     monkeypatch.setattr(words, "_MAX_KEPT", 20)

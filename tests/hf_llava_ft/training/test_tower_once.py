@@ -191,9 +191,9 @@ def test_packs_share_their_pictures(prepared, data):
     trainer = prepared("lora", packing=True, max_tokens_per_batch=400, per_device_train_batch_size=1)
     pack = [list(range(len(data)))]
     rows = [[data[index] for index in indices] for indices in pack]
-    shared = trainer.pack_collator()(rows)
+    shared = trainer.train_collator()(rows)
     trainer.data_collator = LlavaCollator(trainer.processing_class, uint8_pixels=True)
-    expected = step_of(trainer, [trainer.pack_collator()(rows)])
+    expected = step_of(trainer, [trainer.train_collator()(rows)])
     assert sum(trainer.seen) == 10
     assert_same(step_of(trainer, [shared]), expected)
     assert sum(trainer.seen) == 4
