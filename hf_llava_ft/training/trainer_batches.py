@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from torch.utils.data import DataLoader
 
-from hf_llava_ft.data.collator import FlatCollator
+from hf_llava_ft.data.collator import FlatCollator, LlavaCollator
 from hf_llava_ft.data.packing import PackSampler
 from hf_llava_ft.data.streaming import LlavaStream
 from hf_llava_ft.data.streaming.loader import stream_dataloader
@@ -28,6 +28,7 @@ class BatchingTrainer(CheckpointingTrainer):
     """
 
     args: LlavaTrainingArguments
+    _processor: Any
     is_compiled = False
     is_padding_free = False
 
@@ -47,7 +48,7 @@ class BatchingTrainer(CheckpointingTrainer):
         """What makes batches of rows, or of packs, to train on."""
         if self.args.packing:
             return pack_collator(self.data_collator, self.args, self.is_compiled)
-        return FlatCollator(self.data_collator) if self.is_padding_free else self.data_collator
+        return FlatCollator(cast(LlavaCollator, self.data_collator)) if self.is_padding_free else self.data_collator
 
     def pack_sampler(self) -> PackSampler:
         """The packs that a run with `packing` trains on."""
