@@ -48,6 +48,7 @@ from hf_llava_ft.training.retention import RetentionProbe, check_retention
 from hf_llava_ft.training.row_order import keep_order
 from hf_llava_ft.training.rows import open_all_rows, tell_of_rows_left_out, with_counted_rows
 from hf_llava_ft.training.run_trainer import teller, train_to_the_end, trainer_of_run
+from hf_llava_ft.training.speed.feature_cache import check_feature_cache
 from hf_llava_ft.training.summary import described, settings_of, train_summary
 from hf_llava_ft.training.tuning import TrainedPart, table_of_parts, trained_parts, with_tuning
 
@@ -96,6 +97,7 @@ def _train(
 
     # What is asked for, and whether it can be done here.
     tuning_args = settled_tuning(model_args, tuning_args)
+    check_feature_cache(data_args, tuning_args, training_args)
     run = _checked_first(model_args, data_args, training_args, tell)
     # Before anything is initialised: LoRA's matrices and the order of the data follow from --seed alone.
     set_seed(training_args.seed)
@@ -189,6 +191,8 @@ def _train(
     tell(said_precision(model, training_args))
     if trainer.is_world_process_zero() and (padding := trainer.told_of_padding()) is not None:
         tell(padding)
+    if trainer.tower_inputs.cache is not None:
+        tell(trainer.tower_inputs.cache.told)
 
     probe = None
     if data_args.retention_probe and trainer.is_world_process_zero():

@@ -7,7 +7,7 @@ code that travelled to the Hub with a checkpoint stays what it is. Two things ma
 checked that would have to be read from the data.
 
 Legend of the shapes: B rows, T positions (text and image), N images of the batch, C crops of theirs in LLaVA-1.6, P
-features per image, D text width.
+features per image, F their width in the tower, D text width.
 """
 
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModel, Cache, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
 from .anyres_llava import merged_crops, num_crops
@@ -59,13 +60,39 @@ class LlavaBaseModel(LlavaPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
-    @can_return_tuple
-    def get_image_features(
+    def vision_features(
         self,
         pixel_values: torch.Tensor,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, Any]:
+        """
+        What the projector reads, `float[N or C, P, F]`, and the output of the tower that it is of.
+
+        Args: as in [`get_image_features`].
+        """
+        chosen = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+        strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
+        wants_states = kwargs.pop("output_hidden_states", None) or self.config.vision_config.output_hidden_states
+        outputs = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True, **kwargs)
+        layers = [chosen] if isinstance(chosen, int) else chosen
+        states = [outputs.hidden_states[layer] for layer in layers]
+        if strategy == "default":
+            states = [state[:, 1:] for state in states]
+        if not wants_states:
+            outputs.hidden_states = None  # or they would be held until the backward pass
+        return torch.cat(states, dim=-1), outputs
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
         image_sizes: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        picture_index: list[int] | None = None,
         **kwargs,
     ):
         """
@@ -80,6 +107,10 @@ class LlavaBaseModel(LlavaPreTrainedModel):
             vision_feature_select_strategy (*optional*): `"default"` drops the first position, CLIP's class token;
                 `"full"` keeps it.
             image_sizes (`int64[N, 2]`, *optional*): height and width of the pictures, for LLaVA-1.6.
+            vision_features (`float[N or C, P, F]`, *optional*): instead of `pixel_values`, what the tower made of
+                them.
+            picture_index (`list[int]`, *optional*): which of the N pictures is meant, for each that `pooler_output` is
+                to have: one that comes several times is computed once.
             kwargs: for the tower, such as `output_hidden_states`.
 
         Raises:
@@ -89,29 +120,30 @@ class LlavaBaseModel(LlavaPreTrainedModel):
         if self.config.image_aspect_ratio == "anyres" and image_sizes is not None:
             image_sizes = image_sizes.cpu()  # read twice as numbers: a device is waited for once
             counts = num_crops(image_sizes, self.config)
-            if pixel_values.dim() == 5:
+            if pixel_values is not None and pixel_values.dim() == 5:
                 pixel_values = torch.cat([crops[:count] for crops, count in zip(pixel_values, counts, strict=True)])
-            if len(pixel_values) != sum(counts):
+            name, given = (
+                ("pixel_values", pixel_values) if vision_features is None else ("vision_features", vision_features)
+            )
+            if given is not None and len(given) != sum(counts):
                 raise ValueError(
-                    f"pictures of the sizes given in image_sizes have {sum(counts)} crops, and pixel_values holds "
-                    f"{len(pixel_values)}: make both with the same processor."
+                    f"pictures of the sizes given in image_sizes have {sum(counts)} crops, and {name} holds "
+                    f"{len(given)}: make both with the same processor."
                 )
-        chosen = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
-        strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
-        wants_states = kwargs.pop("output_hidden_states", None) or self.config.vision_config.output_hidden_states
-        outputs = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True, **kwargs)
-        layers = [chosen] if isinstance(chosen, int) else chosen
-        states = [outputs.hidden_states[layer] for layer in layers]
-        if strategy == "default":
-            states = [state[:, 1:] for state in states]
-        features = self.multi_modal_projector(torch.cat(states, dim=-1))  # (N or C, P, D)
+        if vision_features is not None:
+            outputs: Any = BaseModelOutputWithPooling()
+        else:
+            assert pixel_values is not None
+            vision_features, outputs = self.vision_features(
+                pixel_values, vision_feature_layer, vision_feature_select_strategy, **kwargs
+            )
+        features = self.multi_modal_projector(vision_features)  # (N or C, P, D)
         if counts is None or image_sizes is None:
-            outputs.pooler_output = list(features)
+            pictures = list(features)
         else:
             newline = self.image_newline if self.config.has_image_newline else None
-            outputs.pooler_output = merged_crops(features.split(counts), image_sizes, self.config, newline)
-        if not wants_states:
-            outputs.hidden_states = None  # or they would be held until the backward pass
+            pictures = merged_crops(features.split(counts), image_sizes, self.config, newline)
+        outputs.pooler_output = pictures if picture_index is None else [pictures[place] for place in picture_index]
         return outputs
 
     @can_return_tuple
@@ -126,6 +158,8 @@ class LlavaBaseModel(LlavaPreTrainedModel):
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
         image_sizes: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        picture_index: list[int] | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
         **kwargs,
     ) -> LlavaModelOutput:
@@ -135,6 +169,7 @@ class LlavaBaseModel(LlavaPreTrainedModel):
             pixel_values (`float[N, 3, H, W]`, *optional*): all images of the batch, in the order of the placeholders;
                 in LLaVA-1.6 their crops, see `get_image_features`.
             image_sizes (`int64[N, 2]`, *optional*): height and width of the images, for LLaVA-1.6.
+            vision_features, picture_index (*optional*): see `get_image_features`.
             attention_mask (`int64[B, T]`, *optional*): 1 where there is a token; padding may be left or right.
             inputs_embeds (`float[B, T, D]`, *optional*): instead of `input_ids`.
             mm_encoder_outputs (`dict`, *optional*): under `"image"` what `get_image_features` returned, instead of
@@ -148,15 +183,15 @@ class LlavaBaseModel(LlavaPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
         image_outputs = (mm_encoder_outputs or {}).get("image")
-        if pixel_values is not None and image_outputs is not None:
-            raise ValueError("pass either pixel_values or the image outputs in mm_encoder_outputs")
+        if sum(given is not None for given in (pixel_values, vision_features, image_outputs)) > 1:
+            raise ValueError("pass either pixel_values or vision_features or the image outputs in mm_encoder_outputs")
 
         if input_ids is not None:
             inputs_embeds = self.get_input_embeddings()(self._embeddable_ids(input_ids))
         assert inputs_embeds is not None
 
-        if pixel_values is not None:
-            if not pixel_values.is_floating_point():
+        if pixel_values is not None or vision_features is not None:
+            if pixel_values is not None and not pixel_values.is_floating_point():
                 raise ValueError(
                     f"pixel_values are {pixel_values.dtype}, levels that nothing has normalised: pass them through "
                     "normalize_pixels first, or have the collator give floats."
@@ -167,6 +202,8 @@ class LlavaBaseModel(LlavaPreTrainedModel):
                 vision_feature_layer=vision_feature_layer,
                 vision_feature_select_strategy=vision_feature_select_strategy,
                 image_sizes=image_sizes,
+                vision_features=vision_features,
+                picture_index=picture_index,
                 return_dict=True,
                 **{name: kwargs[name] for name in wanted if kwargs.get(name) is not None},
             )

@@ -83,6 +83,7 @@ class LlavaForCausalLM(LlavaCheckpointMixin, LlavaPreTrainedModel, GenerationMix
             num_items_in_batch (`int` or tensor, *optional*): divide the summed loss by it instead of taking the mean.
             shift_labels (`int64[B, T]`, *optional*): instead of `labels`, at each position what is to be learned
                 there, as engines give it that share a row out among processes; nothing is masked or moved.
+            kwargs: what [`LlavaBaseModel.forward`] takes beside these, such as `vision_features`.
         """
         # Not an argument by name: transformers' Trainer would take it for labels that every batch has to hold.
         shift_labels = kwargs.pop("shift_labels", None)

@@ -1,6 +1,6 @@
 """Whole conversations as a model sees them in training: ids, labels and pixels in one call."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,45 @@ class ConversationEncoding(ConversationPictures, ConversationText):
             CannotTruncate: if a cut would go through an image, or leave nothing to learn.
         """
         images = images or []
+        pixels: dict[str, Any] = {}
+
+        def placeholders(kept: int) -> list[int]:
+            if kept:
+                pixels.update(self.encode_images(images[:kept], uint8_pixels))
+            return self.num_placeholders(pixels) if kept else []
+
+        sizes = [(image.height, image.width) for image in images]
+        return pixels | self._encode_text(messages, sizes, max_length, placeholders)[0]
+
+    def encode_around_images(
+        self,
+        messages: list[dict[str, Any]],
+        image_sizes: Sequence[tuple[int, int]],
+        max_length: int | None = None,
+    ) -> tuple[dict[str, Any], int]:
+        """
+        As `encode_conversation`, without the pixels.
+
+        Args:
+            image_sizes: `(height, width)` of each picture.
+
+        Returns:
+            The same without `pixel_values`; and how many of the images are kept, from the first on.
+        """
+
+        def placeholders(kept: int) -> list[int]:
+            return [self.num_image_tokens_at(height, width) for height, width in image_sizes[:kept]]
+
+        return self._encode_text(messages, image_sizes, max_length, placeholders)
+
+    def _encode_text(
+        self,
+        messages: list[dict[str, Any]],
+        image_sizes: Sequence[tuple[int, int]],
+        max_length: int | None,
+        placeholders: Callable[[int], list[int]],
+    ) -> tuple[dict[str, Any], int]:
+        """`placeholders` gives those of each of so many images."""
         text, spans = self.render(messages)
         if self.stop_token_id is None and self.stop_string is None:
             raise ValueError(
@@ -55,34 +94,29 @@ class ConversationEncoding(ConversationPictures, ConversationText):
                 f"the processor's chat template marks {self.misplaced_mark!r} as an answer, which is none: choose one "
                 "of ours, e.g. --version v1, or move its {% generation %} out of the macro or block it stands in."
             )
-        num_places = text.count(self.image_token)
-        if num_places != len(images):
+        num_places, kept_images = text.count(self.image_token), len(image_sizes)
+        if num_places != kept_images:
             raise ValueError(
-                f"the conversation has {num_places} {self.image_token} and there are {len(images)} images: "
+                f"the conversation has {num_places} {self.image_token} and there are {kept_images} images: "
                 f"the numbers must be equal."
             )
-        encoded: dict[str, Any] = {}
         ids, supervised = self._tokenize(text, spans)
         if max_length is not None:
-            repeats = [self.num_image_tokens_at(image.height, image.width) for image in images]
+            repeats = [self.num_image_tokens_at(height, width) for height, width in image_sizes]
             kept = num_kept(ids, supervised, self.image_token_id, repeats, max_length)
             ids, supervised = ids[:kept], supervised[:kept]
-            images = images[: np.count_nonzero(ids == self.image_token_id)]
-        repeats = []
-        if images:
-            encoded |= self.encode_images(images, uint8_pixels)
-            repeats = self.num_placeholders(encoded)
+            kept_images = int(np.count_nonzero(ids == self.image_token_id))
         counts = np.ones(len(ids), dtype=np.int64)
-        counts[ids == self.image_token_id] = repeats
+        counts[ids == self.image_token_id] = placeholders(kept_images)
         ids, supervised = np.repeat(ids, counts), np.repeat(supervised, counts)
         if not supervised.any():
             raise ValueError(
                 "the chat template marks no answer in the conversation, so there would be nothing to learn."
             )
-        encoded["input_ids"] = torch.from_numpy(ids)
-        encoded["attention_mask"] = torch.ones_like(encoded["input_ids"])
-        encoded["labels"] = torch.from_numpy(np.where(supervised, ids, IGNORE_INDEX))
-        return encoded
+        input_ids = torch.from_numpy(ids)
+        labels = torch.from_numpy(np.where(supervised, ids, IGNORE_INDEX))
+        encoded = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
+        return encoded, kept_images
 
     def num_tokens(self, messages: list[dict[str, Any]], image_sizes: Sequence[tuple[int, int]] | None = None) -> int:
         """

@@ -17,7 +17,7 @@ from hf_llava_ft.checking.preview import MAX_CHARS, Piece, marked_pieces, visibl
 from hf_llava_ft.checking.result import CheckResult
 from hf_llava_ft.checking.rows import Sample
 from hf_llava_ft.checking.summary import chosen_problems, summary_lines
-from hf_llava_ft.data.collator import open_picture
+from hf_llava_ft.data.pictures import open_picture
 from hf_llava_ft.data.problems import Problem
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.reports.page import Picture, write_page

@@ -1,16 +1,16 @@
 """From rows of the dataset to a batch of tensors. Runs in the DataLoader's workers, where images are decoded."""
 
-import io
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 
+from hf_llava_ft.data.distinct_pictures import DistinctPictures
+from hf_llava_ft.data.pictures import open_picture
 from hf_llava_ft.data.unchanged import RowsAsTheyWere
+from hf_llava_ft.data.vision_features import VisionFeatures
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.processing.conversation_llava import IGNORE_INDEX
-from hf_llava_ft.processing.picture_opening_llava import PictureOpening, rgb_picture
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 
 
@@ -25,6 +25,10 @@ class LlavaCollator:
             leaves it off.
         max_length (`int`, *optional*): cut rows behind so many tokens; see `encode_conversation`.
         as_they_were (`RowsAsTheyWere`, *optional*): asked of every row whether its files still are.
+        distinct_pictures (`bool`): hand a picture of several rows over once, with `picture_index`, see
+            `DistinctPictures.tensors`. `LlavaTrainer` asks for it where the tower is frozen.
+        features (`VisionFeatures`, *optional*): where what the tower makes of pictures is kept, which is handed over
+            instead of their pixels.
     """
 
     processor: LlavaProcessor
@@ -32,16 +36,37 @@ class LlavaCollator:
     uint8_pixels: bool = False
     max_length: int | None = None
     as_they_were: RowsAsTheyWere | None = None
+    distinct_pictures: bool = False
+    features: VisionFeatures | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch as [`LlavaProcessor.pad`] gives it, from rows with `messages`, `images` and `id`."""
-        return self.processor.pad([self.encoded(row) for row in rows], padding_side=self.padding_side)
+        pictures = self.pictures()
+        batch = self.processor.pad(self.all_encoded(rows, pictures), padding_side=self.padding_side)
+        return batch if pictures is None else batch | pictures.tensors()
 
-    def encoded(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A row as `encode_conversation` gives it, with its pictures read."""
+    def pictures(self) -> DistinctPictures | None:
+        """Of a new batch; None where each row holds its own."""
+        if not self.distinct_pictures and self.features is None:
+            return None
+        return DistinctPictures(self.processor, self.uint8_pixels, self.features)
+
+    def all_encoded(self, rows: list[dict[str, Any]], shared: DistinctPictures | None) -> list[dict[str, Any]]:
+        """[`encoded`] of each row."""
+        return [self.encoded(row) if shared is None else self.encoded(row, shared) for row in rows]
+
+    def encoded(self, row: dict[str, Any], shared: DistinctPictures | None = None) -> dict[str, Any]:
+        """A row as `encode_conversation` gives it, with its pictures read; those go to `shared` if it is given."""
         if self.as_they_were is not None:
             self.as_they_were.check(row)
         try:
+            if shared is not None:
+                keys = shared.open(row["images"])
+                encoded, kept = self.processor.encode_around_images(
+                    row["messages"], shared.sizes(keys), self.max_length
+                )
+                shared.take(keys[:kept])
+                return encoded
             pictures = [open_picture(image, self.processor.picture_opening) for image in row["images"]]
             return self.processor.encode_conversation(
                 row["messages"], pictures, uint8_pixels=self.uint8_pixels, max_length=self.max_length
@@ -72,7 +97,8 @@ class FlatCollator:
             `document_lengths` (`list[int]`), whose sum is T; `borders` `int32[documents + 1]`, the same added up;
             `num_rows` (`int`), without padding; and the pictures of all documents, in order.
         """
-        documents = [self.collator.encoded(row) for row in rows]
+        pictures = self.collator.pictures()
+        documents = self.collator.all_encoded(rows, pictures)
         left = 0 if self.fill_to is None else self.fill_to - sum(len(document["input_ids"]) for document in documents)
         if left:
             documents.append(_padding(left, self.collator.processor.tokenizer.pad_token_id))
@@ -89,6 +115,8 @@ class FlatCollator:
             "num_rows": len(rows),
             "borders": torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
         }
+        if pictures is not None:
+            return batch | pictures.tensors()
         for name in self.collator.processor.image_processor.model_input_names:  # pixel_values; image_sizes
             parts = [document[name] for document in documents if name in document]
             if parts:
@@ -108,14 +136,3 @@ def _padding(length: int, token_id: int) -> dict[str, Any]:
     ids = torch.full((length,), token_id)
     labels = torch.full_like(ids, IGNORE_INDEX)
     return {"input_ids": ids, "labels": labels, "attention_mask": torch.zeros_like(ids)}
-
-
-def open_picture(image: Image.Image | dict[str, Any], opening: PictureOpening = "upright") -> Image.Image:
-    """
-    A decoded RGB picture, from one or from `{"path": ..., "bytes": ...}` as an undecoded `datasets.Image` column has
-    it, opened in the way `opening`; the processor of a model says which is its own.
-    """
-    if isinstance(image, dict):
-        with Image.open(io.BytesIO(image["bytes"]) if image.get("bytes") else image["path"]) as opened:
-            return rgb_picture(opened, opening)
-    return rgb_picture(image, opening)

@@ -1,4 +1,4 @@
-"""Whether pictures can be decoded, and safely.
+"""Pictures of rows, opened; and whether they can be decoded, and safely.
 
 Decoding every image before training costs minutes on a large set, once. Meeting a truncated one in hour nine costs
 more.
@@ -16,12 +16,24 @@ from PIL import Image, UnidentifiedImageError
 from hf_llava_ft.data.decoded import NO_FILE, DecodedPictures
 from hf_llava_ft.data.worker_pool import results_in_order
 from hf_llava_ft.errors import UserError
+from hf_llava_ft.processing.picture_opening_llava import PictureOpening, rgb_picture
 
 # Gray of 16 or 32 bits. Pillow, and so the original LLaVA and every server of models, makes them RGB by cutting off
 # whatever is above 255: most such pictures would be trained as a white square. Colour of 16 bits is read as 8.
 DEEPER_THAN_8_BITS = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 
 _DECODED_AT_ONCE = 64
+
+
+def open_picture(image: Image.Image | dict[str, Any], opening: PictureOpening = "upright") -> Image.Image:
+    """
+    A decoded RGB picture, from one or from `{"path": ..., "bytes": ...}` as an undecoded `datasets.Image` column has
+    it, opened in the way `opening`; the processor of a model says which is its own.
+    """
+    if isinstance(image, dict):
+        with Image.open(io.BytesIO(image["bytes"]) if image.get("bytes") else image["path"]) as opened:
+            return rgb_picture(opened, opening)
+    return rgb_picture(image, opening)
 
 
 def decode_failure(picture: str | bytes) -> str | None:

@@ -23,6 +23,7 @@ from hf_llava_ft.library_differences import checkpointing_flags
 from hf_llava_ft.settings.arguments import TuningArguments
 from hf_llava_ft.settings.defaults import OF_BATCH, UNTIL_KNOWN, batch_of, packs_of, tuning_with_defaults
 from hf_llava_ft.settings.parsing import resolve
+from hf_llava_ft.training.speed.feature_cache import disk_size
 
 CARDS = (16, 24, 40, 80, 141)
 STATEMENT = (
@@ -40,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
         resolved = resolve(words).with_chosen_precision(has_bf16=True)  # as on the cards that are asked about
         settings = {name: setting.value for name, setting in resolved.by_name.items()}
         result = _estimate(own, settings)
-        _print(result, own, Console(soft_wrap=True))
+        _print(result, own, Console(soft_wrap=True), keeps_features=settings["cache_vision_features"] is not None)
         if own.json is not None:
             _write(own.json, result, own)
 
@@ -193,7 +194,7 @@ def _engine(own: argparse.Namespace, deepspeed: Any, width: int) -> tuple[Engine
     return own.engine or name, bucket, live  # type: ignore[return-value]
 
 
-def _print(result: Estimate, own: argparse.Namespace, console: Console) -> None:
+def _print(result: Estimate, own: argparse.Namespace, console: Console, keeps_features: bool) -> None:
     plan, batch = result.plan, result.plan.batch
     parts = Table(title="Parameters")
     for column in ("part", "trainable", "of", "dtype"):
@@ -225,6 +226,11 @@ def _print(result: Estimate, own: argparse.Namespace, console: Console) -> None:
         "time": f"{seconds:.3g} s a step, {rows / seconds:.3g} rows/s, at {own.utilization:.0%} of {own.tflops:g} "
         f"TFLOP/s",
     }
+    if keeps_features:
+        lines["vision features"] = f"{disk_size(result.kept)} on disk for a picture"
+        if own.rows is not None:
+            all_of_them = disk_size(result.kept * own.images * own.rows)
+            lines["vision features"] += f", {all_of_them} for {own.images * own.rows:,}, if each is another"
     for name, line in lines.items():
         console.print(f"{name:<24}{line}", highlight=False)
     console.print(STATEMENT, highlight=False)
@@ -249,6 +255,7 @@ def _write(path: Path, result: Estimate, own: argparse.Namespace) -> None:
         "parameters": [dataclasses.asdict(part) for part in result.parts],
         "bytes_on_a_device": {**result.memory, "together": result.total},
         "bytes_on_the_host": result.states.host,
+        "bytes_on_disk_of_the_features_of_a_picture": result.kept,
         "fits_on_gb": {str(card): result.fits(card) for card in CARDS},
         "operations_a_micro_batch": result.micro_batch.operations,
         "seconds_a_step": seconds,

@@ -10,6 +10,7 @@ from hf_llava_ft.estimate.memory import DEFAULT_BUCKET, DEFAULT_LIVE, Engine, St
 from hf_llava_ft.estimate.pictures import Picture, picture_of, worst_picture
 from hf_llava_ft.estimate.trace import Batch, MicroBatch, Precision, build_model, trace_micro_batch
 from hf_llava_ft.settings.arguments import TuningArguments
+from hf_llava_ft.training.speed.feature_cache import bytes_of_a_crop, stored_dtype
 from hf_llava_ft.training.tuning import TrainedPart, trained_parts
 
 GIB = 2**30
@@ -38,7 +39,8 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Bytes on one device, and what trains; `worst` is the picture that could take most tokens."""
+    """Bytes on one device, and what trains; `worst` is the picture that could take most tokens, `kept` the bytes on
+    disk of what a frozen tower makes of a picture."""
 
     plan: Plan
     picture: Picture
@@ -46,6 +48,7 @@ class Estimate:
     parts: list[TrainedPart]
     states: StateBytes
     micro_batch: MicroBatch
+    kept: int
 
     @property
     def memory(self) -> dict[str, float]:
@@ -100,7 +103,10 @@ class Estimator:
             live=plan.live,
         )
         picture = picture_of(self.config, plan.batch.picture_size)
-        return Estimate(plan, picture, worst_picture(self.config), parts, states, self._micro_batch(precision, plan))
+        stored = stored_dtype(self.config, self.dtype, "bf16" if self.autocast else None)  # fp16 takes as much
+        kept = picture.crops * bytes_of_a_crop(self.config, stored)
+        micro_batch = self._micro_batch(precision, plan)
+        return Estimate(plan, picture, worst_picture(self.config), parts, states, micro_batch, kept)
 
     def _states_in(self, precision: Precision) -> tuple[list[TrainedPart], StateBytes]:
         if precision not in self._states:

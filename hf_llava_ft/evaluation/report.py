@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from hf_llava_ft.answering.rows import AskedRow
-from hf_llava_ft.data.collator import open_picture
+from hf_llava_ft.data.pictures import open_picture
 from hf_llava_ft.evaluation.metrics.given import Given
 from hf_llava_ft.evaluation.scores import Figure, Scores
 from hf_llava_ft.evaluation.table import name_of, shown, shown_change, shown_interval

@@ -46,6 +46,10 @@ class LlavaTrainingArguments(TrainingArguments):
             would not fit without; `llava-ft train` and `fine_tune` know that, a `LlavaTrainer` leaves it off.
         compile (`"auto"`, `"true"` or `"false"`):
             Compile the layers of the language model, each by itself, in training with packing. `auto` is on a GPU.
+        cache_vision_features (`str`, *optional*):
+            Folder in which what a frozen vision tower makes of each picture is kept: a picture that is found there is
+            neither decoded nor seen by the tower again, in this run and in later ones. Not with streams, and not
+            under DeepSpeed and FSDP.
         loss_normalization (`"tokens"` or `"micro_batch"`):
             `tokens` is the mean over all supervised tokens of an optimiser step. `micro_batch` is the original's mean
             per micro-batch, then the mean of those over accumulation steps and ranks.
@@ -132,6 +136,10 @@ class LlavaTrainingArguments(TrainingArguments):
     compile: str = field(
         default="auto",
         metadata={"help": "With packing: compile the language model's layers: auto (on a GPU), true or false."},
+    )
+    cache_vision_features: str | None = field(
+        default=None,
+        metadata={"help": "Folder to keep what a frozen vision tower makes of pictures in; docs/performance.md."},
     )
     loss_normalization: Literal["tokens", "micro_batch"] = field(
         default="tokens",

@@ -16,8 +16,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_llava_ft.answering.batches import Question, answer_all
 from hf_llava_ft.checkpoints.run_files import ANSWERS_FILE, PICTURES_FOLDER
-from hf_llava_ft.data.collator import open_picture
 from hf_llava_ft.data.formats.images import ImageStore, StoredImage
+from hf_llava_ft.data.pictures import open_picture
 from hf_llava_ft.data.schema import row_place
 from hf_llava_ft.data.values import row_images
 from hf_llava_ft.errors import UserError

@@ -20,7 +20,6 @@ from hf_llava_ft.errors import UserError
 from hf_llava_ft.evaluation.token_losses import LossOverTokens, row_losses
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
-from hf_llava_ft.processing.uint8_pixels_llava import can_hand_over_uint8, normalize_pixels
 from hf_llava_ft.settings.defaults import training_with_defaults
 from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.training.evaluation import untouched_rng
@@ -52,6 +51,7 @@ from hf_llava_ft.training.speed.packed_attention import (
     without_mask_the_same,
 )
 from hf_llava_ft.training.speed.padding_free import goes_without_padding
+from hf_llava_ft.training.speed.tower_inputs import TowerInputs
 from hf_llava_ft.training.throughput import Throughput
 from hf_llava_ft.training.trainer_batches import BatchingTrainer
 from hf_llava_ft.training.tuning import what_trains
@@ -103,6 +103,8 @@ class LlavaTrainer(BatchingTrainer):
         if model is not None:
             model = _with_masters(model, args)
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
+        self.tower_inputs = TowerInputs(self, self.data_collator)
+        self.data_collator = self.tower_inputs.collator
         if isinstance(self.train_dataset, LlavaStream):
             refuse_grouping(self.args)
         self._prepare_attention(self._unwrapped_model)
@@ -186,15 +188,9 @@ class LlavaTrainer(BatchingTrainer):
         return norm
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """As in transformers, and pictures that the collator handed over as uint8 become floats on the device."""
-        inputs = super()._prepare_inputs(inputs)
-        pixels = inputs.get("pixel_values")
-        if pixels is None or pixels.dtype != torch.uint8 or not isinstance(self.processing_class, LlavaProcessor):
-            return inputs
-        if can_hand_over_uint8(self.processing_class.image_processor):
-            pixels = normalize_pixels(self.processing_class.image_processor, pixels)
-            inputs = super()._prepare_inputs({**inputs, "pixel_values": pixels})  # to what DeepSpeed computes in
-        return inputs
+        """As in transformers, and pictures become what the model takes, see [`TowerInputs`]."""
+        prepare = super()._prepare_inputs
+        return self.tower_inputs.prepared(prepare(inputs), prepare)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if model.training and not return_outputs and self.compute_loss_func is None:

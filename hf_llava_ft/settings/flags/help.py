@@ -106,7 +106,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
             "optim",
         ),
         *("weight_decay", "max_grad_norm", "neftune_noise_alpha", "loss_normalization", "sampler_order"),
-        *("compile", "torch_compile", "dataloader_num_workers", "seed"),
+        *("compile", "torch_compile", "dataloader_num_workers", "cache_vision_features", "seed"),
     ),
     "what is saved and shown": (
         *("output_dir", "overwrite_output_dir", "save_strategy", "save_steps", "save_total_limit"),

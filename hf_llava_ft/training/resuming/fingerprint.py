@@ -47,7 +47,7 @@ FREE = frozenset(
     + ("hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision")
     + ("restore_callback_states_from_checkpoint", "ignore_data_skip")
     # How fast, and in how much memory. Of a stream, the number of workers is part of the order (data/streaming).
-    + ("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers")
+    + ("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "cache_vision_features")
     + ("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataloader_in_order")
     + ("activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing")
     + ("gradient_checkpointing_kwargs", "torch_empty_cache_steps", "auto_find_batch_size", "use_cache")

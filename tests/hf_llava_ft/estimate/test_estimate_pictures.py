@@ -81,6 +81,20 @@ def test_what_is_held_is_what_autograd_saves(tiny, checkpointing):
     assert held(Batch(2, 1, 24, 10, worst_picture(config).size)) > 1.15 * measured
 
 
+def test_the_command_tells_what_kept_features_take(tiny, tmp_path):
+    next_config(tiny).save_pretrained(tmp_path / "model")
+    words = ["--model", str(tmp_path / "model"), "--json", str(tmp_path / "out.json"), "--rows", "1000"]
+    words += ["--picture_size", "112x112"]
+    assert "vision features" not in run(*words).output
+    for dtype, bytes_of_one in (("float32", 5 * 16 * 32 * 4), ("bfloat16", 5 * 16 * 32 * 2)):
+        bf16 = str(dtype == "bfloat16")
+        result = run(*words, "--dtype", "float32", "--bf16", bf16, "--cache_vision_features", "DIR")
+        content = json.loads((tmp_path / "out.json").read_text())
+        assert content["bytes_on_disk_of_the_features_of_a_picture"] == bytes_of_one
+        assert f"{bytes_of_one / 1e3:.1f} kB on disk for a picture" in result.output
+        assert f"{bytes_of_one / 1e3:.1f} MB for 1,000, if each is another" in result.output
+
+
 def test_the_command_tells_of_the_picture(tiny, tmp_path):
     next_config(tiny).save_pretrained(tmp_path / "model")
     words = ["--model", str(tmp_path / "model"), "--json", str(tmp_path / "out.json")]
