@@ -14,7 +14,7 @@ import torch
 from row_order import batch_of, lengths_of, model_of, processor_seconds
 
 from hf_llava_ft.data.packing import PackSampler
-from hf_llava_ft.data.sampler import modality_length_grouped_indices, moderate_pool_steps
+from hf_llava_ft.data.sampler import like_lengths, modality_length_grouped_indices
 from hf_llava_ft.training.speed.packed_attention import attention_of, packed_inputs, use_packed_attention
 
 
@@ -44,7 +44,7 @@ def main() -> None:
         generator = torch.Generator().manual_seed(pair)
         grouped = modality_length_grouped_indices(
             *(signed, own.batch_size, 1, generator),
-            pool_steps=moderate_pool_steps(own.rows, own.batch_size),
+            **like_lengths(own.rows, own.batch_size),
             accumulation_steps=1,
         )
         orders = {"grouped": np.array(grouped), "random": torch.randperm(own.rows, generator=generator).numpy()}

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from hf_llava_ft.data.sampler import modality_length_grouped_indices, moderate_pool_steps, padding_share
+from hf_llava_ft.data.sampler import like_lengths, modality_length_grouped_indices, padding_share
 from hf_llava_ft.modeling.configuration_llava import LlavaConfig
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
 
@@ -91,7 +91,7 @@ def main() -> None:
         generator = torch.Generator().manual_seed(pair)
         grouped = modality_length_grouped_indices(
             *(signed, own.batch_size, 1, generator),
-            pool_steps=moderate_pool_steps(own.rows, own.batch_size),
+            **like_lengths(own.rows, own.batch_size),
             accumulation_steps=1,
         )
         orders = {"grouped": np.array(grouped), "random": torch.randperm(own.rows, generator=generator).numpy()}

@@ -33,7 +33,7 @@ WINGS = (
     *("releases", "errors", "library_differences", "noise", "whole_files", "termination", "start_up"),
     *("modeling", "processing"),
     *("settings", "reports", "checkpoints", "data", "checking", "answering", "evaluation", "hub", "training"),
-    *("estimate", "serving", "train", "from_python", "quickstart", "cli", "evaluate"),
+    *("estimate", "serving", "web", "train", "from_python", "quickstart", "cli", "evaluate"),
 )
 # Files that import within a function, and why not at their top.
 IMPORTS_LATE = {
@@ -53,6 +53,8 @@ IMPORTS_LATE = {
     "hf_llava_ft/checkpoints/original_folders.py": "optional package: deepspeed",
     "hf_llava_ft/settings/training_arguments.py": "optional package: deepspeed",
     "hf_llava_ft/evaluation/benchmarks.py": "optional package: lmms-eval",
+    "hf_llava_ft/web/page.py": "optional package: gradio",
+    "hf_llava_ft/web/server.py": "optional package: gradio",
     "hf_llava_ft/training/fsdp.py": "optional part of torch, which not every build has",
     "hf_llava_ft/training/speed/packed_attention.py": "optional part of torch, from 2.10 on",
     "hf_llava_ft/training/summary.py": "optional module: Windows has no `resource`",

@@ -30,6 +30,7 @@ from tests.hf_llava_ft.checkpoints.test_compose_kinds import CASES as KIND_CASES
 from tests.hf_llava_ft.checkpoints.test_compose_kinds import write_language_model
 from tests.older_reader import Read, Wanted, older_python, read_by
 from tests.processing.conftest import byte_level_tokenizer
+from tests.read_folders import MAX_NEW_TOKENS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -71,7 +72,8 @@ class Folders:
         self.wanted[name] = Wanted(folder, HOSTILE, self.pictures, default_messages(), has_model=has_model, base=base)
         if model is not None:
             picture = Image.open(self.pictures[0]).convert("RGB")
-            self.memory[name] = reference_outputs(model, processor, Probe(default_messages(), [picture]))
+            probe = Probe(default_messages(), [picture], MAX_NEW_TOKENS)
+            self.memory[name] = reference_outputs(model, processor, probe)
 
 
 # ---------------------------------------------------------------------- what is written

@@ -130,7 +130,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model = arguments.model_name_or_path
     if model is None:
-        from tests.conftest import save_tiny_checkpoint
+        from tests.tiny_models import save_tiny_checkpoint
 
         model = save_tiny_checkpoint(folder / "tiny")
     data = write_rows(folder)

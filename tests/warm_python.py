@@ -4,6 +4,9 @@ A new Python needs five seconds of a core for importing torch and transformers, 
 tests takes a tenth of that. A fork is as good: it has an empty `__main__`, its own arguments, folder, environment and
 exit code, and whether it can import `hf_llava_ft` is up to its program. `pytest --new-python` runs everything in a new
 Python, and so do, always, the tests that are marked `new_python`.
+
+There is one such process for all workers of pytest-xdist, which the first that needs it starts. It imports the
+libraries, leaves a copy of itself that goes on to what reads the environment, and both fork a server for each worker.
 """
 
 import atexit
@@ -15,11 +18,17 @@ import importlib.util
 import json
 import os
 import runpy
+import select
+import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 import types
 from pathlib import Path
+
+from filelock import FileLock
 
 # Importing these reads no variable of the environment that a test sets.
 _LIBRARIES = [
@@ -38,8 +47,12 @@ _OF_HUGGING_FACE = [
 # What a fork may have otherwise than what it is forked from. transformers keeps the first, the rest is read late.
 _MODULES_CACHE = "HF_MODULES_CACHE"
 _PARENT = "HF_LLAVA_FT_PARENT"
-_READ_WHEN_NEEDED = (_MODULES_CACHE, _PARENT, "PYTHONPATH", "PYTEST_CURRENT_TEST", "COLUMNS", "RANK", "LOCAL_RANK")
+_READ_WHEN_NEEDED = {
+    *(_MODULES_CACHE, _PARENT, "PYTHONPATH", "PYTEST_CURRENT_TEST", "COLUMNS", "RANK", "LOCAL_RANK"),
+    "TORCHINDUCTOR_CACHE_DIR",  # which torch sets itself
+}
 _FIRST_ENVIRONMENT = dict(os.environ)
+_BARE, _HUGGING_FACE = "libraries", "hugging_face"  # sockets
 
 ALWAYS_NEW = not hasattr(os, "fork")  # whether `run` starts a new Python each time
 
@@ -98,33 +111,69 @@ class Started:
 def _warm_for(environment: dict[str, str]) -> "_WarmProcess":
     names = environment.keys() | _FIRST_ENVIRONMENT.keys()
     differing = {name for name in names if environment.get(name) != _FIRST_ENVIRONMENT.get(name)}
-    return _warm(differing <= set(_READ_WHEN_NEEDED))
+    return _warm(differing <= _READ_WHEN_NEEDED)
 
 
 @functools.cache
 def _warm(of_hugging_face: bool) -> "_WarmProcess":
-    return _WarmProcess([*_LIBRARIES, *(_OF_HUGGING_FACE if of_hugging_face else [])])
+    return _WarmProcess(_HUGGING_FACE if of_hugging_face else _BARE)
+
+
+@functools.cache
+def _folder() -> Path:
+    """Where the sockets of this run of pytest lie."""
+    run_of_pytest = os.environ.get("PYTEST_XDIST_TESTRUNUID", f"{os.getpid()}-{time.time_ns()}")
+    return Path(tempfile.gettempdir(), f"warm-{run_of_pytest}")  # short, as the name of a socket has to be
+
+
+def _connected(address: Path) -> socket.socket | None:
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.connect(str(address))
+    except OSError:
+        connection.close()
+        return None
+    return connection
 
 
 class _WarmProcess:
-    def __init__(self, modules: list[str]):
-        # Not where the test that happens to be first looks at what is printed.
-        self._log = tempfile.TemporaryFile("w+")
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", __file__, *modules],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            cwd=os.path.dirname(__file__),
-            env=_FIRST_ENVIRONMENT,
-        )
-        atexit.register(self._end)
+    """One that is forked for this process, from the one that all share."""
 
-    def _end(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(60)
+    def __init__(self, name: str):
+        _folder().mkdir(mode=0o700, exist_ok=True)
+        with FileLock(_folder() / "lock"):
+            connection = _connected(_folder() / name)
+            if connection is None:  # nobody has started it, or who did has ended
+                self._start()
+                connection = _connected(_folder() / name)
+        if connection is None:
+            raise RuntimeError(f"the warm process does not start: {(_folder() / 'log').read_text()}")
+        self._asked, self._answers = connection.makefile("w"), connection.makefile("r")
+        connection.close()
+        self._pid = int(self._answers.readline())
+
+    def _start(self) -> None:
+        for name in (_BARE, _HUGGING_FACE):
+            (_folder() / name).unlink(missing_ok=True)
+        # Not where the test that happens to be first looks at what is printed.
+        with open(_folder() / "log", "w") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-I", __file__, str(_folder())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                cwd=os.path.dirname(__file__),
+                env=_FIRST_ENVIRONMENT,
+            )
+        assert process.stdin is not None and process.stdout is not None
+        process.stdout.read()  # to its end, when both listen
+
+        def end(stdin=process.stdin):
+            stdin.close()
+            process.wait(60)
+            shutil.rmtree(_folder(), ignore_errors=True)
+
+        atexit.register(end)
 
     def run(self, arguments: list[str], cwd: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
         with tempfile.TemporaryDirectory() as folder:
@@ -136,7 +185,7 @@ class _WarmProcess:
     def start(self, arguments: list[str], cwd: str, environment: dict[str, str], out: str, err: str) -> int:
         """The id of the process."""
         if environment.get(_PARENT) == str(os.getpid()):
-            environment[_PARENT] = str(self._process.pid)
+            environment[_PARENT] = str(self._pid)
         return self._ask(
             {"arguments": list(map(str, arguments)), "cwd": cwd, "environment": environment, "printed": [out, err]}
         )
@@ -145,34 +194,63 @@ class _WarmProcess:
         return self._ask({"wait": pid})
 
     def _ask(self, question: dict) -> int:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(question) + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
+        self._asked.write(json.dumps(question) + "\n")
+        self._asked.flush()
+        answer = self._answers.readline()
         if not answer:
-            self._log.seek(0)
-            raise RuntimeError(f"the warm process has ended: {self._log.read()}")
+            raise RuntimeError(f"the warm process has ended: {(_folder() / 'log').read_text()}")
         return int(answer)
 
 
 # ---------------------------------------------------------------- the process that is forked, which is this file
 
 
-def _serve(modules: list[str]) -> dict:
-    """
-    Takes a question a line: what to run, which is answered with the id of a fork, or the id of one to wait for, which
-    is answered with its exit code. In a fork, returns what it is to run.
-    """
-    # Not stdin and stdout, which are those of the forks.
-    asked, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
-    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
-    os.dup2(2, 1)
+def _serve(folder: str) -> dict:
+    """In a fork for which somebody has asked, returns what it is to run."""
+    _import(_LIBRARIES)
+    listening = _listen(os.path.join(folder, _BARE))
+    if os.fork() == 0:
+        listening.close()
+        _import(_OF_HUGGING_FACE)
+        listening = _listen(os.path.join(folder, _HUGGING_FACE))
+    os.dup2(2, 1)  # whoever started this reads stdout until both have closed it
+    with listening:
+        while True:
+            ready, _, _ = select.select([listening, 0], [], [])
+            if 0 in ready:  # has been closed
+                sys.exit()
+            connection = listening.accept()[0]
+            if os.fork() == 0:
+                break
+            connection.close()
+    os.dup2(os.open(os.devnull, os.O_RDWR), 0)  # the stdin of the forks
+    return _answer(connection)
+
+
+def _import(modules: list[str]) -> None:
     for module in modules:
         with contextlib.suppress(ImportError):  # not installed, or elsewhere in this release
             importlib.import_module(module)
     gc.freeze()  # else each fork would copy what its collector looks at
     sys.stdout.flush()  # and print what has been printed here
     sys.stderr.flush()
+
+
+def _listen(address: str) -> socket.socket:
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(address)
+    listening.listen()
+    return listening
+
+
+def _answer(connection: socket.socket) -> dict:
+    """
+    Takes a question a line: what to run, which is answered with the id of a fork, or the id of one to wait for, which
+    is answered with its exit code. In a fork, returns what it is to run.
+    """
+    asked, answers = connection.makefile("r"), connection.makefile("w")
+    connection.close()
+    print(os.getpid(), file=answers, flush=True)
     while line := asked.readline():
         question = json.loads(line)
         if "wait" in question:
@@ -266,5 +344,5 @@ def _end_at_once() -> None:
 if __name__ == "__main__":
     exit_code = 0
     atexit.register(_end_at_once)  # before others are registered, so that it comes last
-    exit_code = _exit_code_of(_serve(sys.argv[1:]))
+    exit_code = _exit_code_of(_serve(sys.argv[1]))
     sys.exit(exit_code)

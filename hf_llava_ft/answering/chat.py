@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from PIL import Image
 
 from hf_llava_ft.answering.conversation import ContextFull, Conversation
 from hf_llava_ft.answering.pictures import open_image
+from hf_llava_ft.answering.prompts import question_of
 from hf_llava_ft.answering.saved_chat import save_chat
+from hf_llava_ft.answering.shared_base import BASE, SharedBase
 from hf_llava_ft.errors import UserError
 
 HELP = (
@@ -24,7 +25,8 @@ HELP = (
 class Chat:
     """
     Args:
-        model, processor, system: as in [`Conversation`].
+        models (`SharedBase`): the model under the first of its names is talked with.
+        system: as in [`Conversation`].
         images (`list[PIL.Image.Image]`): that go with the first question.
         write (`Callable`): is given the pieces of answers.
         tell (`Callable`): is given lines about the chat.
@@ -33,8 +35,7 @@ class Chat:
 
     def __init__(
         self,
-        model: Any,
-        processor: Any,
+        models: SharedBase,
         images: list[Image.Image],
         *,
         system: str | None = None,
@@ -42,12 +43,13 @@ class Chat:
         tell: Callable[[str], None],
         **generation: Any,
     ):
-        self.model, self.processor, self.system = model, processor, system
+        self.models, self.system = models, system
+        self.processor = models.processor(models.names[0])
         self.pending, self.write, self.tell, self.generation = images, write, tell, generation
         self._begin()
 
     def _begin(self) -> None:
-        self.conversation = Conversation(self.model, self.processor, self.system)
+        self.conversation = Conversation(self.models.model, self.processor, self.system)
         self.row_id = uuid.uuid4().hex[:12]  # of the conversation, where it is saved
 
     def take(self, line: str) -> bool:
@@ -99,21 +101,21 @@ class Chat:
             self.tell("Greedy answers are the same each time; /retry 0.7 samples.")
         before = self.conversation.messages, self.conversation.images
         content, self.pending = self.conversation.take_back()
-        if not self._answered(_question_of(content), generation):
+        if not self._answered(question_of(content), generation):
             self.conversation.messages, self.conversation.images = before
             self.pending = []
 
     def _compare(self, rest: str) -> None:
-        if not isinstance(self.model, PeftModel):
-            raise UserError("this model is no adapter, so that it has no base here: chat with --model ADAPTER.")
+        if self.models.why_no_base:
+            raise UserError(self.models.why_no_base)
         asked = self.conversation
-        base = Conversation(self.model, self.processor, self.system, list(asked.messages), list(asked.images))
+        base = Conversation(self.models.model, self.processor, self.system, list(asked.messages), list(asked.images))
         content, pictures = base.take_back()
         answer = asked.messages[-1]["content"][0]["text"]
         self.tell(f"tuned: {answer}")
         self.write("base: ")
-        with self.model.disable_adapter():
-            for piece in base.stream(_question_of(content), pictures, **self.generation):
+        with self.models.active(BASE):
+            for piece in base.stream(question_of(content), pictures, **self.generation):
                 self.write(piece)
         self.write("\n")
 
@@ -132,8 +134,9 @@ class Chat:
         """Whether there is a whole answer, and no reason why not was told."""
         self.write("model: ")
         try:
-            for piece in self.conversation.stream(question, self.pending, **generation):
-                self.write(piece)
+            with self.models.active(self.models.names[0]):
+                for piece in self.conversation.stream(question, self.pending, **generation):
+                    self.write(piece)
         except KeyboardInterrupt:
             self.tell("\nThe answer was ended; your next question follows the one before it.")
             return False
@@ -158,8 +161,3 @@ def _temperature(said: str) -> float:
     if not 0 <= found < float("inf"):
         raise UserError(f"/retry {said}: a temperature is 0 or a number above it.")
     return found
-
-
-def _question_of(content: list[dict[str, str]]) -> str:
-    """What was asked, with `<image>` where its pictures stand."""
-    return "".join("<image>" if part["type"] == "image" else part["text"] for part in content)

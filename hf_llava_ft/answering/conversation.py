@@ -1,7 +1,7 @@
 """Asking a model: one question after another about pictures, with the answer streamed word by word."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,7 +61,7 @@ class Conversation:
         max_new_tokens: int = 256,
         temperature: float = 0.0,
         top_p: float | None = None,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """
         Asks `question` about `images`, which are put in front of it as in training, or where `<image>` stands in it,
         and yields the answer piece by piece. A question that is not answered to its end leaves the conversation as it

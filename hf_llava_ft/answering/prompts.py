@@ -32,6 +32,11 @@ def question_content(question: str, num_images: int, image_token: str = "<image>
     return content
 
 
+def question_of(content: list[dict[str, str]]) -> str:
+    """What was asked, with `<image>` where its pictures stand."""
+    return "".join("<image>" if part["type"] == "image" else part["text"] for part in content)
+
+
 def encode_row(processor: Any, messages: list[dict], images: list[Image.Image]) -> Any:
     """
     `input_ids` and `attention_mask`, `int64[1, T]`, of the prompt for an answer to `messages`; with pictures, what the

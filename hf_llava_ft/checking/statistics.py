@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from hf_llava_ft.data.sampler import modality_length_grouped_indices, moderate_pool_steps, padding_share
+from hf_llava_ft.data.sampler import like_lengths, modality_length_grouped_indices, padding_share
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 _NUM_BINS = 24
@@ -46,16 +46,14 @@ def padding_waste(
         batch_size (`int`): rows in a forward pass.
         accumulation_steps (`int`): forward passes in an optimiser step.
     """
-    pool_steps = moderate_pool_steps(len(lengths), batch_size * accumulation_steps)
+    how = like_lengths(len(lengths), batch_size * accumulation_steps)
     signed = np.where(has_images, lengths, -lengths)
     generator = torch.Generator().manual_seed(0)
     orders = {
         "random": torch.randperm(len(lengths), generator=generator).numpy(),
         "group_by_modality_length": np.array(
             modality_length_grouped_indices(
-                *(signed, batch_size, accumulation_steps, generator),
-                pool_steps=pool_steps,
-                accumulation_steps=accumulation_steps,
+                *(signed, batch_size, accumulation_steps, generator), accumulation_steps=accumulation_steps, **how
             )
         ),
     }

@@ -2,7 +2,8 @@
 
 import dataclasses
 import re
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,59 @@ def with_adapter(
         UserError: if its file lacks weights that its configuration makes, holds others, of other shapes, or some that
             are no numbers.
     """
+    with _told(adapter, revision):
+        config: Any = PeftConfig.from_pretrained(adapter, revision=revision)
+        config.inference_mode = not is_trainable
+        if lora_dropout is not None:
+            config.lora_dropout = lora_dropout
+        base = config.base_model_name_or_path
+        weights = adapter_weights(adapter, revision)
+        peft_model = get_peft_model(model, config)
+        config.base_model_name_or_path = base  # get_peft_model takes it from the loaded model
+        with _gathered(peft_model):
+            _fill(peft_model, adapter, weights)
+        return peft_model if is_trainable else peft_model.eval()
+
+
+def add_adapter(model: PeftModel, adapter: str, name: str, revision: str | None = None) -> None:
+    """
+    Puts one more adapter of the same base on `model`, to be switched to by [`PeftModel.set_adapter`].
+
+    Args:
+        adapter (`str`): folder or Hub id.
+        name (`str`): what PEFT is to know it by.
+
+    Raises:
+        UserError: as [`with_adapter`].
+    """
+    with _told(adapter, revision):
+        config: Any = PeftConfig.from_pretrained(adapter, revision=revision)
+        config.inference_mode = True
+        model.add_adapter(name, config)
+        _fill(model, adapter, adapter_weights(adapter, revision), name)
+        model.eval()  # the dropout of what was added too
+
+
+def changes_base(adapter: str, revision: str | None = None) -> bool:
+    """
+    Whether an adapter puts weights into the base itself, where switching it off leaves them: biases, or embeddings
+    that PEFT writes besides.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    with _told(adapter, revision):
+        config: Any = PeftConfig.from_pretrained(adapter, revision=revision)
+    whole = tuple(f"{each}.weight" for each in getattr(config, "modules_to_save", None) or ())  # PEFT switches these
+    names = adapter_weight_names(adapter, revision)
+    brings_embeddings = any(each.endswith(_EMBEDDINGS) and not each.endswith(whole) for each in names)
+    return brings_embeddings or getattr(config, "bias", "none") != "none"
+
+
+@contextmanager
+def _told(adapter: str, revision: str | None) -> Iterator[None]:
     try:
-        return _with_adapter(model, adapter, revision, is_trainable, lora_dropout)
+        yield
     except UserError:
         raise
     except UNREADABLE as error:
@@ -70,21 +122,10 @@ def with_adapter(
         ) from error
 
 
-def _with_adapter(
-    model: LlavaForCausalLM, adapter: str, revision: str | None, is_trainable: bool, lora_dropout: float | None
-) -> PeftModel:
-    config: Any = PeftConfig.from_pretrained(adapter, revision=revision)
-    config.inference_mode = not is_trainable
-    if lora_dropout is not None:
-        config.lora_dropout = lora_dropout
-    base = config.base_model_name_or_path
-    weights = adapter_weights(adapter, revision)
-    peft_model = get_peft_model(model, config)
-    config.base_model_name_or_path = base  # get_peft_model takes it from the loaded model
-    with _gathered(peft_model):
-        _refuse_difference(adapter, weights, _expected(peft_model, weights))
-        set_peft_model_state_dict(peft_model, {f"{PEFT_PREFIX}{name}": weight for name, weight in weights.items()})
-    return peft_model if is_trainable else peft_model.eval()
+def _fill(model: PeftModel, adapter: str, weights: dict[str, Any], name: str = "default") -> None:
+    _refuse_difference(adapter, weights, _expected(model, weights, name))
+    named = {f"{PEFT_PREFIX}{each}": weight for each, weight in weights.items()}
+    set_peft_model_state_dict(model, named, adapter_name=name)
 
 
 def check_resumed_adapter(model: PeftModel, checkpoint: str) -> None:
@@ -117,16 +158,16 @@ def _refuse_difference(adapter: str, weights: dict[str, Any], expected: dict[str
         raise UserError(str(error)) from error
 
 
-def _expected(model: PeftModel, weights: dict[str, Any]) -> dict[str, Any]:
+def _expected(model: PeftModel, weights: dict[str, Any], name: str = "default") -> dict[str, Any]:
     """The weights that the configuration makes, and of the embeddings those in the file: PEFT writes them besides
     where rows were added to the base's."""
     # Not "auto", with which PEFT asks the Hub for the base's vocabulary.
-    made = get_peft_model_state_dict(model, save_embedding_layers=False)
-    expected = {name.removeprefix(PEFT_PREFIX): weight for name, weight in made.items()}
-    extra = {name for name in weights if name.endswith(_EMBEDDINGS)} - expected.keys()
+    made = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    expected = {each.removeprefix(PEFT_PREFIX): weight for each, weight in made.items()}
+    extra = {each for each in weights if each.endswith(_EMBEDDINGS)} - expected.keys()
     if extra:
         own = model.get_base_model().state_dict()
-        expected |= {name: own[name] for name in extra if name in own}
+        expected |= {each: own[each] for each in extra if each in own}
     return expected
 
 

@@ -35,7 +35,9 @@ _PR_SET_PDEATHSIG = 1  # of prctl(2)
 NATIVE_MODEL_TYPES = ("llava", "llava_next")
 
 
-def probe_outputs(model, processor, messages: list[dict], images: list) -> dict[str, torch.Tensor]:
+def probe_outputs(
+    model, processor, messages: list[dict], images: list, max_new_tokens: int
+) -> dict[str, torch.Tensor]:
     """
     The answer of `model` to `messages`, as tensors.
 
@@ -57,7 +59,7 @@ def probe_outputs(model, processor, messages: list[dict], images: list) -> dict[
         generated = model.generate(
             **inputs,
             do_sample=False,
-            max_new_tokens=MAX_NEW_TOKENS,
+            max_new_tokens=max_new_tokens,
             use_cache=True,
             output_scores=True,
             return_dict_in_generate=True,
@@ -85,7 +87,7 @@ def write_hard_pictures(folder: str | Path) -> None:
     turned, with_alpha, palette = (Path(folder, name) for name in HARD_PICTURES)
     picture.save(turned, exif=exif, quality=95)
     Image.merge("RGBA", (*picture.split(), rings)).save(with_alpha)
-    picture.quantize(16).save(palette, transparency=0)
+    picture.quantize(16, Image.Quantize.FASTOCTREE).save(palette, transparency=0)
 
 
 def opened_pixels(processor, folder: str | Path, open_file: Callable[[str], Image.Image]) -> dict[str, torch.Tensor]:
@@ -172,7 +174,8 @@ def main(model_dir: str, base: str, commit: str, loader: Loader, probe_dir: str,
     outputs = {}
     for index, probe in enumerate(json.loads(Path(probe_dir, "probes.json").read_text(encoding="utf-8"))):
         images = [Image.open(Path(probe_dir, name)) for name in probe["images"]]
-        for name, tensor in probe_outputs(model, processor, probe["messages"], images).items():
+        found = probe_outputs(model, processor, probe["messages"], images, probe["max_new_tokens"])
+        for name, tensor in found.items():
             outputs[f"{index}.{name}"] = tensor
         for name, tensor in opened_pixels(processor, probe_dir, open_file).items():
             outputs[f"{index}.{name}"] = tensor

@@ -47,10 +47,11 @@ def default_messages() -> list[dict]:
 
 @dataclass(frozen=True)
 class Probe:
-    """A question with its pictures."""
+    """A question with its pictures, and how many tokens of the answer are compared."""
 
     messages: list[dict] = field(default_factory=default_messages)
     images: list[Image.Image] = field(default_factory=lambda: [default_image()])
+    max_new_tokens: int = field(default_factory=lambda: reload.MAX_NEW_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def reference_outputs(model, processor, probe: Probe) -> dict[str, torch.Tensor]
         reload.write_hard_pictures(folder)
         opening: Any = getattr(processor, "picture_opening", "upright")  # of a processor of transformers' own
         opened = reload.opened_pixels(processor, folder, lambda path: rgb_picture(Image.open(path), opening))
-    return reload.probe_outputs(model, processor, probe.messages, probe.images) | opened
+    return reload.probe_outputs(model, processor, probe.messages, probe.images, probe.max_new_tokens) | opened
 
 
 def loader_for(model_dir: str | Path, base: str | None = None) -> Loader:
@@ -151,7 +152,7 @@ def reloaded_outputs(
             names = [f"{probe_index}-{index}.png" for index in range(len(probe.images))]
             for name, image in zip(names, probe.images, strict=True):
                 image.save(Path(scratch, name))
-            described.append({"messages": probe.messages, "images": names})
+            described.append({"messages": probe.messages, "images": names, "max_new_tokens": probe.max_new_tokens})
         Path(scratch, "probes.json").write_text(json.dumps(described), encoding="utf-8")
         output = Path(scratch, "outputs.safetensors")
         # The source as a string, in an empty folder where the package is not needed: nothing of it or of the current

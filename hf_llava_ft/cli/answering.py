@@ -154,14 +154,40 @@ def chat(
     device: DeviceOption = None,
     attn_implementation: AttentionOption = "sdpa",
     allow_nan: AllowNanOption = False,
+    web: Annotated[
+        bool, typer.Option("--web", help="On a page in the browser (extra `web`), with the models side by side.")
+    ] = False,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", help="With --web: another adapter of the same base, to switch to; may be repeated."),
+    ] = None,
+    history: Annotated[
+        Path | None, typer.Option("--history", help="With --web: LLaVA JSON that kept talks go to [talks.json].")
+    ] = None,
+    host: Annotated[
+        str | None,
+        typer.Option("--host", help="With --web: address to listen at [127.0.0.1]; others need LLAVA_FT_PASSWORD."),
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option("--port", min=1, max=65535, help="With --web: port to listen at [7860].")
+    ] = None,
 ) -> None:
     """Chat with a model about pictures. In the chat: /image, /retry, /compare, /save, /new, /help, /quit."""
     loading: dict[str, Any] = {"base": base, "revision": revision, "dtype": dtype, "bits": bits, "device": device}
     loading |= {"attn_implementation": attn_implementation, "allow_nan": allow_nan}
     generation: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     with exit_on_user_error():
+        of_the_page = {"adapter": adapter, "history": history, "host": host, "port": port}
+        if web:
+            _chat_on_a_page(model, image, system, loading, generation, of_the_page)
+            return
+        for flag, value in of_the_page.items():
+            if value is not None:
+                raise UserError(f"--{flag} is for the page: add --web.")
         parts, images = _load(model, image or [], loading, generation)
         from hf_llava_ft.answering.chat import HELP, Chat
+        from hf_llava_ft.answering.shared_base import SharedBase
+        from hf_llava_ft.checkpoints.inspection import inspect_checkpoint
 
         def write(piece: str) -> None:
             typer.echo(piece, nl=False)
@@ -169,7 +195,8 @@ def chat(
         def tell(line: str) -> None:
             typer.echo(line, err=True)
 
-        talk = Chat(parts[0], parts[1], images, system=system, write=write, tell=tell, **generation)
+        models = SharedBase(parts[0], parts[1], inspect_checkpoint(model, revision, base), revision)
+        talk = Chat(models, images, system=system, write=write, tell=tell, **generation)
         tell(HELP)
         goes_on = True
         while goes_on:
@@ -179,3 +206,38 @@ def chat(
                 typer.echo("")
                 return
             goes_on = talk.take(line)
+
+
+def _chat_on_a_page(
+    model: str,
+    image: list[str] | None,
+    system: str | None,
+    loading: dict[str, Any],
+    generation: dict[str, Any],
+    of_the_page: dict[str, Any],
+) -> None:
+    """What is wrong with the page is said before a model is loaded."""
+    if image:
+        raise UserError("--image is for the terminal: drop pictures on the page.")
+    _leave_out_bitsandbytes(model, loading)
+    with importing():
+        from hf_llava_ft.web.access import check_free, password_for
+        from hf_llava_ft.web.server import check_extra, serve
+
+    check_extra()
+    host, port = of_the_page["host"] or "127.0.0.1", of_the_page["port"] or 7860
+    history = of_the_page["history"] or Path("talks.json")
+    if history.suffix != ".json":
+        raise UserError(f"--history {history} does not end in .json, as a file of rows does; choose another name.")
+    password = password_for(host)
+    check_free(host, port)
+    parts, _ = _load(model, [], loading, generation)
+    from hf_llava_ft.answering.shared_base import SharedBase
+    from hf_llava_ft.checkpoints.inspection import inspect_checkpoint
+
+    revision = loading["revision"]
+    models = SharedBase(parts[0], parts[1], inspect_checkpoint(model, revision, loading["base"]), revision)
+    for adapter in of_the_page["adapter"] or []:
+        models.add(adapter, loading["base"])
+    page: dict[str, Any] = {"host": host, "port": port, "password": password, "history": history}
+    serve(models, lambda line: typer.echo(line, err=True), system=system, generation=generation, **page)

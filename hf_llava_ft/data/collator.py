@@ -51,31 +51,27 @@ class LlavaCollator:
 
 
 @dataclass
-class PackCollator:
+class FlatCollator:
     """
-    Rows of a pack as one row of the batch, one document behind the other.
+    Rows without padding: as one row of the batch, one document behind the other.
 
     Args:
         collator (`LlavaCollator`): encodes the rows.
-        fill_to (`int`, *optional*): fill a pack up to so many tokens with a document of padding, of which nothing is
-            learned, so that all packs have one shape.
+        fill_to (`int`, *optional*): fill up to so many tokens with a document of padding, of which nothing is learned,
+            so that all batches have one shape.
     """
 
     collator: LlavaCollator
     fill_to: int | None = None
 
-    def __call__(self, packs: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """
-        Args:
-            packs: one, as `PackedRows` gives it.
-
         Returns:
             `input_ids`, `labels`, `attention_mask` and `position_ids` `int64[1, T]`, of which the positions begin anew
             with each document, and its first label is -100, since nothing of the document before predicts it;
             `document_lengths` (`list[int]`), whose sum is T; `borders` `int32[documents + 1]`, the same added up;
             `num_rows` (`int`), without padding; and the pictures of all documents, in order.
         """
-        [rows] = packs
         documents = [self.collator.encoded(row) for row in rows]
         left = 0 if self.fill_to is None else self.fill_to - sum(len(document["input_ids"]) for document in documents)
         if left:
@@ -98,6 +94,14 @@ class PackCollator:
             if parts:
                 batch[name] = torch.cat(parts)
         return batch
+
+
+class PackCollator(FlatCollator):
+    """The same of a batch that is one pack, as `PackedRows` gives it."""
+
+    def __call__(self, packs: list[list[dict[str, Any]]]) -> dict[str, Any]:  # type: ignore[override]
+        [rows] = packs
+        return super().__call__(rows)
 
 
 def _padding(length: int, token_id: int) -> dict[str, Any]:

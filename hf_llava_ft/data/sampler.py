@@ -13,6 +13,7 @@ Legend: `M` steps, `S` rows per step = world_size * batch_size.
 """
 
 from collections.abc import Iterator
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -29,8 +30,8 @@ __all__ = [
     "ModalityLengthSampler",
     "OriginalOrderSampler",
     "length_grouped_indices",
+    "like_lengths",
     "modality_length_grouped_indices",
-    "moderate_pool_steps",
     "padding_share",
     "split_to_even_chunks",
 ]
@@ -38,13 +39,24 @@ __all__ = [
 # Steps whose rows are sorted by length together, as transformers' own LengthGroupedSampler has it. The original sorts
 # within one step, which balances the ranks but saves no padding.
 LENGTH_POOL_STEPS = 50
-# And no more than this part of an epoch, so that a row of a small set meets other rows in each epoch.
-_FEWEST_POOLS = 4
+# An epoch of fewer pools is sorted as a whole, each row by its length times up to this much more, so that it meets
+# other rows in each epoch.
+_FEWEST_POOLS = 2
+_MIXING = 0.1
 
 
-def moderate_pool_steps(num_rows: int, step_size: int) -> int:
-    """How many steps of `step_size` rows to sort together."""
-    return min(LENGTH_POOL_STEPS, max(1, num_rows // step_size // _FEWEST_POOLS))
+class LikeLengths(TypedDict):
+    """How [`modality_length_grouped_indices`] is to bring rows of like length together."""
+
+    pool_steps: int
+    mixing: float
+
+
+def like_lengths(num_rows: int, step_size: int) -> LikeLengths:
+    """For an epoch of `num_rows` in steps of `step_size` rows: little padding, and other batches in each epoch."""
+    if num_rows // step_size < _FEWEST_POOLS * LENGTH_POOL_STEPS:
+        return {"pool_steps": 1, "mixing": _MIXING}
+    return {"pool_steps": LENGTH_POOL_STEPS, "mixing": 0.0}
 
 
 def padding_share(lengths: np.ndarray, batch_size: int) -> float:
@@ -63,6 +75,7 @@ def modality_length_grouped_indices(
     *,
     original_rng: bool = False,
     pool_steps: int = 1,
+    mixing: float = 0.0,
     longest_first: bool = False,
     accumulation_steps: int | None = None,
 ) -> list[int]:
@@ -90,6 +103,9 @@ def modality_length_grouped_indices(
             Sort this many steps' worth of shuffled rows by length before cutting them into steps. 1 composes steps at
             random, like the original; 50 (what transformers' grouping by length uses) removes most of the padding, at
             the price of steps that hold one length each.
+        mixing (`float`, defaults to 0):
+            Above 0, steps are cut from all rows of a kind, sorted by their lengths times 1 to 1 + `mixing`. What is
+            left over are then the shortest rows with images and the longest without, which pad each other least.
         longest_first (`bool`, defaults to `False`):
             Swap the step that holds the longest row to the front, so that a run too big for its memory fails at once.
         accumulation_steps (`int`, *optional*):
@@ -109,9 +125,9 @@ def modality_length_grouped_indices(
         raise ValueError(f"accumulation_steps {accumulation_steps} must be a part of world_size {world_size}.")
     kinds = [np.flatnonzero(lengths > 0), np.flatnonzero(lengths < 0)]
     if original_rng:
-        if longest_first or pool_steps != 1:
+        if longest_first or pool_steps != 1 or mixing:
             raise ValueError(
-                "the original's order has no longest_first and no pool_steps; leave out one or the other."
+                "the original's order has no longest_first, no pool_steps and no mixing; leave out one or the other."
             )
         return original_modality_order(lengths, batch_size, world_size, generator)
 
@@ -120,8 +136,12 @@ def modality_length_grouped_indices(
     sizes = np.abs(lengths)
     step_size = batch_size * world_size
     steps_by_kind, batches, rest = [], [], []
-    for kind in kinds:
+    # Images from long to short and text from short to long: what is left over of both, at the end, is of like length.
+    for kind, direction in zip(kinds, (-1, 1), strict=True):
         shuffled = kind[permutation(len(kind), generator)]
+        if mixing:
+            factors = 1 + mixing * torch.rand(len(kind), generator=generator, dtype=torch.float64).numpy()
+            shuffled = shuffled[np.argsort(direction * sizes[shuffled] * factors, kind="stable")]
         num_in_steps = len(kind) // step_size * step_size
         num_in_batches = len(kind) // batch_size * batch_size
         in_steps = shuffled[:num_in_steps]
@@ -133,7 +153,7 @@ def modality_length_grouped_indices(
         else:
             num_processes = world_size // accumulation_steps
             dealt = dealt_rows(in_steps.reshape(-1, batch_size * num_processes), sizes, num_processes)
-            left_over = left_over[np.argsort(-sizes[left_over], kind="stable")]
+            left_over = left_over[np.argsort(direction * sizes[left_over], kind="stable")]
         steps_by_kind.append(dealt.reshape(-1, step_size))  # (M of this kind, S)
         batches.append(left_over[: num_in_batches - num_in_steps])
         rest.append(left_over[num_in_batches - num_in_steps :])
@@ -158,6 +178,7 @@ class ModalityLengthSampler(torch.utils.data.Sampler[int]):
         world_size (`int`, defaults to 1): number of processes times gradient accumulation steps.
         seed (`int`, defaults to 0): the same on all processes.
         pool_steps (`int`, defaults to 1): above 1, steps hold rows of like length, which saves padding.
+        mixing (`float`, defaults to 0): see [`modality_length_grouped_indices`].
         longest_first (`bool`, defaults to `False`): put the step with the longest row first.
         accumulation_steps (`int`, *optional*): see [`modality_length_grouped_indices`].
 
@@ -173,6 +194,7 @@ class ModalityLengthSampler(torch.utils.data.Sampler[int]):
         seed: int = 0,
         *,
         pool_steps: int = 1,
+        mixing: float = 0.0,
         longest_first: bool = False,
         accumulation_steps: int | None = None,
     ):
@@ -181,6 +203,7 @@ class ModalityLengthSampler(torch.utils.data.Sampler[int]):
         self.world_size = world_size
         self.seed = seed
         self.pool_steps = pool_steps
+        self.mixing = mixing
         self.longest_first = longest_first
         self.accumulation_steps = accumulation_steps
         self.epoch = 0
@@ -201,6 +224,7 @@ class ModalityLengthSampler(torch.utils.data.Sampler[int]):
                 self.world_size,
                 generator,
                 pool_steps=self.pool_steps,
+                mixing=self.mixing,
                 longest_first=self.longest_first,
                 accumulation_steps=self.accumulation_steps,
             )

@@ -38,6 +38,9 @@ class LlavaTrainingArguments(TrainingArguments):
         max_tokens_per_batch (`int`, *optional*):
             Most tokens of a pack; by default so many that a step has about the rows that it has without packing, 8192
             at most, or the longest row.
+        padding_free (`"auto"`, `"true"` or `"false"`):
+            Compute the rows of a batch one behind the other, each at its own length, instead of padded to the longest.
+            `auto` is on a CPU, where the language model can.
         gradient_checkpointing (`bool` or `"auto"`):
             Compute activations twice, which takes less memory. `auto`, the default, is on where the heaviest batch
             would not fit without; `llava-ft train` and `fine_tune` know that, a `LlavaTrainer` leaves it off.
@@ -118,6 +121,10 @@ class LlavaTrainingArguments(TrainingArguments):
     max_tokens_per_batch: int | None = field(
         default=None, metadata={"help": "With packing: most tokens of a pack; default: by the rows, 8192 at most."}
     )
+    padding_free: str = field(
+        default="auto",
+        metadata={"help": "Compute the rows of a batch without padding: auto (on a CPU), true or false."},
+    )
     gradient_checkpointing: bool = field(
         default=None,  # type: ignore[assignment]
         metadata={"help": "Compute activations twice, in less memory: true, false or auto; default: auto."},
@@ -196,7 +203,7 @@ class LlavaTrainingArguments(TrainingArguments):
         self._settle_checkpointing()
         # No setting: a run that goes on keeps its own (`training/row_order.py`).
         self.grouped_by: str = "words" if self.sampler_order == "original" else "tokens"
-        for name in ("try_longest_batch", "compile"):
+        for name in ("try_longest_batch", "compile", "padding_free"):
             setattr(self, name, str(getattr(self, name)).lower())
             if getattr(self, name) not in ("auto", "true", "false"):
                 raise ValueError(f"{name} {getattr(self, name)} is none of auto, true and false.")

@@ -15,9 +15,10 @@ from hf_llava_ft.data.builder import modality_lengths
 from hf_llava_ft.data.lengths import token_lengths
 from hf_llava_ft.data.sampler import (
     LENGTH_POOL_STEPS,
+    LikeLengths,
     ModalityLengthSampler,
     OriginalOrderSampler,
-    moderate_pool_steps,
+    like_lengths,
     padding_share,
 )
 from hf_llava_ft.data.streaming import LlavaStream
@@ -92,19 +93,20 @@ def row_sampler(
         )
     if not args.group_by_modality_length:
         return None
-    lengths, pool_steps, micro_batches = modality_lengths(dataset), LENGTH_POOL_STEPS, None
+    lengths, micro_batches = modality_lengths(dataset), None
+    how: LikeLengths = {"pool_steps": LENGTH_POOL_STEPS, "mixing": 0.0}
     counted = counted_lengths(dataset, processor, max_length) if args.grouped_by == "tokens" else None
     world_size = args.world_size * accumulation_steps
     if counted is not None:
         lengths, micro_batches = np.sign(lengths) * counted, accumulation_steps
-        pool_steps = moderate_pool_steps(len(lengths), batch_size * world_size)
+        how = like_lengths(len(lengths), batch_size * world_size)
     return ModalityLengthSampler(
         lengths,
         batch_size=batch_size,
         world_size=world_size,
         seed=seed,
-        pool_steps=pool_steps,
         accumulation_steps=micro_batches,
+        **how,
     )
 
 

@@ -12,12 +12,10 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from torch import nn
-from torch.utils.data import DataLoader
 
-from hf_llava_ft.data.collator import LlavaCollator, PackCollator
-from hf_llava_ft.data.packing import PackSampler
+from hf_llava_ft.data.collator import LlavaCollator
 from hf_llava_ft.data.streaming import LlavaStream
-from hf_llava_ft.data.streaming.loader import StreamPosition, refuse_grouping, stream_dataloader
+from hf_llava_ft.data.streaming.loader import StreamPosition, refuse_grouping
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.evaluation.token_losses import LossOverTokens, row_losses
 from hf_llava_ft.modeling.modeling_llava import LlavaForCausalLM
@@ -44,8 +42,6 @@ from hf_llava_ft.training.row_order import (
     counted_lengths,
     leave_ungrouped_what_has_no_lengths,
     num_rows,
-    row_sampler,
-    told_of_padding,
 )
 from hf_llava_ft.training.speed.compiled import compile_layers, compiles
 from hf_llava_ft.training.speed.packed_attention import (
@@ -55,15 +51,15 @@ from hf_llava_ft.training.speed.packed_attention import (
     use_packed_attention,
     without_mask_the_same,
 )
-from hf_llava_ft.training.speed.packed_loader import pack_collator, pack_loader, pack_sampler, told_of_packs
+from hf_llava_ft.training.speed.padding_free import goes_without_padding
 from hf_llava_ft.training.throughput import Throughput
-from hf_llava_ft.training.trainer_checkpoints import CheckpointingTrainer
+from hf_llava_ft.training.trainer_batches import BatchingTrainer
 from hf_llava_ft.training.tuning import what_trains
 
 logger = logging.getLogger(__name__)
 
 
-class LlavaTrainer(CheckpointingTrainer):
+class LlavaTrainer(BatchingTrainer):
     """
     As `transformers.Trainer`; `processing_class` is the [`LlavaProcessor`], from which the collator is made when none
     is given.
@@ -109,8 +105,7 @@ class LlavaTrainer(CheckpointingTrainer):
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
         if isinstance(self.train_dataset, LlavaStream):
             refuse_grouping(self.args)
-        if self.args.packing:
-            use_packed_attention(self._unwrapped_model)
+        self._prepare_attention(self._unwrapped_model)
         self.is_compiled = compiles(self._unwrapped_model, self.args)
         if self.is_compiled:
             compile_layers(self._unwrapped_model)
@@ -138,9 +133,14 @@ class LlavaTrainer(CheckpointingTrainer):
         model = _with_masters(super().call_model_init(trial), self.args)
         unwrapped = model.get_base_model() if isinstance(model, PeftModel) else model
         self._give_loss_to(unwrapped)
-        if self.args.packing:
-            use_packed_attention(unwrapped)
+        self._prepare_attention(unwrapped)
         return model
+
+    def _prepare_attention(self, model: Any) -> None:
+        if self.args.packing:
+            use_packed_attention(model)
+        if hasattr(self, "data_collator"):  # transformers makes the first model of `model_init` before it
+            self.is_padding_free = goes_without_padding(model, self.data_collator, self.args)
 
     def _give_loss_to(self, model: Any) -> None:
         processor = self._processor
@@ -212,45 +212,6 @@ class LlavaTrainer(CheckpointingTrainer):
             give_own_rates(optimizer, cast(nn.Module, self.model) if model is None else model, self.args)
             self.told_of_groups = settings_of_groups(optimizer)
         return optimizer
-
-    def get_train_dataloader(self) -> DataLoader:
-        if isinstance(self.train_dataset, LlavaStream):
-            return stream_dataloader(self.train_dataset, self.data_collator, self.args, self._train_batch_size)
-        if self.args.packing:
-            loader = pack_loader(self.train_dataset, self.pack_sampler(), self.pack_collator(), self.args)
-            return self.accelerator.prepare(loader)
-        return super().get_train_dataloader()
-
-    def pack_sampler(self) -> PackSampler:
-        """The packs that a run with `packing` trains on."""
-        return pack_sampler(self.train_dataset, self.args, cast(LlavaProcessor, self._processor), self._max_length)
-
-    def pack_collator(self) -> PackCollator:
-        """What makes batches of them."""
-        return pack_collator(self.data_collator, self.args, self.is_compiled)
-
-    def num_examples(self, dataloader: DataLoader) -> int:
-        dataset = dataloader.dataset
-        return dataset.num_rows if isinstance(dataset, LlavaStream) else super().num_examples(dataloader)
-
-    def _get_train_sampler(self, train_dataset=None):
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if dataset is None or not hasattr(dataset, "__len__"):
-            return super()._get_train_sampler(train_dataset)
-        own = row_sampler(dataset, self.args, self.processing_class, self._max_length)
-        return super()._get_train_sampler(train_dataset) if own is None else own
-
-    @property
-    def _max_length(self) -> int | None:
-        return getattr(self.data_collator, "max_length", None)
-
-    def told_of_padding(self) -> str | None:
-        """A sentence on the padding of the first epoch; None where it is not known."""
-        dataset, processor = self.train_dataset, self.processing_class
-        if self.args.packing:
-            return told_of_packs(self.pack_sampler(), self.args, self.is_compiled)
-        sampler = row_sampler(dataset, self.args, processor, self._max_length) if hasattr(dataset, "__len__") else None
-        return told_of_padding(sampler, dataset, self.args, processor, self._max_length)
 
     # ------------------------------------------------------------------ what mends transformers
 

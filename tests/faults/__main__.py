@@ -40,7 +40,7 @@ def table(rows: dict[str, Counter], seed: int, before: str = "") -> str:
 
 def outcomes(asked: argparse.Namespace) -> Iterator[dict[str, Counter]]:
     """The rows of the parts that are asked for, part by part."""
-    from tests.conftest import save_tiny_checkpoint
+    from tests.tiny_models import save_tiny_checkpoint
 
     kills = asked.kills if asked.kills is not None else (200 if asked.long else 20)
     disks = asked.disks if asked.disks is not None else (30 if asked.long else 6)

@@ -5,7 +5,11 @@ import signal
 import sys
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
+from hf_llava_ft.checkpoints.opening import load_model
 from hf_llava_ft.cli import main
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.processing.tokenizer_llava import load_tokenizer
@@ -78,3 +82,32 @@ def trained(tiny_checkpoint, tmp_path):
         (folder / name).mkdir()
     (folder / "checkpoint-5" / "config.json").write_text("{}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def adapters_of_one_base(tiny_checkpoint, tiny_processor, tmp_path_factory):
+    """Of other ranks and parts, with dropout; the last two change biases and embeddings of their base."""
+    parent = tmp_path_factory.mktemp("adapters")
+    for seed, (name, settings) in enumerate(
+        {
+            "one": {"r": 2, "modules_to_save": ["multi_modal_projector"], "lora_dropout": 0.5},
+            "two": {"r": 3, "lora_dropout": 0.5},
+            "biased": {"r": 2, "bias": "all"},
+            "with_embeddings": {"r": 2},
+        }.items()
+    ):
+        config = LoraConfig(target_modules=r".*language_model.*(q|v)_proj", **settings)
+        model = get_peft_model(load_model(str(tiny_checkpoint)), config)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_(std=0.5)
+        model.save_pretrained(parent / name)
+        if name == "with_embeddings":  # as other tools have PEFT write them, where they added rows
+            embeddings = model.get_base_model().get_input_embeddings().weight.detach() * 2
+            saved = load_file(parent / name / "adapter_model.safetensors")
+            saved["base_model.model.model.language_model.embed_tokens.weight"] = embeddings.contiguous()
+            save_file(saved, parent / name / "adapter_model.safetensors", {"format": "pt"})
+        tiny_processor.save_pretrained(parent / name)
+    return parent

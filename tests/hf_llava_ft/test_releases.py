@@ -166,10 +166,9 @@ CHANGES = {
 def run(folder: Path, *arguments, change="nothing", **environment) -> subprocess.CompletedProcess:
     (folder / "sitecustomize.py").write_text(CHANGES[change])
     path = os.pathsep.join([str(folder), str(ROOT)])
-    environment = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "", **environment}
-    environment["HF_HOME"] = str(folder)  # another one: so that transformers is not imported yet, which is changed
-    for rank in ("RANK", "LOCAL_RANK"):
-        environment.pop(rank, None)
+    environment = {**os.environ, "PYTHONPATH": path, **environment}
+    for name in ("RANK", "LOCAL_RANK", "PYTHONWARNINGS"):
+        environment.pop(name, None)
     return warm_python.run(list(map(str, arguments)), cwd=folder, env=environment)
 
 

@@ -63,10 +63,11 @@ def _templates(path: str, revision: str | None) -> Iterator[tuple[str, str]]:
 
 def _ends(template: str) -> bool:
     tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    bounds = {"max_seconds": template_probe.MAX_SECONDS, "max_bytes": template_probe.MAX_BYTES}
     try:
         done = subprocess.run(
             [sys.executable, "-I", str(Path(template_probe.__file__))],
-            input=json.dumps({"template": template, "special_tokens": tokens}),
+            input=json.dumps({"template": template, "special_tokens": tokens} | bounds),
             text=True,
             capture_output=True,
             timeout=_MAX_SECONDS,

@@ -1,7 +1,7 @@
 """Renders a chat template within bounds of time, memory and output: a program, run by `checked_template.py`.
 
-It reads JSON from stdin, `template` and `special_tokens`, and needs jinja2 alone, so that it starts at once. What the
-template raises is nothing here: whether it takes a conversation is seen when it is used.
+It reads JSON from stdin, `template`, `special_tokens`, `max_seconds` and `max_bytes`, and needs jinja2 alone, so that
+it starts at once. What the template raises is nothing here: whether it takes a conversation is seen when it is used.
 """
 
 import json
@@ -25,14 +25,14 @@ class GenerationTag(Extension):
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
-def limit_this_process() -> None:
+def limit_this_process(max_seconds: int, max_bytes: int) -> None:
     try:
         import resource
     except ImportError:  # Windows: the time alone is limited, by who started this
         return
-    resource.setrlimit(resource.RLIMIT_CPU, (MAX_SECONDS, MAX_SECONDS))
+    resource.setrlimit(resource.RLIMIT_CPU, (max_seconds, max_seconds))
     if sys.platform == "linux":
-        resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
+        resource.setrlimit(resource.RLIMIT_AS, (max_bytes, max_bytes))
 
 
 def conversations() -> list[list[dict]]:
@@ -51,8 +51,8 @@ def refuse(message: str) -> None:
 
 
 def main() -> int:
-    limit_this_process()
     given = json.load(sys.stdin)
+    limit_this_process(given["max_seconds"], given["max_bytes"])
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
     )

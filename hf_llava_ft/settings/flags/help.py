@@ -98,6 +98,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
             "group_by_modality_length",
             "packing",
             "max_tokens_per_batch",
+            "padding_free",
             "gradient_checkpointing",
             "try_longest_batch",
             "bf16",

@@ -100,7 +100,7 @@ class LongestBatch(TrainerCallback):
 
     def _try(self, rows: Dataset, args: Any) -> None:
         trainer, model = self.trainer, self.trainer.model_wrapped
-        inputs = trainer.pack_collator()([list(rows)]) if args.packing else trainer.data_collator(list(rows))
+        inputs = trainer.train_collator()([list(rows)] if args.packing else list(rows))
         # Not `trainer`'s own, which counts what it is given as trained.
         _, num_items = Trainer.get_batch_samples(trainer, iter([inputs]), 1, args.device)
         trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps

@@ -51,7 +51,7 @@ FREE = frozenset(
     + ("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataloader_in_order")
     + ("activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing")
     + ("gradient_checkpointing_kwargs", "torch_empty_cache_steps", "auto_find_batch_size", "use_cache")
-    + ("full_determinism", "remove_unused_columns", "label_names", "ddp_find_unused_parameters")
+    + ("padding_free", "full_determinism", "remove_unused_columns", "label_names", "ddp_find_unused_parameters")
     + ("ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend", "ddp_timeout", "local_rank")
     # `engine` stands for them.
     + ("deepspeed", "fsdp", "fsdp_config")

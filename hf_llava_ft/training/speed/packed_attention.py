@@ -33,30 +33,40 @@ def without_mask_the_same(model: Any) -> bool:
     return not looks_ahead and not getattr(text, "output_router_logits", False)
 
 
-def use_packed_attention(model: Any) -> None:
+def why_no_packed_attention(model: Any) -> str | None:
+    """Why the language model of `model` cannot keep rows apart, as the end of a sentence; None if it can."""
+    if not without_mask_the_same(model):
+        return "it needs a LLaVA whose language model looks back alone"
+    text = model.model.language_model
+    if not text._supports_flash_attn or getattr(text.config, "attention_chunk_size", None) is not None:
+        # What such a model's attention is about stands in its mask alone, and a pack has none.
+        return f"{text.config.model_type} cannot keep packed rows apart"
+    name = text.config._attn_implementation
+    if name not in (*_TAKE_BORDERS, BY_DOCUMENT, "sdpa") and "/" not in name:
+        return (
+            f"it needs an attention that keeps rows apart without a dense mask, and {name} has none: use "
+            "--attn_implementation sdpa or flash_attention_2"
+        )
+    return None
+
+
+def use_packed_attention(model: Any, flag: str = "--packing") -> None:
     """
     Lets the language model of `model` compute packs; batches of rows are computed as before.
+
+    Args:
+        flag (`str`): what asked for it, for the message.
 
     Raises:
         UserError: if its attention, or the implementation that was asked for, cannot keep documents apart.
     """
-    if not without_mask_the_same(model):
-        raise UserError("--packing needs a LLaVA whose language model looks back alone: leave it out.")
-    text = model.model.language_model
-    if not text._supports_flash_attn or getattr(text.config, "attention_chunk_size", None) is not None:
-        # What such a model's attention is about stands in its mask alone, and a pack has none.
-        raise UserError(f"--packing: {text.config.model_type} cannot keep packed rows apart; leave it out.")
-    name = text.config._attn_implementation
-    if name in _TAKE_BORDERS or "/" in name or name == BY_DOCUMENT:
-        return
-    if name != "sdpa":
-        raise UserError(
-            f"--packing needs an attention that keeps rows apart without a dense mask, and {name} has none: use "
-            "--attn_implementation sdpa or flash_attention_2."
-        )
-    AttentionInterface.register(BY_DOCUMENT, attention_by_document)
-    AttentionMaskInterface.register(BY_DOCUMENT, AttentionMaskInterface()["sdpa"])
-    model.set_attn_implementation({"text_config": BY_DOCUMENT})
+    reason = why_no_packed_attention(model)
+    if reason is not None:
+        raise UserError(f"{flag}: {reason}; or leave it out.")
+    if model.model.language_model.config._attn_implementation == "sdpa":
+        AttentionInterface.register(BY_DOCUMENT, attention_by_document)
+        AttentionMaskInterface.register(BY_DOCUMENT, AttentionMaskInterface()["sdpa"])
+        model.set_attn_implementation({"text_config": BY_DOCUMENT})
 
 
 class Documents:
@@ -182,8 +192,7 @@ _KERNEL = _kernel_takes_all()
 
 class DocumentsApart(TrainerCallback):
     """
-    Before a run with packing begins, computes two short documents in one pack, and the second behind another first
-    one: it must not change.
+    Before a run of packs or without padding begins, sees to it that documents are apart.
 
     Args:
         trainer (`LlavaTrainer`): of the run; all its processes take part.
@@ -195,35 +204,42 @@ class DocumentsApart(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """
         Raises:
-            UserError: if it does change, as of a language model that carries a state from position to position.
+            UserError: if they are not, as of a language model that carries a state from position to position.
         """
-        if not args.packing:
+        if not args.packing and not self.trainer.is_padding_free:
             return
-        model, unwrapped = self.trainer.model_wrapped, self.trainer._unwrapped_model
-        config, device = unwrapped.config.text_config, next(unwrapped.parameters()).device
-        was_training = model.training
-        model.eval()
-        found = []
+        unwrapped = self.trainer._unwrapped_model
+        if not documents_apart(self.trainer.model_wrapped, unwrapped):
+            raise UserError(
+                f"{'--packing' if args.packing else '--padding_free'}: in {unwrapped.config.text_config.model_type} a "
+                "row is not computed as it is alone when another one stands before it; leave it out."
+            )
+
+
+def documents_apart(model: Any, unwrapped: LlavaForCausalLM) -> bool:
+    """
+    Whether a short document gives the logits that it gives alone, behind each of two others.
+
+    Args:
+        model: what computes, be it wrapped in an engine.
+        unwrapped (`LlavaForCausalLM`): inside of it.
+    """
+    device, was_training = next(unwrapped.parameters()).device, model.training
+    document = [3, 5, 4, 7]
+    model.eval()
+    with torch.no_grad():
+        alone = model(input_ids=torch.tensor([document], device=device), use_cache=False).logits[0].float()
+        behind = []
         for first in ([3, 4, 5, 6], [9, 8, 7, 6]):
-            ids = torch.tensor([[*first, 3, 5, 4, 7]], device=device)
-            inputs: dict[str, Any] = {
-                "input_ids": ids,
+            pack = {
+                "input_ids": torch.tensor([[*first, *document]], device=device),
                 "position_ids": torch.tensor([[0, 1, 2, 3] * 2], device=device),
-            }
-            inputs |= {
                 "document_lengths": [4, 4],
                 "borders": torch.tensor([0, 4, 8], dtype=torch.int32, device=device),
             }
-            with torch.no_grad():
-                logits = model(**packed_inputs(inputs, attention_of(unwrapped))).logits
-            found.append(logits[0, 4:].float())
-        model.train(was_training)
-        difference = float((found[0] - found[1]).abs().max() / found[0].abs().max())
-        if not difference < _ROUNDING:
-            raise UserError(
-                f"--packing: in {config.model_type} a packed row changes what comes of the one behind it, by "
-                f"{difference:.2g} of its logits; leave it out."
-            )
+            behind.append(model(**packed_inputs(pack, attention_of(unwrapped))).logits[0, 4:].float())
+    model.train(was_training)
+    return all(float((each - alone).abs().max() / alone.abs().max()) < _ROUNDING for each in behind)
 
 
 def attention_of(model: LlavaForCausalLM) -> str:

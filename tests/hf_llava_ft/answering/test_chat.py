@@ -11,6 +11,7 @@ from hf_llava_ft.answering.chat import Chat
 from hf_llava_ft.answering.conversation import ContextFull, Conversation
 from hf_llava_ft.answering.loading import load_for_answering
 from hf_llava_ft.answering.prompts import encode_row, question_content
+from hf_llava_ft.answering.shared_base import SharedBase
 from hf_llava_ft.checkpoints.opening import load_model
 from hf_llava_ft.data.builder import load_llava_json
 from hf_llava_ft.errors import UserError
@@ -40,7 +41,7 @@ def adapter(tiny_checkpoint, tiny_processor, tmp_path_factory):
 @pytest.fixture
 def chat(parts):
     said, told = [], []
-    chat = Chat(*parts, [], write=said.append, tell=told.append, max_new_tokens=4)
+    chat = Chat(SharedBase(*parts), [], write=said.append, tell=told.append, max_new_tokens=4)
     chat.said, chat.told = said, told
     return chat
 
@@ -159,9 +160,8 @@ def test_the_base_of_an_adapter_is_asked_too_and_the_conversation_stays(chat, ad
     chat.take("/compare")
     assert "this model is no adapter" in chat.told.pop()
     said, told = [], []
-    tuned = Chat(
-        *load_for_answering(str(adapter), device="cpu"), [], write=said.append, tell=told.append, max_new_tokens=6
-    )
+    models = SharedBase(*load_for_answering(str(adapter), device="cpu"))
+    tuned = Chat(models, [], write=said.append, tell=told.append, max_new_tokens=6)
     tuned.take("Hello")
     messages = list(tuned.conversation.messages)
     said.clear()

@@ -308,7 +308,7 @@ def test_padding_waste_is_that_of_batches_padded_one_by_one():
     generator = torch.Generator().manual_seed(0)
     orders = {"random": torch.randperm(103, generator=generator).tolist()}
     orders["group_by_modality_length"] = modality_length_grouped_indices(
-        signed, 4, 1, generator, pool_steps=6, accumulation_steps=1
+        signed, 4, 1, generator, mixing=0.1, accumulation_steps=1
     )
     for name, order in orders.items():
         batches = [lengths[order[start : start + 4]] for start in range(0, 103, 4)]

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
+from hf_llava_ft.checkpoints.checked import template_probe
 from hf_llava_ft.checkpoints.opening import load_model, load_processor
 from hf_llava_ft.errors import UserError
 from tests import warm_python
@@ -228,6 +229,13 @@ BROKEN_ADAPTERS = {
     "code": (lambda f: ((f / ADAPTER).unlink(), torch.save({"x": Code()}, f / "adapter_model.bin")), "code"),
     "garbage": (lambda f: ((f / ADAPTER).unlink(), (f / "adapter_model.bin").write_bytes(b"x" * 99)), ""),
 }
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """Templates without end are given up sooner."""
+    monkeypatch.setattr(template_probe, "MAX_SECONDS", 1)
+    monkeypatch.setattr(template_probe, "MAX_BYTES", 2**29)
 
 
 def sentence_about(folder) -> str:

@@ -84,7 +84,7 @@ def answers(model, processor, image):
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     with torch.no_grad():
-        ids = model.generate(**inputs, do_sample=False, max_new_tokens=48)
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=MOST)
         logits = model(**inputs).logits
     answer_ids = ids[:, inputs["input_ids"].shape[1]:].contiguous()
     return {"input_ids": inputs["input_ids"], "logits": logits, "answer_ids": answer_ids}
@@ -119,7 +119,7 @@ image, folder = Image.open(sys.argv[1]), sys.argv[2]
 ask = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
 content = [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]
 messages = [{"role": "user", "content": content}]
-report(ask(text=messages, max_new_tokens=48, return_full_text=False)[0]["generated_text"])
+report(ask(text=messages, max_new_tokens=MOST, return_full_text=False)[0]["generated_text"])
 """
 
 
@@ -129,8 +129,9 @@ def stranger(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("elsewhere")
 
     def run(program: str, *args, **environment) -> list:
+        known = f"QUESTION, MOST = {QUESTION!r}, {Probe().max_new_tokens}"
         done = warm_python.run(
-            ["-I", "-c", f"QUESTION = {QUESTION!r}\n{STRANGER}\n{program}", *map(str, args)],
+            ["-I", "-c", f"{known}\n{STRANGER}\n{program}", *map(str, args)],
             cwd=cwd,
             env={**os.environ, "HF_MODULES_CACHE": str(cwd / "modules"), **environment},
         )

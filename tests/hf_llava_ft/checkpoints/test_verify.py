@@ -32,6 +32,14 @@ def test_an_undamaged_folder_passes(written):
     assert verification.ok and verification.logit_difference < 1e-6 and verification.loader == "transformers"
 
 
+def test_as_many_tokens_are_compared_as_the_probe_says(written):
+    folder, _, processor, _ = written
+    reference = reference_outputs(load_model(str(folder), processor), processor, Probe(max_new_tokens=3))
+    assert reference["answer_ids"].shape == (1, 3)
+    assert verify(folder, reference, processor, Probe(max_new_tokens=3)).ok
+    assert "the answer is" in verify(folder, reference, processor, Probe(max_new_tokens=4)).differences[0]
+
+
 def test_a_weight_that_differs_is_noticed(written):
     folder = written[0]
     weights = load_file(folder / "model.safetensors")

@@ -14,6 +14,7 @@ from hf_llava_ft.data.sampler import (
     ModalityLengthSampler,
     length_grouped_indices,
     modality_length_grouped_indices,
+    padding_share,
     split_to_even_chunks,
 )
 from hf_llava_ft.errors import UserError
@@ -66,8 +67,9 @@ nonzero = st.integers(-40, 40).filter(bool)
     st.integers(0, 9),
     st.booleans(),
     st.sampled_from([0, 1, 3]),
+    st.sampled_from([0.0, 0.2]),
 )
-def test_each_row_once_and_kinds_apart(lengths, batch_size, world_size, seed, longest_first, pool_steps):
+def test_each_row_once_and_kinds_apart(lengths, batch_size, world_size, seed, longest_first, pool_steps, mixing):
     original_rng = pool_steps == 0
     order = modality_length_grouped_indices(
         lengths,
@@ -76,6 +78,7 @@ def test_each_row_once_and_kinds_apart(lengths, batch_size, world_size, seed, lo
         generator(seed),
         original_rng=original_rng,
         pool_steps=pool_steps or 1,
+        mixing=0.0 if original_rng else mixing,
         longest_first=longest_first and not original_rng,
     )
     assert sorted(order) == list(range(len(lengths)))
@@ -125,6 +128,28 @@ def test_pools_save_the_padding_that_steps_composed_at_random_do_not():
     assert (np.diff(first) > 0).any() and (np.diff(first) < 0).any()  # long and short steps alternate
 
 
+def test_a_small_set_is_sorted_as_a_whole_and_rows_meet_others_each_time():
+    random = np.random.default_rng(0)
+    lengths = np.where(np.arange(67) % 5 < 3, 60, -20) * (1 + random.lognormal(0, 0.8, 67))
+    lengths = lengths.astype(np.int64)
+
+    def padding_and_batches(mixing, epoch):
+        order = modality_length_grouped_indices(lengths, 4, 1, generator(epoch), mixing=mixing, accumulation_steps=1)
+        assert sorted(order) == list(range(67))
+        return padding_share(abs(lengths[order]), 4), {
+            frozenset(order[start : start + 4]) for start in range(0, 67, 4)
+        }
+
+    (mixed, first), (_, second) = (padding_and_batches(0.1, epoch) for epoch in range(2))
+    assert len(first & second) < 10  # of 17
+    assert mixed < 0.5 * padding_and_batches(0.0, 0)[0]
+    # The batch of both kinds, the last, holds the shortest with images and the longest without.
+    order = modality_length_grouped_indices(lengths, 4, 1, generator(0), mixing=1e-9, accumulation_steps=1)
+    images, texts = (sorted(abs(lengths[np.sign(lengths) == sign])) for sign in (1, -1))
+    assert (len(images) % 4, len(texts) % 4) == (1, 2)
+    assert sorted(lengths[order[64:]]) == [-texts[-1], -texts[-2], images[0]]
+
+
 def test_order_depends_on_seed_and_epoch_only():
     lengths = [(-1) ** (i % 3 == 0) * (i % 17 + 1) for i in range(200)]
 
@@ -161,5 +186,7 @@ def test_impossible_arguments_are_named():
         ModalityLengthSampler([1], 0, 2)
     with pytest.raises(ValueError, match="longest_first"):
         modality_length_grouped_indices([1], 1, 1, original_rng=True, longest_first=True)
+    with pytest.raises(ValueError, match="no mixing"):
+        modality_length_grouped_indices([1], 1, 1, original_rng=True, mixing=0.1)
     with pytest.raises(ValueError, match="pool_steps must be at least 1, not 0"):
         modality_length_grouped_indices([1], 1, 1, pool_steps=0)

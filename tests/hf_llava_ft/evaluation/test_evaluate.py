@@ -20,7 +20,7 @@ from hf_llava_ft.evaluation.retention import METRICS, NAME, PHOTOGRAPHS, QUESTIO
 from hf_llava_ft.evaluation.rows import facts_of_row, rows_of
 from hf_llava_ft.hub.measured_results import measured, renew_measured
 from hf_llava_ft.hub.model_card import write_card
-from tests.conftest import build_tiny_processor, tiny_model
+from tests.tiny_models import build_tiny_processor, tiny_model
 
 LOADING = {"device": "cpu"}
 

@@ -31,7 +31,8 @@ def test_the_rows_that_a_run_held_out_are_found_again(llava_ft, tiny_checkpoint,
     assert len(kept["before"]) == len(kept["after"]) == 40 and len(kept["figures"]) == 2
     assert kept["before"] != kept["after"]  # it did train in between
 
-    code, _, err = llava_ft("evaluate", "--model", out, "--eval_split", out, "--output_dir", tmp_path / "found")
+    words = ("--model", out, "--eval_split", out, "--max_new_tokens", 4, "--output_dir", tmp_path / "found")
+    code, _, err = llava_ft("evaluate", *words)
     assert code == 0, err
     rows = open_all_rows(built[1], built[3]).rows
     _, expected = held_out(rows, rows.that_fit(_processor(tiny_checkpoint), 512), 0.4, 7)

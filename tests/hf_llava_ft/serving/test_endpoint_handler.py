@@ -55,15 +55,16 @@ def handler(module, tiny_checkpoint):
 
 def test_an_endpoint_answers_as_the_model(handler, tiny_checkpoint):
     processor = load_processor(str(tiny_checkpoint))
-    answer = reference_outputs(load_model(str(tiny_checkpoint), processor), processor, Probe())["answer_ids"]
+    model = load_model(str(tiny_checkpoint), processor)
+    answer = reference_outputs(model, processor, Probe(max_new_tokens=8))["answer_ids"]
     expected = processor.tokenizer.decode(answer[0], skip_special_tokens=True).strip()
     assert default_messages()[0]["content"][1]["text"] == QUESTION
-    assert handler(request(max_new_tokens=48)) == {"generated_text": expected}
+    assert handler(request(max_new_tokens=8)) == {"generated_text": expected}
     text_only = {"inputs": {"messages": [{"role": "user", "content": "Hello"}]}, "parameters": {"max_new_tokens": 3}}
     assert handler(text_only)["generated_text"] != expected
     # Stopped at a text of its own answer.
     stop = expected[5:8]
-    assert handler(request(max_new_tokens=48, stop=stop))["generated_text"] == expected.partition(stop)[0].strip()
+    assert handler(request(max_new_tokens=8, stop=stop))["generated_text"] == expected.partition(stop)[0].strip()
 
 
 def test_sampling_is_seeded_and_leaves_the_server_alone(handler):
@@ -181,12 +182,12 @@ def test_a_model_of_no_native_kind_is_served_by_its_own_code(tiny, golden, tmp_p
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     export_for_serving(str(tmp_path / "model"), tmp_path / "served", "endpoints")
-    (tmp_path / "request.json").write_text(json.dumps(request(max_new_tokens=48)))
+    (tmp_path / "request.json").write_text(json.dumps(request(max_new_tokens=8)))
     shutil.copytree(tmp_path / "served", tmp_path / "elsewhere")
     arguments = ["-c", ASK_A_STRANGER, str(tmp_path / "elsewhere"), str(tmp_path / "request.json")]
     done = warm_python.run(arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    answer = reference_outputs(model, processor, Probe())["answer_ids"]
+    answer = reference_outputs(model, processor, Probe(max_new_tokens=8))["answer_ids"]
     expected = processor.tokenizer.decode(answer[0], skip_special_tokens=True).strip()
     assert json.loads(done.stdout.splitlines()[-1]) == {"generated_text": expected}
 

@@ -7,8 +7,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
-import sysconfig
 import time
 import urllib.request
 from importlib.metadata import version
@@ -18,6 +16,7 @@ from PIL import Image
 
 from hf_llava_ft.answering.conversation import Conversation
 from hf_llava_ft.answering.loading import load_for_answering
+from tests.layered_environment import layered_python
 
 pytestmark = pytest.mark.slow
 
@@ -28,18 +27,9 @@ WAIT_SECONDS = 240
 @pytest.fixture(scope="module")
 def python(tmp_path_factory):
     """An environment of its own over this one, with what serving needs besides."""
-    folder = tmp_path_factory.mktemp("serving") / "venv"
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    python = folder / "bin" / "python"
-    purelib = ["-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
-    site = subprocess.run([python, *purelib], check=True, capture_output=True, text=True).stdout.strip()
-    # Only what lies there is added: not this package, where it is installed in editable form.
-    with open(f"{site}/over.pth", "w", encoding="utf-8") as file:
-        file.write(sysconfig.get_path("purelib"))
-    wanted = f"transformers[serving]=={version('transformers')}"
-    quiet = ("--quiet", "--no-input", "--disable-pip-version-check")
-    subprocess.run([python, "-m", "pip", "install", *quiet, wanted], check=True)
-    return python
+    return layered_python(
+        tmp_path_factory.mktemp("serving") / "venv", f"transformers[serving]=={version('transformers')}"
+    )
 
 
 @pytest.fixture

@@ -56,6 +56,7 @@ def run(tiny_checkpoint, data, tmp_path):
             "learning_rate": 3e-3,
             "per_device_train_batch_size": 2,
             "save_strategy": "no",
+            "eval_max_new_tokens": 4,
             **flags,
         }
         argv = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
@@ -104,7 +105,7 @@ def test_the_loss_does_not_depend_on_the_batches_as_that_of_transformers_does(ru
     def losses(name):
         found = []
         for size in (1, 4):
-            _, log = run(f"{name}{size}", eval_data_path=data[0], per_device_eval_batch_size=size)
+            _, log = run(f"{name}{size}", eval_data_path=data[0], per_device_eval_batch_size=size, max_steps=1)
             found += [entry["eval_loss"] for entry in log if "eval_loss" in entry]
         return found
 
@@ -340,7 +341,7 @@ def test_early_stopping_from_the_command_line(data, tiny_checkpoint, tmp_path, c
     flags = {"model_name_or_path": tiny_checkpoint, "data_path": path, "image_folder": folder, "use_cpu": True}
     flags |= {"output_dir": tmp_path / "out", "eval_data_path": path, "eval_strategy": "steps", "eval_steps": 1}
     flags |= {"save_strategy": "steps", "save_steps": 1, "early_stopping_patience": 1, "max_steps": 40, "lora_r": 4}
-    flags |= {"learning_rate": 0.3, "lr_scheduler_type": "constant", "save_total_limit": 1}
+    flags |= {"learning_rate": 0.3, "lr_scheduler_type": "constant", "save_total_limit": 1, "eval_max_new_tokens": 4}
     train_main([str(word) for name, value in flags.items() for word in (f"--{name}", value)])
     summary = json.loads((tmp_path / "out/train_summary.json").read_text())
     best = summary["eval_loss"]["best"]

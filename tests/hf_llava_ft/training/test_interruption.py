@@ -41,7 +41,7 @@ def flags(tiny_checkpoint, llava_json, tmp_path):
     flags = {"model_name_or_path": tiny_checkpoint, "data_path": data, "image_folder": images, "use_cpu": True}
     flags |= {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 1, "learning_rate": 1e-3, "lora_r": 4}
     flags |= {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "logging_steps": 1, "eval_split": 0.4}
-    flags |= {"num_eval_answers": 1}  # of four rows, asked again by each of forty runs
+    flags |= {"num_eval_answers": 1, "eval_max_new_tokens": 4}  # asked again by each of fifty runs
     return {**flags, "lora_alpha": 8, "lora_dropout": 0.1, "mm_projector_lr": 1e-3}
 
 

@@ -23,6 +23,7 @@ from hf_llava_ft.train import train
 from hf_llava_ft.training.speed import packed_attention
 from hf_llava_ft.training.speed.packed_attention import BY_DOCUMENT
 from hf_llava_ft.training.tuning import with_tuning
+from tests.one_step import assert_same, is_same, step_of
 from tests.ranks import logged, run, saved_weights, write_rows
 
 disable_progress_bars()
@@ -67,36 +68,6 @@ def prepared(tiny_checkpoint, data, tmp_path):
         return hf_llava_ft.LlavaTrainer(model=model, args=args, train_dataset=data, processing_class=processor)
 
     return make
-
-
-def step_of(trainer, batches, items=None):
-    """Loss and gradients of a step of these micro-batches, as the Trainer accumulates them."""
-    trainer.model.train()
-    trainer.model.zero_grad()
-    items = sum((batch["labels"] != -100).sum() for batch in batches) if items is None else items
-    losses = []
-    for batch in batches:
-        loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch), num_items_in_batch=items)
-        loss.backward()
-        losses.append(loss.detach())
-    weights = trainer.model.named_parameters()
-    return sum(losses), {name: each.grad.clone() for name, each in weights if each.grad is not None}
-
-
-def assert_same(found, expected):
-    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
-    assert found[1].keys() == expected[1].keys()
-    for name, gradient in found[1].items():
-        scale = float(expected[1][name].abs().max())
-        torch.testing.assert_close(gradient, expected[1][name], rtol=1e-4, atol=2e-5 * scale + 1e-9, msg=name)
-
-
-def is_same(found, expected):
-    try:
-        assert_same(found, expected)
-    except AssertionError:
-        return False
-    return True
 
 
 def padded(trainer, packs, size=3):
@@ -218,7 +189,7 @@ def test_documents_are_told_apart_before_the_first_step(prepared, monkeypatch):
     trainer = prepared()
     real, all_one = packed_attention.packed_inputs, packed_attention.Documents([8], None)
     monkeypatch.setattr(packed_attention, "packed_inputs", lambda *args: {**real(*args), "documents": all_one})
-    with pytest.raises(UserError, match="--packing: in llama a packed row changes what comes of the one behind it"):
+    with pytest.raises(UserError, match="--packing: in llama a row is not computed as it is alone"):
         trainer.train()
     assert trainer.state.global_step == 0
 
@@ -351,7 +322,7 @@ def test_what_does_not_go_with_packing_is_said(prepared, settings, sentence):
 def test_attention_that_has_no_borders_is_refused(tiny, prepared):
     model = tiny.model()
     model.set_attn_implementation("eager")
-    with pytest.raises(UserError, match="--packing needs an attention .* and eager has none"):
+    with pytest.raises(UserError, match="--packing: it needs an attention .* and eager has none"):
         prepared(model=model)
     model = tiny.model()
     model.model.language_model._supports_flash_attn = False

@@ -12,8 +12,8 @@ from hf_llava_ft.checkpoints.opening import load_model, load_processor
 from hf_llava_ft.data.lengths import token_lengths
 from hf_llava_ft.data.sampler import (
     ModalityLengthSampler,
+    like_lengths,
     modality_length_grouped_indices,
-    moderate_pool_steps,
     padding_share,
 )
 from hf_llava_ft.settings.arguments import TuningArguments
@@ -48,7 +48,7 @@ def prepared(tiny_checkpoint, llava_json, tmp_path):
 
 
 def test_rows_are_grouped_by_tokens_and_otherwise_in_each_epoch(prepared):
-    trainer = prepared()
+    trainer = prepared(padding_free="false")
     sampler = trainer._get_train_sampler()
     assert isinstance(sampler, ModalityLengthSampler)
     counted = token_lengths(trainer.train_dataset, trainer.processing_class)
@@ -63,7 +63,7 @@ def test_rows_are_grouped_by_tokens_and_otherwise_in_each_epoch(prepared):
     assert trainer.told_of_padding().startswith("Padding: ")
     assert "grouped by pictures and length" in trainer.told_of_padding()
 
-    random = prepared(group_by_modality_length=False)
+    random = prepared(group_by_modality_length=False, padding_free="false")
     assert isinstance(random._get_train_sampler(), RandomSampler)
     assert "in random order" in random.told_of_padding()
 
@@ -75,18 +75,16 @@ def test_micro_batches_hold_like_lengths_in_small_sets_too(num_processes, accumu
     signed = lengths * random.choice([1, -1], 192)
     generator = torch.Generator().manual_seed(0)
     world = num_processes * accumulation
-    pool_steps = moderate_pool_steps(192, 4 * world)
-    assert pool_steps == {1: 12, 4: 3, 8: 1}[world]
+    how = like_lengths(192, 4 * world)
+    assert how["mixing"] and like_lengths(4 * world * 100, 4 * world) == {"pool_steps": 50, "mixing": 0.0}
     grouped = {
-        micro: modality_length_grouped_indices(
-            signed, 4, world, generator, pool_steps=pool_steps, accumulation_steps=micro
-        )
+        micro: modality_length_grouped_indices(signed, 4, world, generator, accumulation_steps=micro, **how)
         for micro in (accumulation, None)
     }
     assert sorted(grouped[accumulation]) == list(range(192))
     shares = {micro: padding_share(lengths[order], 4) for micro, order in grouped.items()}
     at_random = padding_share(lengths[random.permutation(192)], 4)
-    assert shares[accumulation] < 0.5 * at_random
+    assert shares[accumulation] < 0.25 * at_random
     if accumulation > 1:
         assert shares[accumulation] < 0.6 * shares[None]  # which deals short rows and long ones to each
     with_images = [signed[step] > 0 for step in np.split(np.array(grouped[accumulation]), 192 // (4 * world))]
@@ -129,7 +127,7 @@ def test_a_run_that_goes_on_keeps_its_order(tmp_path):
 
 @pytest.mark.parametrize("train_type", ["full", "lora"])
 def test_a_batch_padded_on_the_right_needs_no_mask(prepared, train_type):
-    trainer = prepared(train_type=train_type, group_by_modality_length=False)
+    trainer = prepared(train_type=train_type, group_by_modality_length=False, padding_free="false")
     trainer.model.train()
     batch = next(iter(trainer.get_train_dataloader()))
     assert not batch["attention_mask"].all()  # there is padding

@@ -51,7 +51,7 @@ def run(tiny_checkpoint, llava_json, tmp_path):
 
 
 def test_the_summary_tells_of_the_run(run, tiny_processor, tmp_path):
-    result, printed, (path, folder) = run(eval_split=0.2, seed=7)
+    result, printed, (path, folder) = run(eval_split=0.2, eval_max_new_tokens=4, seed=7)
     summary = json.loads((tmp_path / "out" / SUMMARY_FILE).read_text())
     assert summary == result.summary
     assert (summary["steps"], summary["epochs"], summary["samples"]) == (2, 1.0, 4)

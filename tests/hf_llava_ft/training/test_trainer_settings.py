@@ -50,12 +50,19 @@ def plain_loss(trainer, model, batch, smoothing=0.0):
     return loss(logits[..., kept].flatten(0, 1), targets.flatten()), int((targets != -100).sum())
 
 
+def padded_batches(trainer):
+    """What the Trainer trains on, padded to the longest row of each batch, with the mask."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "is_padding_free", False)
+        return list(trainer.get_train_dataloader())
+
+
 def plainly_trained(trainer, optimizer, *, accumulation=1, clip=1.0, smoothing=0.0, num_steps=2):
     """The trained weights, by a loop without a Trainer, over the batches that the Trainer takes."""
     model = copy.deepcopy(trainer.model).train()
     trained = [each for each in model.parameters() if each.requires_grad]
     step = optimizer(trained)
-    batches = iter(list(trainer.get_train_dataloader()))
+    batches = iter(padded_batches(trainer))
     for _ in range(num_steps):
         sums = [plain_loss(trainer, model, next(batches), smoothing) for _ in range(accumulation)]
         (sum(loss for loss, _ in sums) / sum(count for _, count in sums)).backward()
@@ -112,6 +119,7 @@ SLOW_TRIALS = {"torch_compile": ({"torch_compile": True, "torch_compile_backend"
 def test_a_setting_trains_what_it_says(prepared, name):
     settings, optimizer, how = (TRIALS | SLOW_TRIALS)[name]
     trainer = prepared(**settings)
+    assert trainer.is_padding_free is (name != "torch_compile")
     before = [each.detach().clone() for each in trainer.model.parameters() if each.requires_grad]
     expected = plainly_trained(trainer, optimizer, **how)
     trainer.train()
@@ -138,7 +146,7 @@ def test_another_computation_is_seen(prepared):
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 def test_the_evaluation_loss_is_that_of_training_whatever_says_how_it_is_gathered(prepared, smoothing):
     trainer = prepared(label_smoothing_factor=smoothing)
-    batches = list(trainer.get_train_dataloader())
+    batches = padded_batches(trainer)
     with torch.no_grad():
         sums = [plain_loss(trainer, trainer.model.eval(), batch, smoothing) for batch in batches]
     expected = float(sum(loss for loss, _ in sums) / sum(count for _, count in sums))
