@@ -47,7 +47,7 @@ class NamedImages:
         starts = range(0, len(self.names), _AT_ONCE)
         groups = list(results_in_order(lambda start: self._look_at(self.names[start : start + _AT_ONCE]), starts))
         self.states = np.frombuffer(b"".join(group.states for group in groups), dtype=STATE)
-        self.are_plain = all(group.are_plain for group in groups)
+        self.are_plain = self.prefix is not None and all(group.are_plain for group in groups)
         digest = blake2b(os.fsencode(folder.real_path or ""), digest_size=16)
         for group in groups:
             digest.update(group.digest)
@@ -62,7 +62,7 @@ class NamedImages:
 
     def _look_at(self, names: Sequence[str]) -> _Group:
         together = "\n".join(names)
-        are_plain = self.prefix is not None and not any(mark in f"\n{together}\n" for mark in _NOT_PLAIN)
+        are_plain = not any(mark in f"\n{together}\n" for mark in _NOT_PLAIN)
         are_plain = are_plain and self._are_real({name.rpartition("/")[0] for name in names})
         states = bytearray()
         for name in names:

@@ -158,6 +158,15 @@ def test_names_that_are_more_than_a_name_are_looked_up_one_by_one(folder, name):
     assert not NamedImages(["a.jpg"], ImageFolder(None)).are_plain
 
 
+def test_text_alone_needs_no_folder_and_may_have_one(folder):
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
+    (folder / "data.json").write_text(
+        json.dumps([{"id": f"r{number}", "conversations": turns} for number in range(3)])
+    )
+    for images in (None, folder / "images"):
+        assert load_llava_json(folder / "data.json", images, folder / "cache")["images"][:] == [[], [], []]
+
+
 def test_the_digest_follows_names_sizes_and_times(folder):
     before = named(folder, "a.jpg", "sub/b.png").digest
     assert named(folder, "sub/b.png", "a.jpg").digest != before
