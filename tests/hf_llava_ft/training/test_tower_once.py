@@ -142,6 +142,14 @@ def test_each_picture_of_a_batch_is_seen_once_and_nothing_changes(prepared, trai
     assert_same(found, expected)
 
 
+def test_so_it_is_in_a_run_and_in_an_evaluation(prepared, data):
+    trainer = prepared(max_steps=1, group_by_modality_length=False)
+    trainer.train()
+    assert trainer.seen == [4]
+    trainer.evaluate(data)
+    assert trainer.seen == [4, 4]
+
+
 def test_a_picture_in_the_place_of_another_is_noticed(prepared):
     trainer = prepared()
     batch = trainer.data_collator(list(trainer.train_dataset))
