@@ -109,13 +109,12 @@ class DistinctPictures:
             key = id(image)  # which the row holds as long as the batch is made
         if any(key in known for known in (self._stored, self._encoded, self._open)):
             return key
-        found: StoredPicture | Image.Image | None = None
-        if self.features is not None and isinstance(key, str):
-            found = self.features.read(key)
-        if found is None:
-            found = open_picture(image if content is None else {"bytes": content}, self.processor.picture_opening)
-            self._open[key] = found
-        else:
-            self._stored[key] = found
-        self._sizes[key] = (found.height, found.width)
+        stored = self.features.read(key) if self.features is not None and isinstance(key, str) else None
+        if stored is not None:
+            self._stored[key] = stored
+            self._sizes[key] = (stored.height, stored.width)
+            return key
+        opened = open_picture(image if content is None else {"bytes": content}, self.processor.picture_opening)
+        self._open[key] = opened
+        self._sizes[key] = (opened.height, opened.width)
         return key
