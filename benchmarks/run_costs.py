@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=1 python -m benchmarks.run_costs steps [--steps 1000]
     OMP_NUM_THREADS=1 python -m benchmarks.run_costs merge [--rounds 3]
 
-`first_step`: CPU seconds of `python -m hf_llava_ft.train`, its children among them, from the start of the process to
+`first_step`: CPU seconds of `llava-ft train`, its children among them, from the start of the process to
 the end of its first step, on a tiny model, of this build and of 345f9fe in turn; and of a flag that does not exist.
 `steps`: resident memory and CPU seconds a step over a long run on a tiny model, the last fifth over the second.
 `merge`: `llava-ft merge`, which checks its result in a process of its own, over PEFT's merge and save, in turn, for a
@@ -24,7 +24,7 @@ from benchmarks.bench.environments import CHECKOUT, EARLIER, environment_of
 
 # Nothing is imported here that the command does not import by itself, and when it does.
 FIRST_STEP = """
-import importlib.machinery, os, runpy, sys
+import importlib.machinery, os, sys
 
 class Trainer:
     def find_spec(self, name, path, target=None):
@@ -50,7 +50,9 @@ class Trainer:
         return spec
 
 sys.meta_path.insert(0, Trainer())
-runpy.run_module("hf_llava_ft.train", run_name="__main__", alter_sys=True)
+sys.argv = ["llava-ft", "train", *sys.argv[1:]]
+from hf_llava_ft.cli import main
+main()
 """
 MERGE_BY_PEFT = """
 import sys
@@ -121,7 +123,7 @@ def first_step(folder: Path, rounds: int) -> None:
     for side, values in found.items():
         told(f"to the first step, {side}", values, " CPU s")
     told(f"{EARLIER} over ours", [b / a for a, b in zip(*found.values(), strict=True)])
-    wrong = [sys.executable, "-m", "hf_llava_ft.train", "--learning_rat", "1"]
+    wrong = [sys.executable, "-m", "hf_llava_ft", "train", "--learning_rat", "1"]
     before = os.times()
     subprocess.run(wrong, env=environment(CHECKOUT), capture_output=True, check=False)
     after = os.times()

@@ -67,9 +67,11 @@ if _module:
 
     say_it_of_uncaught_errors()
 if _module == f"{__name__}.train":
-    from hf_llava_ft.settings.flags.first_look import end_at_first_look
+    from hf_llava_ft.settings.flags.first_look import end_at_first_look, models_and_words
+    from hf_llava_ft.start_up import leave_out_bitsandbytes
 
     end_at_first_look(sys.argv[1:])
+    leave_out_bitsandbytes(*models_and_words(sys.argv[1:]))
 
 # The command line registers in the command that needs it: `llava-ft --help` must not take the seconds torch takes to
 # import.

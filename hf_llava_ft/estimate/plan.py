@@ -10,7 +10,7 @@ from hf_llava_ft.estimate.memory import DEFAULT_BUCKET, DEFAULT_LIVE, Engine, St
 from hf_llava_ft.estimate.pictures import Picture, picture_of, worst_picture
 from hf_llava_ft.estimate.trace import Batch, MicroBatch, Precision, build_model, trace_micro_batch
 from hf_llava_ft.settings.arguments import TuningArguments
-from hf_llava_ft.training.speed.feature_cache import bytes_of_a_crop, stored_dtype
+from hf_llava_ft.training.speed.feature_sizes import bytes_of_a_crop, stored_dtype
 from hf_llava_ft.training.tuning import TrainedPart, trained_parts
 
 GIB = 2**30

@@ -52,6 +52,7 @@ PROPERTIES: dict[str, list[str]] = {
         f"{_OURS}/data/test_llava_json.py",
         f"{_OURS}/data/test_formats_hostile.py",
         f"{_OURS}/data/test_schema.py",
+        f"{_OURS}/data/test_usual_rows.py",
     ],
     "requests to the endpoint, texts of a page": [
         f"{_OURS}/serving/test_endpoint_handler.py",

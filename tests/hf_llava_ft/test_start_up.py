@@ -136,3 +136,14 @@ def test_a_check_imports_neither_bitsandbytes_nor_inductor(checkout, tiny_checkp
     *_, code, imported = printed(checkout, CHECK, "check", path, "--image_folder", folder, *model, "--num_proc", "1")
     assert code == "exit 0"
     assert imported == "['peft'] True"
+
+
+def test_the_module_of_training_leaves_it_out_too(checkout, tiny_checkpoint, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    command = [sys.executable, "-X", "importtime", "-m", "hf_llava_ft.train", "--output_dir", str(tmp_path / "out")]
+    command += ["--model_name_or_path", str(tiny_checkpoint), "--data_path", str(tmp_path / "none.json")]
+    environment = {**os.environ, "PYTHONPATH": str(checkout)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "none.json" in done.stderr
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
+    assert "peft" in imported and "bitsandbytes.functional" not in imported

@@ -39,6 +39,7 @@ from hf_llava_ft.settings.arguments import DataArguments, TuningArguments
 from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.training.first_process import in_first_process
 from hf_llava_ft.training.fsdp import uses_fsdp
+from hf_llava_ft.training.speed.feature_sizes import bytes_of_a_crop, stored_dtype
 from hf_llava_ft.whole_files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,6 @@ logger = logging.getLogger(__name__)
 _VERSION = 1  # raise it when the same tower gives other features
 _NAME = "--cache_vision_features"
 _MOST_LOOKED_AT = 256
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check_feature_cache(data_args: DataArguments, tuning_args: TuningArguments, args: LlavaTrainingArguments) -> None:
@@ -72,24 +72,6 @@ def _refuse_engines(args: LlavaTrainingArguments) -> None:
         raise UserError(
             f"{_NAME} runs the tower by itself, and DeepSpeed and FSDP divide or change its weights: leave one out."
         )
-
-
-def bytes_of_a_crop(config: LlavaConfig, dtype: torch.dtype) -> int:
-    """What the features of one square take on disk: positions x width x bytes of an element."""
-    vision, layers = config.vision_config, config.vision_feature_layer
-    positions = (vision.image_size // vision.patch_size) ** 2
-    positions += vision.model_type == "clip_vision_model" and config.vision_feature_select_strategy == "full"
-    return positions * vision.hidden_size * (1 if isinstance(layers, int) else len(layers)) * dtype.itemsize
-
-
-def stored_dtype(config: LlavaConfig, dtype: torch.dtype, autocast: str | None) -> torch.dtype:
-    """In which features are kept, of a tower of `dtype`: as the projector reads them.
-
-    Args:
-        autocast (`str`, *optional*): accelerate's word for what is computed in; bf16, fp16.
-    """
-    # Only what is multiplied first is rounded first.
-    return _AUTOCAST.get(str(autocast), dtype) if config.num_projector_layers else dtype
 
 
 class FeatureCache:

@@ -24,7 +24,7 @@ from hf_llava_ft.settings.parsing import resolve
 from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.train import train
 from hf_llava_ft.training.speed import feature_cache
-from hf_llava_ft.training.speed.feature_cache import bytes_of_a_crop
+from hf_llava_ft.training.speed.feature_sizes import bytes_of_a_crop
 from hf_llava_ft.training.tuning import with_tuning
 from tests.ranks import logged, run, saved_weights
 
