@@ -174,7 +174,8 @@ def steps(folder: Path, number: int) -> None:
     print(f"resident memory after {fifth} and {number} steps: {at[0] / 1e6:.0f} and {at[1] / 1e6:.0f} MB")
 
 
-def merge(folder: Path, rounds: int) -> None:
+def write_adapter(folder: Path) -> None:
+    """`base` and `adapter` in `folder`, and the bytes of the model's weights in `size`."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
@@ -197,8 +198,9 @@ def merge(folder: Path, rounds: int) -> None:
         pad_token_id=tokenizer.pad_token_id,
     )
     model, processor = compose_from_parts(tower, LlamaForCausalLM(text), tokenizer, Composition(version="chatml"))
-    base, adapter, output = folder / "base", folder / "adapter", folder / "merged"
+    base, adapter = folder / "base", folder / "adapter"
     size = sum(each.numel() * each.element_size() for each in model.parameters())
+    (folder / "size").write_text(str(size))
     save_composed(model, processor, base)
     layers = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
     model = get_peft_model(model, LoraConfig(r=64, lora_alpha=128, target_modules=layers))
@@ -208,7 +210,16 @@ def merge(folder: Path, rounds: int) -> None:
     model.peft_config["default"].base_model_name_or_path = str(base)
     model.save_pretrained(adapter)
     processor.save_pretrained(adapter)
-    del model
+
+
+def merge(folder: Path, rounds: int) -> None:
+    base, adapter, output = folder / "base", folder / "adapter", folder / "merged"
+    # In a process of its own: what is measured would begin with the memory of this one.
+    preparing = (
+        "import pathlib, sys; from benchmarks import run_costs as it; it.write_adapter(pathlib.Path(sys.argv[1]))"
+    )
+    spent_by([sys.executable, "-c", preparing, str(folder)], CHECKOUT, folder / "log")
+    size = int((folder / "size").read_text())
     commands = {
         "ours": [sys.executable, "-m", "hf_llava_ft", "merge", "--adapter", adapter, "--output_dir", output],
         "peft": [sys.executable, "-c", MERGE_BY_PEFT, base, adapter, output],

@@ -24,7 +24,7 @@ from PIL import Image
 
 # What it takes to load a folder: transformers; transformers with leave to run the folder's code; this package.
 Loader = Literal["transformers", "trust_remote_code", "hf_llava_ft"]
-MAX_NEW_TOKENS = 48
+MAX_NEW_TOKENS = 16
 # Pictures that readers open in different ways: they are compared as files, up to the pixels that a model gets.
 HARD_PICTURES = ("turned.jpg", "alpha.png", "palette.png")
 OPENED = "opened."

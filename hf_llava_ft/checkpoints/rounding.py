@@ -20,6 +20,9 @@ from hf_llava_ft.modeling.adapters_llava import PEFT_PREFIX
 _TRAINED_WHOLE, _UNTOUCHED = ".modules_to_save.default.", ".original_module."
 # Below it, nobody needs to be told of a wider dtype.
 _MUCH = 1e-3
+# Differences are looked at piece by piece: whole ones would be new memory of the size of each matrix, which takes
+# longer to be had than to be filled.
+_AT_ONCE = 2**18
 
 
 @dataclass(frozen=True)
@@ -83,13 +86,15 @@ class _Sums:
         self.number = 0
 
     def add(self, before: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor) -> None:
-        self.learned += _square(exact - before)
-        self.lost += _square(exact - rounded)
+        self.learned += _squared_distance(exact, before)
+        self.lost += _squared_distance(exact, rounded)
         self.number += 1
 
 
-def _square(difference: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(difference, dtype=torch.float64)) ** 2
+def _squared_distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    pieces = zip(one.flatten().split(_AT_ONCE), other.flatten().split(_AT_ONCE), strict=True)
+    norms = [torch.linalg.vector_norm(a - b, dtype=torch.float64) for a, b in pieces]
+    return float(torch.stack(norms).square().sum()) if norms else 0.0
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

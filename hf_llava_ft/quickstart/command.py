@@ -42,6 +42,7 @@ WRITTEN = ("photos", "base", "adapter", "merged", "result.json", "report.html", 
 # Whose a folder is: others have folders called photos too. Those of hf_llava_ft 0.1 are known by their result alone.
 MARK, RESULT = ".quickstart", "result.json"
 MAX_NEW_TOKENS = 48
+VERIFIED_TOKENS = 48  # all of an answer, since the report shows it
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ def _training_flags(output_dir: Path, seed: int) -> list[str]:
 
 def _probe(picture: Image.Image) -> Probe:
     content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
-    return Probe(messages=[{"role": "user", "content": content}], images=[picture])
+    return Probe(messages=[{"role": "user", "content": content}], images=[picture], max_new_tokens=VERIFIED_TOKENS)
 
 
 def _write(

@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_llava_ft.checkpoints import reload
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.quickstart import command
 from hf_llava_ft.quickstart.command import DATA, MARK, QUESTION, QuickstartResult, _fresh, run_quickstart
@@ -43,7 +42,6 @@ def result(request, tiny, tiny_processor, tmp_path_factory):
     output_dir = tmp_path_factory.mktemp("quickstart") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "MAX_NEW_TOKENS", 8)
-        patch.setattr(reload, "MAX_NEW_TOKENS", 48)  # of the answers after there is all
         if request.param == "tiny":
             original = command._training_flags
             more = ["--max_steps", "60", "--learning_rate", "5e-3", "--mm_projector_lr", "5e-3"]  # the last ones count
