@@ -111,8 +111,11 @@ def _merge_layer(layer: Any, sums: _Sums) -> None:
     # Asked for again: PEFT may have put another tensor there.
     weight = layer.get_base_layer().weight
     exact = weight.data
-    weight.data = exact.to(before.dtype)
-    sums.add(before, exact, weight.data)
+    rounded = exact.to(before.dtype)
+    sums.add(before, exact, rounded)
+    # Into the memory of the base, which is mapped from its file: written to, a page of it is ours alone, and the file's
+    # is let go. In new memory, base and result would both be held.
+    weight.data = before.copy_(rounded)
 
 
 def _count_whole_modules(model: PeftModel, saved: Mapping[str, torch.Tensor], sums: _Sums) -> None:
