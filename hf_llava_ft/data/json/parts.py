@@ -23,7 +23,7 @@ from hf_llava_ft.data.json.rows import MAX_ROW_CHARS, iter_json_rows
 from hf_llava_ft.data.worker_pool import num_workers, results_in_order
 from hf_llava_ft.errors import UserError
 
-_PART_BYTES = 8 * 2**20
+_PART_BYTES = 4 * 2**20
 _SEARCH_BYTES = 2**20
 
 _BOM = b"\xef\xbb\xbf"
