@@ -8,7 +8,8 @@ each, casts that input to A's dtype, and scales and adds outputs in passes of th
 * a 16-bit input stays as it is: A and B are cast to it, while the weights that train stay float32.
 
 Without dropout, results and gradients are PEFT's to rounding. With it each layer still sees its input with the
-probability asked for; that q, k and v see the same mask is the one difference, which `shared=False` takes away.
+probability asked for; that q, k and v see the same mask, which a CPU draws by other random numbers
+(`lora_dropout.py`), is the one difference, and `shared=False` takes it away.
 
 Only the class of the layers changes. Their parameters, names, merging and saving are PEFT's own; where anything
 but one plain adapter is asked for (DoRA and other variants, quantised layers, several adapters, `adapter_names`,
@@ -21,6 +22,8 @@ import torch
 from peft.tuners.lora import Linear
 from torch import nn
 from torch.nn import functional
+
+from hf_llava_ft.training.lora_dropout import LoraDropout
 
 # Of the layers of one module, those that read the same tensor, in the names that Llama, Mistral and Qwen share. A
 # layer that gets another tensor nevertheless computes its own product, so a wrong guess costs time and nothing else.
@@ -103,8 +106,9 @@ def fuse_lora(model: nn.Module, *, shared: bool = True) -> int:
     Makes the plain LoRA layers of `model` fused ones, in place, and returns how many.
 
     Args:
-        shared (`bool`): share product and dropout mask among layers that read the same input. Not where an engine
-            hands each layer its weights only while that layer runs, as ZeRO-3 does.
+        shared (`bool`): share product and dropout mask among layers that read the same input, and draw the mask as a
+            CPU does it soonest. Not where an engine hands each layer its weights only while that layer runs, as ZeRO-3
+            does.
     """
     fused = 0
     for module in model.modules():
@@ -113,6 +117,11 @@ def fuse_lora(model: nn.Module, *, shared: bool = True) -> int:
             fused += 1
     if not shared:
         return fused
+    for module in model.modules():
+        if isinstance(module, FusedLoraLinear):
+            for dropout in module.lora_dropout.values():
+                if type(dropout) is nn.Dropout:
+                    dropout.__class__ = LoraDropout
     for module in model.modules():
         children: dict[str, Any] = dict(module.named_children())
         for names in SAME_INPUT:

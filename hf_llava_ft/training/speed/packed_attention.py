@@ -10,6 +10,7 @@ finished and builds none, and whatever would use it by mistake fails instead of 
 """
 
 import inspect
+from functools import cache
 from typing import Any
 
 import torch
@@ -152,7 +153,8 @@ def _window(query: torch.Tensor, sliding_window: int | None) -> torch.Tensor | N
 
 
 def _has_kernel(query: torch.Tensor, dropout: float) -> bool:
-    return query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16) and not dropout and _KERNEL
+    of_kernel = query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16) and not dropout
+    return of_kernel and _kernel_takes_all()
 
 
 def _by_kernel(
@@ -178,6 +180,7 @@ def _by_kernel(
     return found[None]
 
 
+@cache
 def _kernel_takes_all() -> bool:
     """Whether PyTorch's kernel takes a window and fewer heads of keys than of queries, as that of 2.13 does."""
     try:
@@ -186,8 +189,6 @@ def _kernel_takes_all() -> bool:
         return False
     return {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
 
-
-_KERNEL = _kernel_takes_all()
 
 
 class DocumentsApart(TrainerCallback):

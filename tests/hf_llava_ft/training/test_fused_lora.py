@@ -11,6 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_llava_ft.training.fused_lora import FusedLoraLinear, SharedInput, fuse_lora
+from hf_llava_ft.training.lora_dropout import LoraDropout
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -138,6 +139,20 @@ def test_layers_of_one_input_see_one_mask_and_others_their_own():
             dropout.register_forward_hook(lambda _, inputs, output: draws.append(output))
     loss_and_gradients(model)
     assert len(draws) == 2 * 4  # in each of two layers: q, k and v; o; gate and up; down
+
+
+def test_masks_are_drawn_soonest_only_where_they_may_differ_from_those_of_peft():
+    def dropouts(model) -> set[type]:
+        return {type(each) for module in model.modules() for each in getattr(module, "lora_dropout", {}).values()}
+
+    for shared, expected in ((True, LoraDropout), (False, nn.Dropout)):
+        model = with_peft(0.5)
+        fuse_lora(model, shared=shared)
+        assert dropouts(model) == {expected}
+    # DoRA is PEFT's own computation, its random numbers too.
+    dora = with_peft(0.5, use_dora=True)
+    fuse_lora(dora)
+    assert dropouts(dora) == {nn.Dropout}
 
 
 def test_without_shared_dropout_masks_are_drawn_as_peft_draws_them():
