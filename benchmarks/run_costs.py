@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 from benchmarks.bench.environments import CHECKOUT, EARLIER, environment_of
+from benchmarks.bench.process import ONE_THREAD
 
 # Nothing is imported here that the command does not import by itself, and when it does.
 FIRST_STEP = """
@@ -67,13 +68,7 @@ AutoProcessor.from_pretrained(base).save_pretrained(output)
 
 
 def environment(code: Path) -> dict[str, str]:
-    return os.environ | {
-        "PYTHONPATH": str(code),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
+    return os.environ | ONE_THREAD | {"PYTHONPATH": str(code)}
 
 
 def spent_by(command: list[str], code: Path, log: Path) -> tuple[float, int]:

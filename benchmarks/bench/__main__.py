@@ -19,50 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench.environments import CHECKOUT, environment_of
+from benchmarks.bench.process import Process
 
 SIDES = ("ours", "plain grouped", "plain", "trl grouped", "trl", "345f9fe")
 MOST_BYTES = 4 << 30  # of a side
 LARGEST_DIFFERENCE = 1e-5  # of pixels
 
 
-class Process:
-    """A side that waits for words; `None` from `ask` where it has ended."""
-
-    def __init__(self, side: str, args: argparse.Namespace):
-        python, code = environment_of(side, args.folder)
-        environment = os.environ | {
-            "PYTHONPATH": str(code),
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "CUDA_VISIBLE_DEVICES": "",
-        }
-        script = Path(__file__).with_name("side.py")
-        command = [str(python), str(script), "--side", side, "--folder", str(args.folder.resolve())]
-        command += ["--batch_size", str(args.batch_size), *(["--lora"] if args.lora else [])]
-        self.side, self.log = side, args.folder / f"{side.replace(' ', '_')}.log"
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
-            )
-        self.versions = self._answer()["versions"]
-
-    def ask(self, word: str) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(word + "\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.side} ended: {self.log.read_text()[-2000:]}")
-        return json.loads(line)
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
+def started(side: str, args: argparse.Namespace) -> Process:
+    python, code = environment_of(side, args.folder)
+    command = [str(python), str(Path(__file__).with_name("side.py")), "--side", side]
+    command += ["--folder", str(args.folder.resolve()), "--batch_size", str(args.batch_size)]
+    return Process(side, [*command, *(["--lora"] if args.lora else [])], code, args.folder)
 
 
 def check_equal(digests: dict[str, dict[str, Any]]) -> float:
@@ -166,7 +134,7 @@ def main() -> None:
     processes: list[Process] = []
     try:
         for side in args.sides:
-            processes.append(Process(side, args))
+            processes.append(started(side, args))
         digests = {each.side: each.ask("digest") for each in processes}
         apart = check_equal(digests)
         print(f"{args.rows} rows: equal ids and labels on all sides, pixels to {apart:g}.", flush=True)

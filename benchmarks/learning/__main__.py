@@ -20,47 +20,17 @@ from typing import Any
 
 from benchmarks.bench.__main__ import check_equal, processor_name
 from benchmarks.bench.environments import CHECKOUT, environment_of
+from benchmarks.bench.process import Process
 
 SIDES = ("ours", "plain", "trl")
 NAMES = {"ours": "hf_llava_ft", "plain": "plain Trainer", "trl": "TRL SFTTrainer"}
 
 
-class Process:
-    """A side that waits for words."""
-
-    def __init__(self, side: str, args: argparse.Namespace):
-        python, code = environment_of(side, CHECKOUT / "build" / "bench")
-        environment = os.environ | {
-            "PYTHONPATH": str(code),
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "CUDA_VISIBLE_DEVICES": "",
-        }
-        command = [str(python), str(Path(__file__).with_name("side.py")), "--side", side]
-        command += ["--folder", str(args.folder.resolve()), "--every", str(args.every)]
-        self.log = args.folder / f"{side}.log"
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
-            )
-        self.versions = self.answer()["versions"]
-
-    def tell(self, word: str) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(word + "\n")
-        self.process.stdin.flush()
-
-    def answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"a side ended: {self.log.read_text()[-2000:]}")
-        return json.loads(line)
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
+def started(side: str, args: argparse.Namespace) -> Process:
+    python, code = environment_of(side, CHECKOUT / "build" / "bench")
+    command = [str(python), str(Path(__file__).with_name("side.py")), "--side", side]
+    command += ["--folder", str(args.folder.resolve()), "--every", str(args.every)]
+    return Process(side, command, code, args.folder)
 
 
 def write_start(folder: Path, pictures: int) -> None:
@@ -149,7 +119,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, default=CHECKOUT / "docs" / "images" / "learning_curve.png")
     args = parser.parse_args()
     write_start(args.folder, args.pictures)
-    waiting = {side: Process(side, args) for side in args.sides}
+    waiting = {side: started(side, args) for side in args.sides}
     report: dict[str, Any] = {
         "settings": {name: getattr(args, name) for name in ("pictures", "every", "questions", "enough")},
         "machine": {"processor": processor_name(), "cores": os.cpu_count(), "python": platform.python_version()},
@@ -160,14 +130,12 @@ def main() -> None:
     try:
         digests = {}
         for side, each in waiting.items():
-            each.tell("digest")
-            digests[side] = {key: (text, [pixels]) for key, (text, pixels) in each.answer().items()}
+            digests[side] = {key: (text, [pixels]) for key, (text, pixels) in each.ask("digest").items()}
         check_equal(digests)
         print("Equal ids, labels and pixels on all sides.", flush=True)
         while waiting:
             for side, each in list(waiting.items()):
-                each.tell("go")
-                stop = each.answer()
+                stop = each.ask("go")
                 if stop.get("done"):
                     each.end()
                     del waiting[side]

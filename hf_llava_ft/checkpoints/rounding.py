@@ -113,8 +113,8 @@ def _merge_layer(layer: Any, sums: _Sums) -> None:
     exact = weight.data
     rounded = exact.to(before.dtype)
     sums.add(before, exact, rounded)
-    # Into the memory of the base, which is mapped from its file: written to, a page of it is ours alone, and the file's
-    # is let go. In new memory, base and result would both be held.
+    # Into the memory of the base, mapped from its file: a page that is written to becomes ours, and the file's is let
+    # go. In new memory, base and result would both be held.
     weight.data = before.copy_(rounded)
 
 

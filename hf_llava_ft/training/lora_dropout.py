@@ -1,4 +1,4 @@
-"""Dropout of LoRA's inputs on a CPU, in a fifth of the time.
+"""Dropout of LoRA's inputs on a CPU, in a fifth of the time and of the memory that its gradient needs.
 
 There `torch.nn.Dropout` takes longer to draw its mask than a small model takes to multiply with A: one float of its
 generator for each element, then a product of floats with booleans, one by one. Here a generator of 64 bits draws four
@@ -29,13 +29,15 @@ class LoraDropout(nn.Dropout):
 
 def kept_elements(shape: torch.Size, p: float) -> torch.Tensor:
     """`uint8` of `shape`: 1 with probability 1 - p, to the nearest 1/65,536; else 0."""
-    seed = int(torch.randint(2**62, ()))
-    draws = np.random.SFC64(seed).random_raw(-(-shape.numel() // 4)).view(np.uint16)[: shape.numel()]
+    seed = torch.randint(2**62, ())
+    if type(seed) is not torch.Tensor:  # without values: memory is estimated, nothing computed
+        return torch.empty(shape, dtype=torch.uint8)
+    draws = np.random.SFC64(int(seed)).random_raw(-(-shape.numel() // 4)).view(np.uint16)[: shape.numel()]
     return torch.from_numpy((draws >= round(p * 2**_BITS)).view(np.uint8)).view(shape)
 
 
 class _Dropped(torch.autograd.Function):
-    """Keeps a byte an element for its gradient, as PyTorch does."""
+    """Keeps a byte an element for its gradient, where PyTorch on a CPU keeps an element."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, p: float) -> torch.Tensor:

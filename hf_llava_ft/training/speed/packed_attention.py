@@ -11,6 +11,7 @@ finished and builds none, and whatever would use it by mistake fails instead of 
 
 import inspect
 from functools import cache
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -78,12 +79,19 @@ class Documents:
     Args:
         lengths (`list[int]`): their sum is the length of the pack.
         borders (`int32[documents + 1]`): the same added up, where the model is.
+
+    Attributes:
+        runs (`list[int]`): how many neighbours are of one length each.
+        run_lengths (`list[int]`): how long they are together.
     """
 
-    __slots__ = ("borders", "lengths")
+    __slots__ = ("borders", "lengths", "run_lengths", "runs")
 
     def __init__(self, lengths: list[int], borders: torch.Tensor):
         self.lengths, self.borders = lengths, borders
+        neighbours = [(length, len(list(same))) for length, same in groupby(lengths)]
+        self.runs = [number for _, number in neighbours]
+        self.run_lengths = [length * number for length, number in neighbours]
 
 
 def packed_inputs(inputs: dict[str, Any], implementation: str) -> dict[str, Any]:
@@ -136,10 +144,14 @@ def attention_by_document(
     if _has_kernel(query, dropout):
         return _by_kernel(query, key, value, documents, scaling, sliding_window), None
     parts = []
-    for document in zip(*(each.split(documents.lengths, dim=2) for each in (query, key, value)), strict=True):
-        mask = _window(document[0], sliding_window)
-        parts.append(sdpa(module, *document, mask, dropout=dropout, scaling=scaling, **kwargs)[0])
-    return torch.cat(parts, dim=1), None
+    runs = zip(*(each.split(documents.run_lengths, dim=2) for each in (query, key, value)), strict=True)
+    for number, run in zip(documents.runs, runs, strict=True):
+        # `[1, heads, number x length, width]` to `[number, heads, length, width]`: neighbours of one length at once.
+        rows = [each[0].unflatten(1, (number, -1)).transpose(0, 1) for each in run]
+        mask = _window(rows[0], sliding_window)
+        found = sdpa(module, *rows, mask, dropout=dropout, scaling=scaling, **kwargs)[0]
+        parts.append(found.flatten(0, 1))
+    return torch.cat(parts)[None], None
 
 
 def _window(query: torch.Tensor, sliding_window: int | None) -> torch.Tensor | None:
@@ -188,7 +200,6 @@ def _kernel_takes_all() -> bool:
     except ImportError:
         return False
     return {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
-
 
 
 class DocumentsApart(TrainerCallback):

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from hf_llava_ft.training import lora_dropout
@@ -83,6 +84,26 @@ def test_compiled_layers_draw_as_pytorch_does(monkeypatch):
     ours = LoraDropout(0.5)(x)
     torch.manual_seed(0)
     assert torch.equal(ours, nn.Dropout(0.5)(x))
+
+
+def held_for_the_gradient(module: nn.Module) -> int:
+    """Bytes, beside the input."""
+    x, held = torch.rand(64, 32, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda kept: held.append(kept) or kept, lambda kept: kept):
+        module(x)
+    return sum(each.numel() * each.element_size() for each in held)
+
+
+def test_a_byte_an_element_is_held_for_the_gradient_and_estimated_so():
+    assert held_for_the_gradient(LoraDropout(0.5)) == 64 * 32
+    assert held_for_the_gradient(nn.Dropout(0.5)) == 64 * 32 * 4
+    with FakeTensorMode():
+        assert held_for_the_gradient(LoraDropout(0.5)) == 64 * 32
+
+
+def test_other_devices_draw_as_pytorch_does():
+    assert not torch.equal(LoraDropout(0.5)(torch.ones(9, 9)), torch.ones(9, 9))
+    assert LoraDropout(0.5)(torch.rand(5, 7, device="meta")).shape == (5, 7)
 
 
 def test_an_empty_input_has_nothing_to_drop():

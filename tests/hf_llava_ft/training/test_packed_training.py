@@ -208,6 +208,41 @@ def test_a_batch_of_rows_is_computed_as_before(prepared):
     assert "attn" not in json.dumps(model.config.to_dict())
 
 
+@pytest.mark.parametrize("lengths", [[3, 3, 3], [5, 5, 2, 7, 7, 7], [4], [1, 1, 6, 1], [2, 3, 2, 3]], ids=str)
+@pytest.mark.parametrize("window", [None, 3])
+def test_neighbours_of_one_length_are_computed_together_as_each_alone(lengths, window, monkeypatch):
+    torch.manual_seed(0)
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 2, True
+    # Laid out as a layer has them: position by position, then the heads.
+    packs = [torch.randn(1, sum(lengths), heads, 8, requires_grad=True) for heads in (4, 2, 2)]
+    weights = torch.randn(1, sum(lengths), 4, 8)
+
+    def by_document() -> list[torch.Tensor]:
+        documents = packed_attention.Documents(lengths, torch.tensor([0, *lengths]).cumsum(0))
+        query, key, value = (each.transpose(1, 2) for each in packs)
+        arguments = {"scaling": 0.3, "sliding_window": window, "documents": documents}
+        found, _ = packed_attention.attention_by_document(module, query, key, value, None, **arguments)
+        return [found, *torch.autograd.grad((found * weights).sum(), packs)]
+
+    alone = []
+    for document in zip(*(each.split(lengths, 1) for each in packs), strict=True):
+        query, key, value = (each.transpose(1, 2) for each in document)
+        mask = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool).tril()
+        mask = mask if window is None else mask.triu(1 - window)
+        found = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=0.3, enable_gqa=True)
+        alone.append(found.transpose(1, 2))
+    expected = [torch.cat(alone, 1)]
+    expected += torch.autograd.grad((expected[0] * weights).sum(), packs)
+    torch.testing.assert_close(by_document(), expected)
+
+    # The control: neighbours cut at other places.
+    if len(lengths) > 1:
+        with monkeypatch.context() as patch:
+            patch.setattr(packed_attention, "groupby", lambda lengths: [(sum(lengths), [None])])
+            assert not torch.allclose(by_document()[0], expected[0], atol=1e-3)
+
+
 def test_the_kernel_is_given_documents_as_it_takes_them(monkeypatch):
     """PyTorch's kernel for documents of different lengths runs on GPUs alone: here stands its definition."""
     given = {}
