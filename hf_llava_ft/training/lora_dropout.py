@@ -1,9 +1,9 @@
-"""Dropout of LoRA's inputs on a CPU, in a fifth of the time and of the memory that its gradient needs.
+"""Dropout of LoRA's inputs on a CPU, in less time, and a quarter of the memory for its gradient.
 
-There `torch.nn.Dropout` takes longer to draw its mask than a small model takes to multiply with A: one float of its
-generator for each element, then a product of floats with booleans, one by one. Here a generator of 64 bits draws four
-elements at a time, and products are of floats alone. The generator is seeded by one number of PyTorch's own, so that
-what is resumed or computed again under gradient checkpointing sees the mask that it saw.
+There `torch.nn.Dropout` takes longer to draw its mask than a small model takes to multiply with A: one number of its
+generator for each element, into floats that the gradient keeps. Here a generator of 64 bits draws four elements at a
+time, and a byte an element is kept. The generator is seeded by one number of PyTorch's own, so that what is resumed or
+computed again under gradient checkpointing sees the mask that it saw.
 """
 
 from typing import Any
@@ -53,4 +53,5 @@ class _Dropped(torch.autograd.Function):
 
 
 def _times(kept: torch.Tensor, x: torch.Tensor, p: float) -> torch.Tensor:
-    return (kept.to(x.dtype) * x).mul_(1 / (1 - p))
+    # In place: memory that is new to the process takes longer to be had than to be filled.
+    return kept.to(x.dtype).mul_(x).mul_(1 / (1 - p))
