@@ -16,42 +16,27 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import cast
 
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-from datasets import Features, Image, List, Value
+from datasets import Features, Image, List
 
 from hf_llava_ft.data.decoded import DecodedPictures
+from hf_llava_ft.data.features import FEATURES
 from hf_llava_ft.data.image_folder import ImageFolder
 from hf_llava_ft.data.json.file_index import FileIndex, columns_folder, content_fingerprint, file_index
-from hf_llava_ft.data.json.garbage import garbage_collection_paused
-from hf_llava_ft.data.json.llava_json import checked_row
 from hf_llava_ft.data.json.named_images import NamedImages
-from hf_llava_ft.data.json.parts import JsonPart, iter_part, part_columns
+from hf_llava_ft.data.json.parts import JsonPart
 from hf_llava_ft.data.json.rows import iter_json_rows
+from hf_llava_ft.data.json.tables import TABLE_ROWS, tables_of_part
 from hf_llava_ft.data.pictures import unreadable_images
 from hf_llava_ft.data.schema import parse_llava_row, row_place
 from hf_llava_ft.data.worker_pool import num_workers, results_in_order
 from hf_llava_ft.errors import UserError, user_error_behind
 
-FEATURES = Features(
-    {
-        "id": Value("string"),
-        "messages": List(
-            {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
-        ),
-        "images": List(Image()),
-        "num_words": Value("int32"),
-        "num_images": Value("int32"),
-    }
-)
-
-_TABLE_ROWS = 1000
 _NUM_NAMED = 3  # unreadable images that a message names besides the first
 
 
@@ -98,7 +83,7 @@ class LlavaConversations(datasets.ArrowBasedBuilder):
 
     VERSION = datasets.Version("1.0.0")  # raise it when the same files give other rows
     BUILDER_CONFIG_CLASS = LlavaConversationsConfig
-    DEFAULT_WRITER_BATCH_SIZE = _TABLE_ROWS  # `datasets` takes 100 where there are images, but here are only paths
+    DEFAULT_WRITER_BATCH_SIZE = TABLE_ROWS  # `datasets` takes 100 where there are images, but here are only paths
 
     def __init__(
         self,
@@ -135,16 +120,9 @@ class LlavaConversations(datasets.ArrowBasedBuilder):
     def _generate_tables(self, parts: list[JsonPart]) -> Iterator[tuple[str, pa.Table]]:
         images = ImageFolder(self.config.image_folder)
         for part in parts:
-            whole = self._table_of_part(part, images)
-            if whole is not None:
-                for start in range(0, len(whole), _TABLE_ROWS):
-                    yield f"{part.path}:{part.first_row}:{start}", whole.slice(start, _TABLE_ROWS)
-                continue
-            rows = (checked_row(value, part.path, number, images) for number, value in iter_part(part))
-            number = 0
-            while table := _next_table(rows):
+            columns = columns_folder(part.path, self._index_root)
+            for number, table in enumerate(tables_of_part(part, images, self._named, columns)):
                 yield f"{part.path}:{part.first_row}:{number}", table
-                number += 1
 
     def download_and_prepare(self, *args, num_proc: int | None = None, **kwargs) -> None:
         """As in `datasets.DatasetBuilder`, except that a `UserError` arrives as one, and is that of the first wrong
@@ -171,36 +149,6 @@ class LlavaConversations(datasets.ArrowBasedBuilder):
         super()._download_and_prepare(*args, **kwargs)
         # Last, since it takes longest; still inside, so that a failure leaves no cache.
         self._refuse_unreadable_images()
-
-    def _table_of_part(self, part: JsonPart, images: ImageFolder) -> pa.Table | None:
-        """All rows of a part in the layout of [`FEATURES`], at once; None where they have to be read one by one: one
-        is wrong, or unusual."""
-        columns = part_columns(part, columns_folder(part.path, self._index_root))
-        if columns is None:
-            return None
-        names = columns.image_names.flatten()
-        try:
-            paths = self._paths_of(names, part, images)
-        except UserError:
-            return None  # the row that names it first is found on the other road
-        pictures = pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), paths], ["bytes", "path"])
-        stored = pa.ListArray.from_arrays(columns.image_names.offsets, pictures)
-        numbers = np.arange(part.first_row, part.first_row + len(columns.ids))
-        arrays = {
-            "id": pc.coalesce(columns.ids, pa.array(numbers).cast(pa.string())),
-            "messages": columns.messages,
-            "images": stored,
-            "num_words": pa.array(columns.num_words, pa.int32()),
-            "num_images": pc.list_value_length(stored),
-        }
-        return pa.table([arrays[name] for name in FEATURES], schema=FEATURES.arrow_schema)
-
-    def _paths_of(self, names: pa.Array, part: JsonPart, images: ImageFolder) -> pa.Array:
-        if self._named.are_plain and not pc.any(pc.starts_with(names, "data:")).as_py():
-            return pc.binary_join_element_wise(self._named.prefix, names, "")
-        encoded = names.dictionary_encode()
-        found = [images.resolve(name, part.path) for name in encoded.dictionary.to_pylist()]
-        return pa.DictionaryArray.from_arrays(encoded.indices, pa.array(found, pa.string())).cast(pa.string())
 
     def _refuse_unreadable_images(self) -> None:
         files, images = self.config.files, ImageFolder(self.config.image_folder)
@@ -242,7 +190,7 @@ def load_llava_json(
             Where the dataset is kept; the cache of `datasets` by default.
 
     Returns:
-        `datasets.Dataset`, memory-mapped, with [`FEATURES`].
+        `datasets.Dataset`, memory-mapped, with `FEATURES`.
 
     Raises:
         UserError: at the first thing that is wrong; nothing is left in the cache then.
@@ -264,7 +212,7 @@ def load_llava_json(
 
 
 def undecoded(dataset: datasets.Dataset) -> datasets.Dataset:
-    """`dataset`, of [`FEATURES`], with its images as they are stored: the collator opens them as the model's processor
+    """`dataset`, of `FEATURES`, with its images as they are stored: the collator opens them as the model's processor
     says."""
     # Said of the rows as they lie on the disk; cast_column would write them all a second time, embedded pictures
     # included.
@@ -289,17 +237,6 @@ def modality_lengths(dataset: datasets.Dataset) -> np.ndarray:
 
 def _named_images(indexes: Sequence[FileIndex], folder: ImageFolder) -> NamedImages:
     return NamedImages(dict.fromkeys(name for index in indexes for name in index.images), folder)
-
-
-def _next_table(rows: Iterator[dict]) -> pa.Table | None:
-    """The next rows of `checked_row` in the layout of [`FEATURES`]; None at the end."""
-    with garbage_collection_paused():
-        batch = list(islice(rows, _TABLE_ROWS))
-        if not batch:
-            return None
-        columns: dict[str, list] = {name: [row[name] for row in batch] for name in FEATURES}
-        columns["images"] = [[{"bytes": None, "path": path} for path in paths] for paths in columns["images"]]
-        return pa.table(columns, schema=FEATURES.arrow_schema)
 
 
 def _nor_can(names: list[str]) -> str:

@@ -22,7 +22,7 @@ from datasets import Image, List
 from datasets.utils import tqdm  # the bar that datasets' disable_progress_bars() silences
 
 from hf_llava_ft.checkpoints.artifact import staged_folder
-from hf_llava_ft.data.builder import FEATURES
+from hf_llava_ft.data.features import FEATURES
 from hf_llava_ft.data.formats.checked_rows import checked_rows
 from hf_llava_ft.data.formats.images import MAX_IMAGE_BYTES
 from hf_llava_ft.data.formats.source import Source

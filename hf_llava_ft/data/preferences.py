@@ -9,7 +9,7 @@ from typing import Any
 
 import datasets
 
-from hf_llava_ft.data.builder import FEATURES
+from hf_llava_ft.data.features import FEATURES
 from hf_llava_ft.data.formats.column_choice import SaidOfColumns
 from hf_llava_ft.data.formats.dialects import PREFERENCE, parse_preference
 from hf_llava_ft.data.formats.source import open_source

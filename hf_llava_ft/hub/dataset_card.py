@@ -8,8 +8,8 @@ from datasets import DatasetInfo, SplitDict, SplitInfo
 from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCard, DatasetCardData
 
-from hf_llava_ft.data.builder import FEATURES
 from hf_llava_ft.data.export import ExportedDataset
+from hf_llava_ft.data.features import FEATURES
 from hf_llava_ft.hub.card_template import card_of
 from hf_llava_ft.reports.markdown import Markdown, fence
 

@@ -21,7 +21,8 @@ import pyarrow.compute as pc
 from datasets.exceptions import DatasetGenerationError
 from filelock import FileLock
 
-from hf_llava_ft.data.builder import FEATURES, load_llava_json, undecoded
+from hf_llava_ft.data.builder import load_llava_json, undecoded
+from hf_llava_ft.data.features import FEATURES
 from hf_llava_ft.data.formats.checked_rows import checked_rows
 from hf_llava_ft.data.formats.column_choice import SaidOfColumns
 from hf_llava_ft.data.formats.containers import JsonFile

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_llava_ft.data.builder import FEATURES, LlavaConversations
+from hf_llava_ft.data.builder import LlavaConversations
+from hf_llava_ft.data.features import FEATURES
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from hf_llava_ft.data.builder import FEATURES
 from hf_llava_ft.data.counting import borders, rendering, words
 from hf_llava_ft.data.counting.borders import cuts_between_words
 from hf_llava_ft.data.counting.rendering import ConversationTexts, messages_of, turns_of
 from hf_llava_ft.data.counting.words import WordCounts
+from hf_llava_ft.data.features import FEATURES
 from hf_llava_ft.processing.chat_templates_llava import CHAT_TEMPLATES, chat_template_for, takes_texts_as_they_are
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
 from hf_llava_ft.processing.tokenizer_llava import load_tokenizer

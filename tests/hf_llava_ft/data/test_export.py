@@ -24,8 +24,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from hf_llava_ft.data import export
-from hf_llava_ft.data.builder import FEATURES, LlavaConversations, load_llava_json
+from hf_llava_ft.data.builder import LlavaConversations, load_llava_json
 from hf_llava_ft.data.export import export_dataset
+from hf_llava_ft.data.features import FEATURES
 from hf_llava_ft.data.formats import load_data, open_source
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.hub.dataset_card import dataset_card

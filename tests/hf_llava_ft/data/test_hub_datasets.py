@@ -19,7 +19,8 @@ import sys
 from pathlib import Path
 import datasets
 from datasets import Image, List
-from hf_llava_ft.data.builder import FEATURES, LlavaConversations
+from hf_llava_ft.data.builder import LlavaConversations
+from hf_llava_ft.data.features import FEATURES
 from hf_llava_ft.data.formats import load_data, open_source
 from hf_llava_ft.errors import UserError
 
