@@ -81,7 +81,8 @@ def seconds_to(points: list[tuple[float, float]], share: float) -> float | None:
     before = (0.0, 0.0)
     for point in points:
         if point[1] >= share:
-            part = (share - before[1]) / (point[1] - before[1])
+            rise = point[1] - before[1]
+            part = (share - before[1]) / rise if rise else 1.0
             return before[0] + part * (point[0] - before[0])
         before = point
     return None
