@@ -58,6 +58,27 @@ def test_a_quantised_model_trains_lora_and_projector(tiny, tiny_checkpoint, kind
     assert all("lora_" in name or "multi_modal_projector" in name for name in trainable)
 
 
+def test_gradients_are_the_same_after_an_evaluation(tiny, tiny_checkpoint):
+    torch.manual_seed(0)
+    peft_model = with_lora(quantised(tiny_checkpoint, bits=4), arguments(bits=4), str(tiny_checkpoint))
+    for name, parameter in peft_model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+
+    def gradients():
+        peft_model.train().zero_grad()
+        peft_model(**tiny.batch()).loss.backward()
+        return {name: p.grad.clone() for name, p in peft_model.named_parameters() if p.requires_grad}
+
+    before = gradients()
+    with torch.no_grad():
+        peft_model.eval()(**tiny.batch())
+    after = gradients()
+    # On a CPU with AVX512-BF16, bitsandbytes packs weights in evaluation into what has no backward.
+    for name, gradient in before.items():
+        torch.testing.assert_close(after[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
+
+
 def test_what_is_not_quantised_is_float32_but_for_the_frozen_tower(tiny, tiny_checkpoint):
     model = with_lora(quantised(tiny_checkpoint, torch.bfloat16, bits=4), arguments(bits=4), str(tiny_checkpoint))
     dtypes = {part.part: part.dtype for part in trained_parts(model)}
