@@ -62,8 +62,8 @@ def prepare_quantized(model: Any) -> None:
     """Freezes the model and keeps norms, embeddings, projector and head in float32, as PEFT does; the frozen tower
     stays as it is, because nothing of it is computed in few bits."""
     for module in model.modules():
-        # On a CPU with AVX512-BF16, bitsandbytes (0.50) packs 4-bit weights anew at the first forward in evaluation. What
-        # is packed so has no backward: after any evaluation nothing below the last layer would learn from it.
+        # On a CPU with AVX512-BF16, bitsandbytes (0.50) packs 4-bit weights anew at the first forward in evaluation.
+        # What is packed so has no backward: after any evaluation nothing below the last layer would learn from it.
         if "support_avx512bf16_for_cpu" in vars(module):
             module.support_avx512bf16_for_cpu = False
     tower = model.model.vision_tower
