@@ -31,10 +31,12 @@ def save_chat(path: Path, row_id: str, messages: list[dict[str, Any]], images: l
         `int`: how many rows the file has now.
 
     Raises:
-        UserError: if there is nothing to save, or `path` is no such file or cannot be written.
+        UserError: if there is nothing to save, an answer is empty, or `path` is no such file or cannot be written.
     """
     if not messages:
         raise UserError("nothing was answered yet, so there is nothing to save.")
+    if any(each["role"] == "assistant" and not _text_of(each["content"]).strip() for each in messages):
+        raise UserError("an answer of the conversation is empty, which training refuses: ask again, or /new.")
     if path.suffix != ".json":
         raise UserError(f"{path} does not end in .json, as a file of rows does; choose another name.")
     try:

@@ -11,6 +11,7 @@ from hf_llava_ft.answering.chat import Chat
 from hf_llava_ft.answering.conversation import ContextFull, Conversation
 from hf_llava_ft.answering.loading import load_for_answering
 from hf_llava_ft.answering.prompts import encode_row, question_content
+from hf_llava_ft.answering.saved_chat import save_chat
 from hf_llava_ft.answering.shared_base import SharedBase
 from hf_llava_ft.checkpoints.opening import load_model
 from hf_llava_ft.data.builder import load_llava_json
@@ -255,3 +256,15 @@ def test_what_generate_is_told_of_weights_and_sampling(llava_ft, tiny_checkpoint
 def test_wrong_settings_are_one_sentence(llava_ft, tiny_checkpoint, flags, told):
     code, _, err = llava_ft("generate", "--model", tiny_checkpoint, "--prompt", "q", *flags)
     assert code == 2 and told in err and err.count("error: ") == 1
+
+
+def test_a_conversation_with_an_empty_answer_is_not_kept(tmp_path):
+    def said(answer):
+        question = {"role": "user", "content": [{"type": "text", "text": "q"}]}
+        return [question, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+
+    for answer in ("", " \n"):
+        with pytest.raises(UserError, match="an answer of the conversation is empty"):
+            save_chat(tmp_path / "talks.json", "a", said("one") + said(answer), [])
+    assert not list(tmp_path.iterdir())
+    assert save_chat(tmp_path / "talks.json", "a", said("one") + said("two"), []) == 1
