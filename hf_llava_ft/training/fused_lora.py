@@ -76,7 +76,8 @@ class SharedInput:
 
     def take(self, layer: FusedLoraLinear, adapter: str, x: torch.Tensor) -> torch.Tensor | None:
         """What A of `layer` makes of `x`, once; None where it has to be computed for this layer alone."""
-        if not self._open:
+        # A replica of DataParallel has its own weights, on its own device, and has this object in common with others.
+        if not self._open or (not torch.compiler.is_compiling() and self.layers[layer.place] is not layer):
             return None
         if self._input is None:
             self._input = x

@@ -21,9 +21,13 @@ from hf_llava_ft.training.speed.packed_attention import (
 )
 
 
-def goes_without_padding(model: Any, collator: Any, args: LlavaTrainingArguments) -> bool:
+def goes_without_padding(model: Any, collator: Any, args: LlavaTrainingArguments, *, own_loss: bool = False) -> bool:
     """
     Whether `args.padding_free` asks for it; the language model of `model` can compute such batches from then on.
+
+    Args:
+        own_loss (`bool`): the loss is computed by somebody who may count on a row of the batch for each row of the
+            data: then it has to be asked for.
 
     Raises:
         UserError: if it is `true`, and something is in the way.
@@ -36,7 +40,7 @@ def goes_without_padding(model: Any, collator: Any, args: LlavaTrainingArguments
             raise UserError(f"--padding_free true: {reason}; leave it out.")
         use_packed_attention(model, "--padding_free true")
         return True
-    if reason is not None or _is_not_for_auto(model, args):
+    if reason is not None or own_loss or _is_not_for_auto(model, args):
         return False
     before = attention_of(model)
     use_packed_attention(model, "--padding_free auto")
