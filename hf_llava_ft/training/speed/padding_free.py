@@ -12,6 +12,7 @@ from typing import Any
 from hf_llava_ft.data.collator import LlavaCollator
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
+from hf_llava_ft.training.fsdp import uses_fsdp
 from hf_llava_ft.training.speed.packed_attention import (
     BY_DOCUMENT,
     attention_of,
@@ -63,5 +64,5 @@ def _why_not(model: Any, collator: Any, args: LlavaTrainingArguments) -> str | N
 
 def _is_not_for_auto(model: Any, args: LlavaTrainingArguments) -> bool:
     # Under an engine the weights are not all here now, and a compiler takes each length for a new shape.
-    by_engine = bool(args.deepspeed or args.fsdp or args.torch_compile)
+    by_engine = args.deepspeed_plugin is not None or uses_fsdp(args) or args.torch_compile
     return args.device.type != "cpu" or by_engine or attention_of(model) not in ("sdpa", BY_DOCUMENT)

@@ -58,6 +58,45 @@ def test_a_quantised_model_trains_lora_and_projector(tiny, tiny_checkpoint, kind
     assert all("lora_" in name or "multi_modal_projector" in name for name in trainable)
 
 
+def gradients_after(model, tiny, *, evaluated: bool) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    if evaluated:
+        with torch.no_grad():
+            model.eval()(**tiny.batch())
+    model.train()(**tiny.batch()).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_evaluating_on_the_way_changes_no_gradient(tiny, tiny_checkpoint):
+    torch.manual_seed(0)
+    model = with_lora(quantised(tiny_checkpoint, bits=4), arguments(bits=4), str(tiny_checkpoint))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    expected = gradients_after(model, tiny, evaluated=False)
+    found = gradients_after(model, tiny, evaluated=True)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    # The control: with bitsandbytes' own choice, where this processor has it.
+    if bitsandbytes.nn.Linear4bit(8, 8).support_avx512bf16_for_cpu:
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = True
+        wrong = gradients_after(model, tiny, evaluated=True)
+        assert not all(torch.allclose(wrong[name], expected[name], rtol=0.1) for name in expected)
+
+
+@pytest.mark.skipif(
+    not bitsandbytes.nn.Linear4bit(8, 8).support_avx512bf16_for_cpu, reason="this processor has no AVX512-BF16"
+)
+def test_a_model_laid_out_for_answering_is_refused(tiny, tiny_checkpoint):
+    model = quantised(tiny_checkpoint, bits=4).eval()
+    with torch.no_grad():
+        model(**tiny.batch())
+    with pytest.raises(UserError, match="load it anew to train it"):
+        with_lora(model, arguments(bits=4), str(tiny_checkpoint))
+
+
 def test_what_is_not_quantised_is_float32_but_for_the_frozen_tower(tiny, tiny_checkpoint):
     model = with_lora(quantised(tiny_checkpoint, torch.bfloat16, bits=4), arguments(bits=4), str(tiny_checkpoint))
     dtypes = {part.part: part.dtype for part in trained_parts(model)}
