@@ -135,7 +135,7 @@ def original_from_nested(config) -> dict[str, Any]:
         if not config.vision_tower_name:
             raise ValueError(
                 "the original format names the vision tower instead of describing it, and this model's has no name: "
-                "give its name or folder as the vision tower."
+                "give its name or folder as vision_tower_name, or as --vision_tower of llava-ft convert."
             )
         flat = {name: value for name, value in text_config.to_dict().items() if not name.startswith("_")}
         kind = _MODEL_TYPES[text_config.model_type]

@@ -21,7 +21,8 @@ def question_content(question: str, num_images: int, image_token: str = "<image>
     num_places = len(pieces) - 1
     if num_places not in (0, num_images):
         raise UserError(
-            f"the question holds {num_places} {image_token} and comes with {num_images} pictures: write it once for "
+            f"the question holds {num_places} {image_token} and comes with {num_images} "
+            f"{'picture' if num_images == 1 else 'pictures'}: write it once for "
             f"each, or leave it out, which puts them in front."
         )
     if num_places == 0 or (num_places == 1 and not (pieces[0].strip() and pieces[1].strip())):

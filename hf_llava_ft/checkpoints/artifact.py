@@ -136,6 +136,8 @@ def check_writable_file(path: str | Path) -> None:
     Raises:
         UserError: if not, or if there is a folder of that name.
     """
+    if str(path) == "-":
+        raise UserError("- does not stand for standard output, which holds the text: give the path of a file.")
     path = Path(path)
     try:
         if path.is_dir():

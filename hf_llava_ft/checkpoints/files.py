@@ -162,6 +162,11 @@ def settings_folder(path: str, revision: str | None = None) -> tuple[Path, str]:
 
 def not_here(path: str, revision: str | None = None) -> str:
     """The sentence about a `path` that was looked for in vain."""
+    if Path(path).is_absolute():  # no name on the Hub; an adapter names the folder of its base so
+        return (
+            f"{path} is not a folder on this computer: check the path, or, if it is the base that an adapter names, "
+            f"say with --base where that is now."
+        )
     if is_offline_mode():
         named = path if revision is None else f"revision {revision} of {path}"
         return (

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from hf_llava_ft.checkpoints.artifact import check_writable_file
 from hf_llava_ft.checkpoints.inspection import inspect_checkpoint
 from hf_llava_ft.checkpoints.opening import load_config
 from hf_llava_ft.errors import UserError, exit_on_user_error
@@ -37,6 +38,8 @@ def main(argv: Sequence[str]) -> None:
     with exit_on_user_error(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         own, words = _parser().parse_known_args(list(argv))
+        if own.json is not None:
+            check_writable_file(own.json)
         words = [f"--model_name_or_path{w[7:]}" if w == "--model" or w.startswith("--model=") else w for w in words]
         resolved = resolve(words).with_chosen_precision(has_bf16=True)  # as on the cards that are asked about
         settings = {name: setting.value for name, setting in resolved.by_name.items()}

@@ -27,6 +27,7 @@ from hf_llava_ft.evaluation.judged import answers_in, given_of, losses_in
 from hf_llava_ft.evaluation.metrics.by_name import fitting_metric, metrics_called
 from hf_llava_ft.evaluation.metrics.given import Given, Metric
 from hf_llava_ft.evaluation.metrics.losses import LOSS
+from hf_llava_ft.evaluation.metrics.yes_no import is_yes_of
 from hf_llava_ft.evaluation.report import write_evaluation_report
 from hf_llava_ft.evaluation.results import keep_results, results_of
 from hf_llava_ft.evaluation.rows import RowFacts, facts_of_row, rows_of
@@ -215,6 +216,9 @@ def _chosen(wanted: list[Metric], facts: list[RowFacts]) -> tuple[list[Metric], 
                     f"--metric {metric.name}: {lacks.key[0]}: row {lacks.key[1]} has no choices: give it "
                     f'"choices": [...], or a line "A. ..." for each in its question.'
                 )
+            if metric.name == "yes_no":
+                for each in facts:
+                    is_yes_of(each.references)
         return wanted, None
     metric, reason = fitting_metric([Given("", each.references, each.choices) for each in facts])
     return [metric, LOSS], reason

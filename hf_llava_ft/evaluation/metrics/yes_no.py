@@ -22,15 +22,24 @@ def yes_or_no(reference: str) -> bool | None:
     return {"yes": True, "no": False}.get(first[0]) if first else None
 
 
+def is_yes_of(references: Sequence[str]) -> bool:
+    """
+    Raises:
+        UserError: if the data says neither.
+    """
+    is_yes = yes_or_no(references[0])
+    if is_yes is None:
+        raise UserError(
+            f"--metric yes_no: an answer of the data is {references[0][:40]!r}, neither yes nor no: use "
+            "another metric."
+        )
+    return is_yes
+
+
 def _counts(rows: Sequence[Given]) -> np.ndarray:
     counts = np.zeros((len(rows), 4))
     for index, row in enumerate(rows):
-        is_yes = yes_or_no(row.references[0])
-        if is_yes is None:
-            raise UserError(
-                f"--metric yes_no: an answer of the data is {row.references[0][:40]!r}, neither yes nor no: use "
-                f"another metric."
-            )
+        is_yes = is_yes_of(row.references)
         said_yes = says_yes(row.answer) if row.answer.strip() else not is_yes  # no answer is a wrong one
         counts[index, (_TP if is_yes else _FP) if said_yes else (_FN if is_yes else _TN)] = 1
     return counts

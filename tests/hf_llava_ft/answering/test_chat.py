@@ -220,7 +220,7 @@ def test_pictures_stand_where_the_question_says(question, kinds):
 def test_a_picture_in_front_of_its_question_may_be_written():
     written = question_content("<image>\nWhat?", 1)
     assert written == question_content("What?", 1) == [{"type": "image"}, {"type": "text", "text": "What?"}]
-    with pytest.raises(UserError, match="holds 2 <image> and comes with 1 pictures"):
+    with pytest.raises(UserError, match="holds 2 <image> and comes with 1 picture: write"):
         question_content("<image><image>", 1)
 
 

@@ -8,9 +8,17 @@ import time
 
 import pytest
 
-from hf_llava_ft.checkpoints.artifact import staged_files, staged_folder
+from hf_llava_ft.checkpoints.artifact import check_writable_file, staged_files, staged_folder
 from hf_llava_ft.errors import UserError
 from tests import warm_python
+
+
+def test_a_dash_is_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="^- does not stand for standard output"):
+        check_writable_file("-")
+    check_writable_file(tmp_path / "result.json")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_killed_command_left_is_removed_and_said(tmp_path, caplog):

@@ -142,6 +142,7 @@ def test_a_folder_that_is_no_model(llava_ft, llava_json, tmp_path):
     for model, expected in (
         (tmp_path / "empty", "neither config.json nor"),
         ("no/such-model", "neither a folder nor"),
+        (tmp_path / "gone", "gone is not a folder on this computer"),
     ):
         code, _, err = llava_ft("train", *train_flags(model, *llava_json(2), tmp_path / "out"))
         assert code == 2 and expected in sentence(err)
@@ -158,6 +159,17 @@ def test_an_adapter_without_its_weights(llava_ft, tiny_checkpoint, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     code, _, err = llava_ft("merge", "--adapter", tmp_path, "--output_dir", tmp_path / "merged")
     assert code == 2 and "no adapter_model.safetensors" in sentence(err) and not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_whose_base_has_moved(llava_ft, tmp_path):
+    settings = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "gone")}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    for command in (
+        ("merge", "--adapter", tmp_path, "--output_dir", tmp_path / "out"),
+        ("verify", "--model", tmp_path),
+    ):
+        code, _, err = llava_ft(*command)
+        assert code == 2 and f"{tmp_path / 'gone'} is not a folder" in sentence(err) and "--base" in sentence(err)
 
 
 def test_a_model_that_is_no_llava(llava_ft, llava_json, tmp_path, tiny_processor):

@@ -130,6 +130,13 @@ def test_a_killed_evaluation_goes_on_and_a_finished_one_is_only_computed_again(
         evaluated(models[0], data, folder, into, metrics=["anls"], max_new_tokens=5)
 
 
+def test_a_metric_that_does_not_suit_the_data_is_refused_before_anything_is_asked(models, llava_json, tmp_path):
+    for metric, said in (("yes_no", "neither yes nor no"), ("choice", "has no choices")):
+        with pytest.raises(UserError, match=said):
+            evaluated(models[0], *llava_json(2), tmp_path / "found", metrics=[metric])
+    assert not (tmp_path / "found").exists()
+
+
 def test_choices_several_answers_and_a_metric_that_is_chosen(models, tmp_path, told):
     Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
     rows = [
