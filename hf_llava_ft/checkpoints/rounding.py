@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from hf_llava_ft.modeling.adapters_llava import PEFT_PREFIX
@@ -20,8 +21,8 @@ from hf_llava_ft.modeling.adapters_llava import PEFT_PREFIX
 _TRAINED_WHOLE, _UNTOUCHED = ".modules_to_save.default.", ".original_module."
 # Below it, nobody needs to be told of a wider dtype.
 _MUCH = 1e-3
-# Differences are looked at piece by piece: whole ones would be new memory of the size of each matrix, which takes
-# longer to be had than to be filled.
+# Sums are made piece by piece: whole ones would be new memory of the size of each matrix, which takes longer to be had
+# than to be filled.
 _AT_ONCE = 2**18
 
 
@@ -85,16 +86,9 @@ class _Sums:
         self.learned = self.lost = 0.0
         self.number = 0
 
-    def add(self, before: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor) -> None:
-        self.learned += _squared_distance(exact, before)
-        self.lost += _squared_distance(exact, rounded)
-        self.number += 1
-
-
-def _squared_distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    pieces = zip(one.flatten().split(_AT_ONCE), other.flatten().split(_AT_ONCE), strict=True)
-    norms = [torch.linalg.vector_norm(a - b, dtype=torch.float64) for a, b in pieces]
-    return float(torch.stack(norms).square().sum()) if norms else 0.0
+    def add(self, learned: torch.Tensor, lost: torch.Tensor) -> None:
+        self.learned += float(torch.linalg.vector_norm(learned, dtype=torch.float64).square())
+        self.lost += float(torch.linalg.vector_norm(lost, dtype=torch.float64).square())
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -106,16 +100,30 @@ def _merge_layer(layer: Any, sums: _Sums) -> None:
     if weight is None or not weight.is_floating_point():
         return  # PEFT merges it by itself
     before = weight.data
-    weight.data = before.to(_wide(before.dtype), copy=True)
+    # Where what is added does not depend on the weights, PEFT adds it to nothing, and the sum is ours.
+    is_plain = isinstance(layer, LoraLayer) and not layer.lora_variant
+    if is_plain:
+        weight.data = torch.zeros_like(before, dtype=torch.promote_types(before.dtype, torch.float32))
+    else:
+        weight.data = before.to(_wide(before.dtype), copy=True)
     layer.merge()
     # Asked for again: PEFT may have put another tensor there.
     weight = layer.get_base_layer().weight
-    exact = weight.data
-    rounded = exact.to(before.dtype)
-    sums.add(before, exact, rounded)
+    found, weight.data = weight.data, before
     # Into the memory of the base, mapped from its file: a page that is written to becomes ours, and the file's is let
     # go. In new memory, base and result would both be held.
-    weight.data = before.copy_(rounded)
+    for old, new in zip(_pieces(before), _pieces(found), strict=True):
+        exact = new + old.to(_wide(before.dtype)) if is_plain else new
+        learned = new if is_plain else exact - old
+        rounded = exact.to(before.dtype)
+        sums.add(learned, exact - rounded)
+        old.copy_(rounded)
+    sums.number += 1
+
+
+def _pieces(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Rows that are written to in place, a few at a time."""
+    return weight.split(max(1, _AT_ONCE * len(weight) // max(1, weight.numel()))) if weight.dim() else (weight,)
 
 
 def _count_whole_modules(model: PeftModel, saved: Mapping[str, torch.Tensor], sums: _Sums) -> None:
@@ -127,5 +135,6 @@ def _count_whole_modules(model: PeftModel, saved: Mapping[str, torch.Tensor], su
         before = named[name.replace(_TRAINED_WHOLE, _UNTOUCHED)].data
         exact = saved.get(name.removeprefix(PEFT_PREFIX).replace(_TRAINED_WHOLE, "."), parameter.data)
         wide = _wide(before.dtype)
-        rounded = parameter.data.to(before.dtype).to(wide)
-        sums.add(before.to(wide), exact.to(device=before.device, dtype=wide), rounded)
+        exact = exact.to(device=before.device, dtype=wide)
+        sums.add(exact - before.to(wide), exact - parameter.data.to(before.dtype))
+        sums.number += 1

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_llava_ft.checkpoints import rewriting, verify
+from hf_llava_ft.checkpoints import rewriting, rounding, verify
 from hf_llava_ft.checkpoints.adapters import adapter_weights
 from hf_llava_ft.checkpoints.merge import merge_adapter
 from hf_llava_ft.checkpoints.opening import load_model, load_processor
@@ -69,14 +69,14 @@ def expected_share(of_ones) -> float:
 
 def test_the_share_that_rounding_takes_is_the_computed_one(of_ones):
     saved = adapter_weights(str(of_ones / "adapter"))
-    whole, rounding = merged(load_model(str(of_ones / "adapter")), saved)
-    assert rounding.dtype == torch.bfloat16
-    assert rounding.lost_share == pytest.approx(expected_share(of_ones), rel=1e-6)
+    whole, found = merged(load_model(str(of_ones / "adapter")), saved)
+    assert found.dtype == torch.bfloat16
+    assert found.lost_share == pytest.approx(expected_share(of_ones), rel=1e-6)
     weight = whole.model.language_model.layers[0].self_attn.q_proj.weight
     assert torch.equal(weight, torch.full_like(weight, ONE + ULP))
     # Without the file, the projector counts as it was rounded when it was loaded.
     _, unsaved = merged(load_model(str(of_ones / "adapter")))
-    assert unsaved.lost_share != pytest.approx(rounding.lost_share, rel=1e-2)
+    assert unsaved.lost_share != pytest.approx(found.lost_share, rel=1e-2)
 
 
 @pytest.mark.slow  # two fresh processes
@@ -106,9 +106,9 @@ def test_merge_and_verify_tell_the_share_that_rounding_takes(of_ones, llava_ft, 
 
 def test_in_float32_next_to_nothing_is_lost(of_ones):
     model = load_model(str(of_ones / "adapter"), dtype=torch.float32)
-    whole, rounding = merged(model)
-    assert rounding.lost_share < 1e-7 and rounding.dtype == torch.float32
-    assert "loses" not in rounding.sentence and "float32 keeps all but" in rounding.sentence
+    whole, found = merged(model)
+    assert found.lost_share < 1e-7 and found.dtype == torch.float32
+    assert "loses" not in found.sentence and "float32 keeps all but" in found.sentence
     weight = whole.model.language_model.layers[1].self_attn.q_proj.weight
     assert torch.equal(weight, torch.full_like(weight, ONE + LAYERS[1]))
 
@@ -134,6 +134,20 @@ def test_merged_weights_are_those_of_peft(tiny, use_dora):
         torch.testing.assert_close(weight, theirs[name], rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("at_once", [5, 2**18])
+def test_sums_are_written_into_the_memory_of_the_base_piece_by_piece_and_its_file_stays(of_ones, monkeypatch, at_once):
+    monkeypatch.setattr(rounding, "_AT_ONCE", at_once)
+    file = of_ones / "base" / "model.safetensors"
+    before = file.read_bytes()
+    model = load_model(str(of_ones / "adapter"))
+    held = model.get_base_model().model.language_model.layers[0].self_attn.q_proj.base_layer.weight.data_ptr()
+    whole, found = merged(model, adapter_weights(str(of_ones / "adapter")))
+    weight = whole.model.language_model.layers[0].self_attn.q_proj.weight
+    assert weight.data_ptr() == held and torch.equal(weight, torch.full_like(weight, ONE + ULP))
+    assert found.lost_share == pytest.approx(expected_share(of_ones), rel=1e-6)
+    assert file.read_bytes() == before
+
+
 @pytest.mark.parametrize("whole", ["lm_head", "embed_tokens"])
 def test_what_was_trained_whole_is_merged_into_a_base_whose_embeddings_are_tied(whole):
     def adapted():
@@ -144,8 +158,8 @@ def test_what_was_trained_whole_is_merged_into_a_base_whose_embeddings_are_tied(
         model.get_submodule("base_model.model." + PLACES[whole]).modules_to_save["default"].weight.data += 0.25
         return model
 
-    ours, rounding = merged(adapted())
-    assert rounding.num_weights == 2 and rounding.learned == pytest.approx(0.25 * math.sqrt(32 * 16))
+    ours, found = merged(adapted())
+    assert found.num_weights == 2 and found.learned == pytest.approx(0.25 * math.sqrt(32 * 16))
     theirs = adapted().merge_and_unload().state_dict()
     for name, weight in ours.state_dict().items():
         torch.testing.assert_close(weight, theirs[name], rtol=1e-6, atol=1e-7)
