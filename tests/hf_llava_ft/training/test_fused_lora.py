@@ -247,3 +247,27 @@ def test_a_replica_of_data_parallel_computes_with_its_own_weights():
                 parameter.zero_()
     torch.testing.assert_close(replica(ids).logits, expected, rtol=1e-5, atol=1e-5)
     assert (model(ids).logits - expected).abs().max() > 1e-3
+
+
+class Unit(nn.Module):
+    """As FSDP1 wraps a layer, by PEFT's policy each A and B: its weight is whole only while it runs."""
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        self.layer, self.weight, self.bias = layer, layer.weight[:0], None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_and_b_that_are_units_of_their_own_run_as_such(shared):
+    model = with_peft()
+    ids = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(1))
+    expected = model(ids).logits
+    assert fuse_lora(model, shared=shared) == 14
+    for module in model.modules():
+        if isinstance(module, FusedLoraLinear):
+            for matrices in (module.lora_A, module.lora_B):
+                matrices["default"] = Unit(matrices["default"])
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
