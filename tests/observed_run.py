@@ -8,7 +8,7 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-import hf_llava_ft.train
+from hf_llava_ft.training import run_trainer
 from hf_llava_ft.training.trainer import LlavaTrainer
 
 
@@ -38,4 +38,4 @@ class ObservedTrainer(LlavaTrainer):
 
 
 def observe() -> None:
-    hf_llava_ft.train.LlavaTrainer = ObservedTrainer  # type: ignore[misc]
+    run_trainer.LlavaTrainer = ObservedTrainer  # type: ignore[misc]

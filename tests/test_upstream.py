@@ -15,6 +15,7 @@ NOT_THEIRS = {
     "decoder": "tokenizers, public",
     "auto_map": "a key of config.json",
     "normalizer": "tokenizers, public",
+    "support_avx512bf16_for_cpu": "bitsandbytes, public",
     "timeout": "httpx, public",
 }
 ROWS = documented(DOCUMENT.read_text(encoding="utf-8"))

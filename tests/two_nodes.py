@@ -137,6 +137,7 @@ def main() -> None:
     flags = ["--model_name_or_path", str(model), "--data_path", str(data), "--image_folder", str(folder)]
     flags += ["--use_cpu", "True", "--max_steps", str(STEPS), "--save_strategy", "no", "--logging_steps", "1"]
     flags += ["--learning_rate", "1e-3", "--lora_dropout", "0", "--per_device_train_batch_size", "1"]
+    flags += ["--lora_r", "128"]  # enough to be told from the rest that is sent
     train("single", flags, folder / "single")
     print(f"one process: losses {[round(loss, 4) for loss, _ in logged(folder / 'single')]}", flush=True)
     results = {}

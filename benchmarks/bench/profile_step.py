@@ -60,7 +60,7 @@ def kind_of(name: str, shapes: Iterable[Any]) -> str:
         return "optimiser and clipping"
     if widths & {VOCABULARY, VOCABULARY + 1} or "softmax" in name:
         return "head and loss"
-    if "bernoulli" in name or "dropout" in name:
+    if "bernoulli" in name or "drop" in name.lower():
         return "dropout"
     if widths & {tower_width, 4 * tower_width} or "conv" in name:
         return "vision tower"

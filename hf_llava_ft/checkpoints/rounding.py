@@ -127,8 +127,9 @@ def _pieces(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _count_whole_modules(model: PeftModel, saved: Mapping[str, torch.Tensor], sums: _Sums) -> None:
-    named = dict(model.named_parameters())
-    for name, parameter in named.items():
+    # By all their names: the untouched weight may be one that is tied, and known by the name of another place.
+    named = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in model.named_parameters():
         if _TRAINED_WHOLE not in name:
             continue
         before = named[name.replace(_TRAINED_WHOLE, _UNTOUCHED)].data

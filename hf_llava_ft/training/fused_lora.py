@@ -56,7 +56,11 @@ class FusedLoraLinear(Linear):
         active = [name for name in self.active_adapters if name in self.lora_A]
         if len(active) != 1 or self.disable_adapters or self.merged or self.lora_variant:
             return None
-        return active[0] if self.lora_B[active[0]].bias is None else None
+        a, b = self.lora_A[active[0]], self.lora_B[active[0]]
+        # FSDP1 makes units of them, and PEFT's policy each its own, whose weight is whole only while they run.
+        if type(a) is not nn.Linear or type(b) is not nn.Linear:
+            return None
+        return active[0] if b.bias is None else None
 
 
 class SharedInput:
@@ -76,7 +80,8 @@ class SharedInput:
 
     def take(self, layer: FusedLoraLinear, adapter: str, x: torch.Tensor) -> torch.Tensor | None:
         """What A of `layer` makes of `x`, once; None where it has to be computed for this layer alone."""
-        if not self._open:
+        # A replica of DataParallel has its own weights, on its own device, and has this object in common with others.
+        if not self._open or (not torch.compiler.is_compiling() and self.layers[layer.place] is not layer):
             return None
         if self._input is None:
             self._input = x

@@ -142,7 +142,8 @@ class LlavaTrainer(BatchingTrainer):
         if self.args.packing:
             use_packed_attention(model)
         if hasattr(self, "data_collator"):  # transformers makes the first model of `model_init` before it
-            self.is_padding_free = goes_without_padding(model, self.data_collator, self.args)
+            own_loss = self.compute_loss_func is not None or type(self).compute_loss is not LlavaTrainer.compute_loss
+            self.is_padding_free = goes_without_padding(model, self.data_collator, self.args, own_loss=own_loss)
 
     def _give_loss_to(self, model: Any) -> None:
         processor = self._processor
@@ -188,16 +189,16 @@ class LlavaTrainer(BatchingTrainer):
         return norm
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """As in transformers, and pictures become what the model takes, see [`TowerInputs`]."""
+        """As in transformers, and pictures become what the model takes, see [`TowerInputs`]; so do rows that stand one
+        behind the other, whoever computes a loss of them."""
         prepare = super()._prepare_inputs
-        return self.tower_inputs.prepared(prepare(inputs), prepare)
+        inputs = self.tower_inputs.prepared(prepare(inputs), prepare)
+        return packed_inputs(inputs, attention_of(self._unwrapped_model)) if "document_lengths" in inputs else inputs
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if model.training and not return_outputs and self.compute_loss_func is None:
             inputs = {**inputs, "supervised_logits_only": True}
-            if "document_lengths" in inputs:
-                inputs = packed_inputs(inputs, attention_of(self._unwrapped_model))
-            elif self._needs_no_mask:
+            if self._needs_no_mask and "position_ids" not in inputs:  # which are of rows one behind the other
                 inputs.pop("attention_mask", None)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 

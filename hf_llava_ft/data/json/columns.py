@@ -13,6 +13,7 @@ What may surprise:
 """
 
 import io
+import re
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +30,8 @@ _OTHER_MEDIA = ("video", "videos", "audio", "audios")
 _NOT_HERE = ("system", *_OTHER_MEDIA)
 _IMAGE_KEYS = ("image", "images")
 _CODES = {"user": 0, "assistant": 1, "system": 2}
+# Arrow's parser takes it for Infinity, also in what nobody reads, and Python's does not.
+_NO_NUMBER = re.compile(rb"[:\[,][ \t\r\n]*-?Inf(?=[ \t\r\n]*[,}\]])")
 _NOT_STRUCTURE = bytes(set(range(256)) - set(b'[]{}"'))
 _DEPTH_OF = np.zeros(256, dtype=np.int32)
 _DEPTH_OF[list(b"[{")], _DEPTH_OF[list(b"]}")] = 1, -1
@@ -53,6 +56,8 @@ class Columns(NamedTuple):
 
 def rows_of_part(contents: bytes, is_list: bool) -> pa.StructArray | None:
     """As [`rows_of_json`], where rows are as most are without what nobody reads."""
+    if b"Inf" in contents and _NO_NUMBER.search(contents):
+        return None
     rows = usual_rows(contents, is_list) if _is_utf8(contents) else None
     if rows is not None and (loose_brackets(contents, rows) <= _MAX_DEPTH or _depth(contents) <= _MAX_DEPTH):
         return rows

@@ -59,15 +59,33 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def prepare_quantized(model: Any) -> None:
-    """Freezes the model and keeps norms, embeddings, projector and head in float32, as PEFT does; the frozen tower
-    stays as it is, because nothing of it is computed in few bits."""
-    for module in model.modules():
-        # On a CPU with AVX512-BF16, bitsandbytes (0.50) packs 4-bit weights anew at the first forward in evaluation.
-        # What is packed so has no backward: after any evaluation nothing below the last layer would learn from it.
-        if "support_avx512bf16_for_cpu" in vars(module):
-            module.support_avx512bf16_for_cpu = False
+    """
+    Freezes the model and keeps norms, embeddings, projector and head in float32, as PEFT does; the frozen tower stays
+    as it is, because nothing of it is computed in few bits.
+
+    Raises:
+        UserError: if the model has answered on a CPU, after which its four bits are laid out for answering alone.
+    """
+    _keep_trainable_layout(model)
     tower = model.model.vision_tower
     tower_dtype = tower.dtype
     # The Trainer switches checkpointing on.
     prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     tower.to(tower_dtype)
+
+
+def _keep_trainable_layout(model: Any) -> None:
+    """
+    On a CPU with AVX512-BF16, bitsandbytes (0.50) lays 4-bit weights out anew at the first forward pass in evaluation,
+    for an operation that has no gradient. What then trains before such a layer learns nothing from what is behind it,
+    with a warning at most. So a model that trains is evaluated in the layout that it trains in.
+    """
+    for module in model.modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+            raise UserError(
+                "the model has answered on this CPU, and bitsandbytes has laid its 4-bit weights out for that alone: "
+                "load it anew to train it."
+            )
+        module.support_avx512bf16_for_cpu = False

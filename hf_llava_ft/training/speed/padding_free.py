@@ -12,6 +12,7 @@ from typing import Any
 from hf_llava_ft.data.collator import LlavaCollator
 from hf_llava_ft.errors import UserError
 from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
+from hf_llava_ft.training.fsdp import uses_fsdp
 from hf_llava_ft.training.speed.packed_attention import (
     BY_DOCUMENT,
     attention_of,
@@ -21,9 +22,13 @@ from hf_llava_ft.training.speed.packed_attention import (
 )
 
 
-def goes_without_padding(model: Any, collator: Any, args: LlavaTrainingArguments) -> bool:
+def goes_without_padding(model: Any, collator: Any, args: LlavaTrainingArguments, *, own_loss: bool = False) -> bool:
     """
     Whether `args.padding_free` asks for it; the language model of `model` can compute such batches from then on.
+
+    Args:
+        own_loss (`bool`): the loss is computed by somebody who may count on a row of the batch for each row of the
+            data: then it has to be asked for.
 
     Raises:
         UserError: if it is `true`, and something is in the way.
@@ -36,7 +41,7 @@ def goes_without_padding(model: Any, collator: Any, args: LlavaTrainingArguments
             raise UserError(f"--padding_free true: {reason}; leave it out.")
         use_packed_attention(model, "--padding_free true")
         return True
-    if reason is not None or _is_not_for_auto(model, args):
+    if reason is not None or own_loss or _is_not_for_auto(model, args):
         return False
     before = attention_of(model)
     use_packed_attention(model, "--padding_free auto")
@@ -59,5 +64,5 @@ def _why_not(model: Any, collator: Any, args: LlavaTrainingArguments) -> str | N
 
 def _is_not_for_auto(model: Any, args: LlavaTrainingArguments) -> bool:
     # Under an engine the weights are not all here now, and a compiler takes each length for a new shape.
-    by_engine = bool(args.deepspeed or args.fsdp or args.torch_compile)
+    by_engine = args.deepspeed_plugin is not None or uses_fsdp(args) or args.torch_compile
     return args.device.type != "cpu" or by_engine or attention_of(model) not in ("sdpa", BY_DOCUMENT)

@@ -6,7 +6,9 @@ import weakref
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_llava_ft.checkpoints import rewriting, rounding, verify
 from hf_llava_ft.checkpoints.adapters import adapter_weights
@@ -144,6 +146,26 @@ def test_sums_are_written_into_the_memory_of_the_base_piece_by_piece_and_its_fil
     assert weight.data_ptr() == held and torch.equal(weight, torch.full_like(weight, ONE + ULP))
     assert found.lost_share == pytest.approx(expected_share(of_ones), rel=1e-6)
     assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("whole", ["lm_head", "embed_tokens"])
+def test_what_was_trained_whole_is_merged_into_a_base_whose_embeddings_are_tied(whole):
+    def adapted():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        base = LlamaForCausalLM(LlamaConfig(vocab_size=32, tie_word_embeddings=True, **sizes))
+        model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[whole]))
+        model.get_submodule("base_model.model." + PLACES[whole]).modules_to_save["default"].weight.data += 0.25
+        return model
+
+    ours, found = merged(adapted())
+    assert found.num_weights == 2 and found.learned == pytest.approx(0.25 * math.sqrt(32 * 16))
+    theirs = adapted().merge_and_unload().state_dict()
+    for name, weight in ours.state_dict().items():
+        torch.testing.assert_close(weight, theirs[name], rtol=1e-6, atol=1e-7)
+
+
+PLACES = {"lm_head": "lm_head", "embed_tokens": "model.embed_tokens"}
 
 
 def test_nothing_learned_is_nothing_lost():

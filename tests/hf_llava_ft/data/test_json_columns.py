@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_llava_ft.data.json import columns
-from hf_llava_ft.data.json.columns import columns_of, names_of_images, rows_of_json
+from hf_llava_ft.data.json.columns import columns_of, names_of_images, rows_of_json, rows_of_part
 from hf_llava_ft.data.schema import count_words, parse_llava_row
 from hf_llava_ft.errors import UserError
 from tests.examples import examples
@@ -195,6 +195,15 @@ def test_brackets_without_end_are_not_given_to_the_parser(brackets):
     hidden = f'[{{"b": "]]]}}}}\\\\", "c": "\\"]]}}", "a": {opening * 101}1{closing * 101}}}]'
     assert columns._depth(hidden.encode()) == 103
     assert columns._depth(b'[{"a": "[[[[[[{{{{ \\" [[[[["}, {"a": [[]]}]') == 4
+
+
+@pytest.mark.parametrize("said", ["Inf", "-Inf", "[1, Inf ]", '{"a":\nInf}'])
+def test_a_number_that_arrow_alone_knows_is_left_to_the_other_road(said):
+    with pytest.raises(ValueError):
+        json.loads(said)
+    assert rows_of_part(f'[{{"score": {said}, "id": 1}}]'.encode(), True) is None
+    for known in ("-Infinity", '"see: Information"', '"Inf"'):
+        assert rows_of_part(f'[{{"score": {known}, "id": 1}}]'.encode(), True) is not None
 
 
 def test_names_of_images_are_given_once_in_order():

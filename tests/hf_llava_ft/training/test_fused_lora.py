@@ -223,3 +223,51 @@ def test_a_copy_of_a_fused_model_shares_nothing_with_it():
                 parameter.zero_()
     plain = with_peft()
     assert relative_difference(loss_and_gradients(model)[1], loss_and_gradients(plain)[1]) < 1e-5
+
+
+def replica_of(module: nn.Module) -> nn.Module:
+    """As `torch.nn.DataParallel` makes one for each of several GPUs, here on the CPU."""
+    replica = module._replicate_for_data_parallel()
+    for name, child in module.named_children():
+        setattr(replica, name, replica_of(child))
+    for name, parameter in module._parameters.items():
+        setattr(replica, name, None if parameter is None else parameter.detach().clone())
+    return replica
+
+
+def test_a_replica_of_data_parallel_computes_with_its_own_weights():
+    ids = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(1))
+    expected = with_peft()(ids).logits
+    model = with_peft()
+    fuse_lora(model)
+    replica = replica_of(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                parameter.zero_()
+    torch.testing.assert_close(replica(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    assert (model(ids).logits - expected).abs().max() > 1e-3
+
+
+class Unit(nn.Module):
+    """As FSDP1 wraps a layer, by PEFT's policy each A and B: its weight is whole only while it runs."""
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        self.layer, self.weight, self.bias = layer, layer.weight[:0], None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_and_b_that_are_units_of_their_own_run_as_such(shared):
+    model = with_peft()
+    ids = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(1))
+    expected = model(ids).logits
+    assert fuse_lora(model, shared=shared) == 14
+    for module in model.modules():
+        if isinstance(module, FusedLoraLinear):
+            for matrices in (module.lora_A, module.lora_B):
+                matrices["default"] = Unit(matrices["default"])
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)

@@ -16,6 +16,7 @@ from hf_llava_ft.settings.arguments import TuningArguments
 from hf_llava_ft.settings.training_arguments import LlavaTrainingArguments
 from hf_llava_ft.training.speed import packed_attention
 from hf_llava_ft.training.speed.packed_attention import BY_DOCUMENT, attention_of
+from hf_llava_ft.training.trainer import LlavaTrainer
 from hf_llava_ft.training.tuning import with_tuning
 from tests.one_step import assert_same, is_same, step_of
 from tests.ranks import write_rows
@@ -38,7 +39,9 @@ def data(rows):
 def prepared(loaded, data, tmp_path):
     """A function that makes a Trainer whose batches are of four rows."""
 
-    def make(train_type="full", model=None, dataset=data, collator=None, name="out", **settings):
+    def make(
+        train_type="full", model=None, dataset=data, collator=None, name="out", of=LlavaTrainer, loss=None, **settings
+    ):
         tiny_model, processor = loaded()
         tuning = TuningArguments(train_type=train_type, lora_r=4, lora_alpha=8, lora_dropout=0.0)
         set_seed(1)
@@ -49,8 +52,13 @@ def prepared(loaded, data, tmp_path):
         given = {"max_steps": 4, "learning_rate": 1e-3, "save_strategy": "no", "per_device_train_batch_size": 4}
         given |= {"max_grad_norm": 1e9, "warmup_steps": 0, "use_cpu": True, "disable_tqdm": True}
         args = LlavaTrainingArguments(output_dir=str(tmp_path / name), **(given | settings))
-        return hf_llava_ft.LlavaTrainer(
-            model=model, args=args, train_dataset=dataset, processing_class=processor, data_collator=collator
+        return of(
+            model=model,
+            args=args,
+            train_dataset=dataset,
+            processing_class=processor,
+            data_collator=collator,
+            compute_loss_func=loss,
         )
 
     return make
@@ -133,6 +141,29 @@ def test_a_stream_has_no_padding_either(prepared, rows):
         assert trainer.is_padding_free is (name == "auto")
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+class OwnLoss(LlavaTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+def loss_of_all(outputs, labels, num_items_in_batch=None):
+    logits, targets = outputs.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / num_items_in_batch
+
+
+@pytest.mark.parametrize("own", [{"of": OwnLoss}, {"loss": loss_of_all}], ids=["compute_loss", "compute_loss_func"])
+def test_rows_are_apart_also_where_somebody_else_computes_the_loss(prepared, own):
+    trainer = prepared("projector", padding_free="true", **own)
+    flat, padded = (batches_of(trainer, each) for each in (True, False))
+    expected = step_of(trainer, padded)
+    assert_same(step_of(trainer, flat), expected)
+    together = {**flat[0], "document_lengths": [sum(flat[0]["document_lengths"])]}
+    assert not is_same(step_of(trainer, [together, *flat[1:]]), expected)
+    # Who did not ask for it may count on a row of the batch for each of the data.
+    assert not prepared("projector", **own).is_padding_free
 
 
 class OwnCollator(LlavaCollator):
