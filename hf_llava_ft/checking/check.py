@@ -22,6 +22,7 @@ from hf_llava_ft.checking.result import CheckResult
 from hf_llava_ft.checking.rows import RowChecker, row_kind
 from hf_llava_ft.checking.statistics import length_statistics, padding_waste
 from hf_llava_ft.data.formats import Source
+from hf_llava_ft.data.formats.dialects import PREFERENCE
 from hf_llava_ft.data.formats.mixture import draw_rows
 from hf_llava_ft.data.worker_pool import results_of_stream
 from hf_llava_ft.processing.processing_llava import LlavaProcessor
@@ -77,6 +78,7 @@ def check_data(
     if kept is not None and states is not None:
         sound = [place for place, facts in enumerate(collected.facts) if facts.failure is None]
         kept.decoded.remember([files[place] for place in sound], states[sound])
+    result.holds_preferences = any(source.dialect is PREFERENCE for source in sources)
     _summarise(collected, result)
     result.samples = collected.samples()
     name_rows_of_images(collected, result)

@@ -20,6 +20,7 @@ class CheckResult:
         image_places (`int`): in the rows.
         images, missing_images, unreadable_images, decompression_bombs, extreme_images, turned_images,
         transparent_images (`int`): distinct files and embedded pictures.
+        holds_preferences (`bool`): a source has chosen and rejected answers, which TRL's DPOTrainer learns.
         picture_opening (`str`): how training under the model opens them.
         image_formats (`dict[str, int]`): Pillow's names.
         duplicate_rows (`int`): rows that say the same as an earlier one.
@@ -40,6 +41,7 @@ class CheckResult:
     extreme_images: int = 0
     turned_images: int = 0
     transparent_images: int = 0
+    holds_preferences: bool = False
     picture_opening: PictureOpening = "upright"
     image_formats: dict[str, int] = field(default_factory=dict)
     duplicate_rows: int = 0
@@ -74,6 +76,7 @@ class CheckResult:
             "extreme_images": self.extreme_images,
             "turned_images": self.turned_images,
             "transparent_images": self.transparent_images,
+            "holds_preferences": self.holds_preferences,
             "picture_opening": self.picture_opening,
             "image_formats": self.image_formats,
             "reused_images": self.reused_images,

@@ -26,7 +26,8 @@ def print_summary(result: CheckResult, console: Console, samples_per_second: flo
     console.print(table, highlight=False, markup=False)
     _print_problems(result.problems, "problem", console)
     _print_problems(result.warnings, "warning", console)
-    verdict = "Every row can be trained on." if result.trainable else _refusal(result)
+    by = " by TRL's DPOTrainer (docs/preference.md), not by llava-ft train" if result.holds_preferences else ""
+    verdict = f"Every row can be trained on{by}." if result.trainable else _refusal(result)
     style = "bold green" if result.trainable else "bold red"
     console.print(verdict, style=style, highlight=False, markup=False, soft_wrap=True)
 

@@ -85,6 +85,7 @@ def test_check_takes_preferences(preferences, llava_ft):
     data, images = preferences()
     code, out, _ = llava_ft("check", data, "--image_folder", images, "--num_proc", 1)
     assert code == 0 and "detected preference JSON, 4 rows" in out
+    assert "Every row can be trained on by TRL's DPOTrainer (docs/preference.md), not by llava-ft train." in out
 
 
 def test_what_learns_answers_refuses_preferences(preferences, tiny_checkpoint, llava_ft, tmp_path):
