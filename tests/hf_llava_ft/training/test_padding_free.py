@@ -1,5 +1,7 @@
 """Batches without padding: loss, gradients and whole runs are those of padded batches with their mask."""
 
+import json
+
 import pytest
 import torch
 from datasets import disable_progress_bars
@@ -19,7 +21,7 @@ from hf_llava_ft.training.speed.packed_attention import BY_DOCUMENT, attention_o
 from hf_llava_ft.training.trainer import LlavaTrainer
 from hf_llava_ft.training.tuning import with_tuning
 from tests.one_step import assert_same, is_same, step_of
-from tests.ranks import write_rows
+from tests.ranks import run, write_rows
 
 disable_progress_bars()
 
@@ -211,3 +213,18 @@ def test_the_model_that_a_trial_makes_goes_without_padding_too(tiny_checkpoint, 
     trainer.train()
     assert trainer.is_padding_free and attention_of(trainer.model) == BY_DOCUMENT
     assert isinstance(trainer.train_collator(), FlatCollator) and isinstance(trainer.data_collator, LlavaCollator)
+
+
+@pytest.mark.slow  # two processes, twice
+def test_under_fsdp2_weights_are_shared_out_again_before_the_first_step(tiny_checkpoint, tmp_path):
+    data = write_rows(tmp_path, 4)
+    losses = []
+    for padding_free in ("true", "false"):
+        out = tmp_path / padding_free
+        argv = ["--model_name_or_path", tiny_checkpoint, "--data_path", data, "--image_folder", data.parent]
+        argv += ["--output_dir", out, "--use_cpu", "True", "--max_steps", "2", "--save_strategy", "no"]
+        argv += ["--per_device_train_batch_size", "1", "--lora_dropout", "0", "--logging_steps", "1"]
+        run("fsdp2", [*argv, "--padding_free", padding_free], tmp_path / f"logs-{padding_free}")
+        logged = json.loads((out / "trainer_state.json").read_text())["log_history"]
+        losses.append([entry["loss"] for entry in logged if "loss" in entry])
+    assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], rel=1e-5)
